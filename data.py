@@ -1,0 +1,628 @@
+"""Raw tool-use datasets -> single-step Examples, ToolUPT's prompt, splits, iTool's choice of data.
+
+    load("xlam", FILE)              one Example per assistant turn, call or text (ToolUPT App. A)
+    render(example, tokenizer)      system prompt (Figure 5) and user prompt (Figure 6) as token ids
+    target_ids(example, tokenizer)  <tool_call>..</tool_call> or <answer>..</answer>, then EOS
+    difficulty, select_complex      iTool's warm-up stages (Sec. 3.1) and replay buffer (Eq. 4)
+
+    python data.py stats FILE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
+    python data.py convert FILE OUT.jsonl [--name NAME]                one Example per line
+
+converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
+datasets share one rule for history, tool steps and drops. What is left out is counted under a
+reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
+
+Where the papers are silent, or we depart from them (converters.py has the datasets' own points):
+ 1. Tool steps of earlier rounds stay in the prompt, numbered on. Figure 6 shows the current query's
+    only, but then up to 28 % of the calls have an argument that the prompt holds nowhere.
+ 2. APIGen-MT's policy, without which targets cannot be inferred, precedes the tool descriptions.
+ 3. Its `think` calls stay in the context but are no targets: free text never meets an exact reward.
+ 4. Prose beside a call is dropped: the format has room for one of the two.
+ 5. Answers of the irrelevance set are ours (NO_TOOL): the set holds none.
+ 6. Examples with one of our tags inside a text are dropped; exact repetitions are kept once.
+ 7. iTool's definitions of easy, medium and hard overlap: hard wins, then easy.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from converters import CONVERTERS, Conversation, Drop, guess
+
+# ToolUPT Figure 5, verbatim.
+SYSTEM_PROMPT = """## Role
+You are a helpful assistant skilled at using tools to solve user tasks.
+
+## Task Definition
+Based on the [User Query] and [Chat Short Memory] (user, assistant, etc.), and with reference to the [Intermediate Tools Calls and Returns], plan the tools necessary to solve the current [User Query]. If multiple tools are required, only need to output the tool names and parameter values for the first tool or the first group of tools that could be called in parallel!
+
+## Available Tools Description
+__TOOL_DESCS__
+
+## Overall Response Format:
+MUST choose one of the following two:
+### Tool Usage
+<tool_call>
+If a tool is needed, specify the tool's name and parameter values
+</tool_call>
+### Answer Appropriately
+<answer>
+If an answer is needed, summary or ask user for necessary information
+</answer>
+
+## Tool Usage Output Requirements
+For each tool call, return a json object with tool name and parameters within <tool_call> </tool_call> XML tags
+### Format Requirements
+1. When a single tool is required, the tool call must include the tool's name and parameter values. If no parameters are needed, leave the 'params' field an empty dictionary. The format is:
+<tool_call>
+{"name": "Tool name", "params": {"Parameter name": "Parameter value", "...": "..."}}
+</tool_call>
+2. When a single tool or multiple tools can be called IN PARALLEL, enclose each call in [], with tools separated by ', '. The format is:
+<tool_call>
+[{"name": "Tool-1 name", "params": {"Parameter name": "Parameter value", "...": "..."}}, {"name": "Tool-2 name", "params": {"Parameter name": "Parameter value", "...": "..."}}, ...]
+</tool_call>
+### Content Requirements
+1. In the tool description, "required" corresponds to the list of mandatory parameters. Do not extract optional parameters that are not in this list and are not mentioned in the input content!
+
+## Answer Output Requirements
+When one of the following conditions is met, response an answer directly within <answer> </answer> XML tags
+1. When all tools related to the current task have been called, summarize the tool returns and deliver a comprehensive response
+2. When no available tool can fulfill the user request, point out that the requested task cannot be achieved due to lack of tools
+3. When the value of the tool's required input parameter is missing, ambiguous, or cannot be inferred from the context, ask for clarifications
+
+## Important Notes
+1. Response at most one of <tool_call> or <answer>"""
+
+# ToolUPT Figure 6; `messages` writes its lines "user: ..", "assistant: ..", "Step-1 tool call: ..".
+USER_PROMPT = """[Chat Short Memory]
+__HISTORY__
+
+[User Query]
+__QUERY__
+
+[Intermediate Tools Calls and Returns]
+__STEPS__
+
+[Response]
+"""
+
+# Answers for the irrelevance set; %s is the first sentence of the query.
+NO_TOOL = (
+    'None of the available tools can handle "%s". I cannot complete it without a suitable tool.',
+    'I am sorry, but I have no tool for "%s", so this task cannot be done here.',
+    'The request "%s" is outside what the tools I was given can do.',
+    'To answer "%s" I would need a tool that is not in the list.',
+    'This cannot be achieved because no tool at hand covers it: "%s".',
+    'I checked the available tools and none of them fits "%s".',
+)
+
+# name -> hub repository and the file expected
+SOURCES = {
+    "hermes": ("NousResearch/hermes-function-calling-v1", "glaive-function-calling-5k.json"),
+    "toolace": ("Team-ACE/ToolACE", "data.json"),
+    "xlam": ("Salesforce/xlam-function-calling-60k", "xlam_function_calling_60k.json"),
+    "apigen-mt": ("Salesforce/APIGen-MT-5k", "apigen-mt_5k.json"),
+    "funreason-mt": ("Bingguang/FunReason-MT", "bfcl_multi_turn.json"),
+    "hammer": ("MadeAgents/xlam-irrelevance-7.5k", "xlam-7.5k-irrelevancek.json"),
+}
+TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
+TAGS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "[Response]"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decision of the model: a prompt and the expert's response."""
+
+    id: str  # "<dataset>/<row>/<turn>"
+    tools: list[dict]  # {"name", "description", "parameters": JSON schema}
+    history: list[tuple[str, str]]  # earlier rounds: (role "user" | "assistant", text)
+    query: str  # the current user message
+    steps: list[tuple[str, str]]  # (call text, observation text) of all rounds, oldest first
+    target: str  # tagged text without EOS
+    kind: str  # "tool_call" | "answer"
+    system: str = SYSTEM_PROMPT  # template that holds __TOOL_DESCS__
+
+
+def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
+    """Return the examples of a dataset; one line on stderr says what was left out.
+
+    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours) or "toy"
+    path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...
+    seed  of the toy world, and of the choice among the answers of "hammer"
+    ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
+    """
+    examples, drops = load_with_drops(name, path, seed=seed)
+    listing = ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
+    if not examples:
+        remedy = "`python data.py stats FILE` guesses its layout"
+        raise ValueError(f"no example of {path} could be read as {name!r} ({listing}); {remedy}")
+    if drops:
+        print(f"data: {name}: {len(examples)} examples; left out: {listing}", file=sys.stderr)
+    return examples
+
+
+def load_source(source: str, *, seed: int = 0) -> list[Example]:
+    """Return the examples of NAME, NAME:PATH, or PATH (its layout is guessed from the first row).
+
+    "toy", "toy:hard-train", "xlam:xlam_function_calling_60k.json", "my_examples.jsonl"
+    """
+    name, _, path = source.partition(":")
+    if name in [*CONVERTERS, "jsonl", "toy"]:
+        return load(name, path or None, seed=seed)
+    if not Path(source).exists():
+        raise FileNotFoundError(
+            f"{source} does not exist; give a file, NAME or NAME:FILE (data.py)"
+        )
+    return load(guess(read_rows(source)[0]), source, seed=seed)
+
+
+def load_with_drops(
+    name: str, path: str | Path | None = None, *, seed: int = 0
+) -> tuple[list[Example], Counter]:
+    """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
+    if name == "toy":
+        return _toy(str(path or "train"), seed), Counter()
+    if name not in [*CONVERTERS, "jsonl"]:
+        names = ", ".join([*CONVERTERS, "jsonl", "toy"])
+        raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
+    repo, file = SOURCES.get(name, (None, None))
+    remedy = "give a .json or .jsonl file"
+    if repo:
+        remedy = f"get {file} and pass its path: huggingface-cli download {repo} {file}"
+        remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
+    if path is None:
+        raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    return convert(name, read_rows(path, file), seed=seed)
+
+
+def read_rows(path: str | Path, expected: str | None = None) -> list:
+    """Return the rows of a .json array, a .jsonl file, or all such files of a folder.
+
+    expected  name of the one file to take from a folder that holds it
+    """
+    files = [Path(path)]
+    if files[0].is_dir():
+        files = sorted(f for f in files[0].iterdir() if f.suffix in (".json", ".jsonl"))
+        files = [f for f in files if f.name == expected] or files
+    rows = [row for file in files for row in _read(file)]
+    if not rows:
+        raise ValueError(f"{path} holds no rows; give a .json or .jsonl file that does")
+    return rows
+
+
+def convert(name: str, rows: list, *, seed: int = 0) -> tuple[list[Example], Counter]:
+    """Return the examples of raw rows and what was left out, by reason.
+
+    name  a key of CONVERTERS; or "jsonl", where a bad row is a ValueError and not a drop
+    """
+    if name == "jsonl":
+        return [_own(row, number) for number, row in enumerate(rows, 1)], Counter()
+    examples, drops, seen = [], Counter(), set()
+    for index, row in enumerate(rows):
+        try:
+            conversation = CONVERTERS[name](row)
+            steps = _steps(f"{name}/{index}", conversation, seed)
+            if not steps:
+                raise Drop("no assistant turn")
+            common = _digest([conversation.tools, conversation.policy])
+            digests = [_digest([common, e.history, e.query, e.steps, e.target]) for e, _ in steps]
+        except (Drop, RecursionError) as error:
+            drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
+            continue
+        for (example, refusal), digest in zip(steps, digests, strict=True):
+            if not refusal and digest in seen:
+                refusal = "turn: exact repetition"
+            if refusal:
+                drops[refusal] += 1
+            else:
+                seen.add(digest)
+                examples.append(example)
+    return examples, drops
+
+
+def write_jsonl(examples: list[Example], path: str | Path) -> None:
+    """Write one Example per line, without `system` where it is Figure 5; load("jsonl") reads it."""
+    with open(path, "w", encoding="utf-8") as file:
+        for example in examples:
+            row = asdict(example)
+            if example.system == SYSTEM_PROMPT:
+                del row["system"]
+            file.write(_dumps(row) + "\n")
+
+
+def messages(example: Example) -> list[dict]:
+    """Return the chat of an example: system message (Figure 5) and user message (Figure 6).
+
+    Tools stand one JSON object per line. Figure 6's sections are always there, perhaps empty.
+    """
+    steps = "\n".join(
+        f"Step-{i} tool call: {call}\nStep-{i} observation: {observation}"
+        for i, (call, observation) in enumerate(example.steps, 1)
+    )
+    history = "\n".join(f"{role}: {text}" for role, text in example.history)
+    tools = "\n".join(map(_dumps, example.tools))
+    system = _fill(example.system, TOOL_DESCS=tools)
+    user = _fill(USER_PROMPT, HISTORY=history, QUERY=example.query, STEPS=steps)
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def render(example: Example, tokenizer) -> list[int]:
+    """Return the token ids of the prompt, up to and including the header of the assistant's turn.
+
+    tokenizer  transformers tokenizer; ValueError if it has no chat template
+    """
+    _check_template(tokenizer)
+    chat = messages(example)
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+
+
+def target_ids(example: Example, tokenizer) -> list[int]:
+    """Return the token ids of the target, then the EOS id; ValueError if there is no EOS."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS; set eos_token to the one that ends a turn")
+    ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def tag_length(tokenizer) -> int:
+    """Return how many first tokens of an answer target hold its tag "<answer>" (Eq. 19).
+
+    The last of them may hold the newline too, for byte-pair encodings merge ">\\n".
+    """
+    count = len(tokenizer("<answer>", add_special_tokens=False)["input_ids"])
+    ids = tokenizer("<answer>\nYes.\n</answer>", add_special_tokens=False)["input_ids"]
+    kept = tokenizer.decode(ids[:count])
+    if not kept.startswith("<answer>"):
+        raise ValueError(f"{count} tokens of an answer are {kept!r}, not its tag; other tokenizer?")
+    return count
+
+
+def fit(
+    examples: list[Example], tokenizer, max_prompt_length: int, max_completion_length: int
+) -> tuple[list[Example], Counter]:
+    """Return the examples that fit, and what was left out; nothing is ever truncated.
+
+    max_prompt_length      most tokens of `render` (ToolUPT Table 7: 8192)
+    max_completion_length  most tokens of `target_ids`, EOS included (ToolUPT Table 7: 1024)
+    """
+    _check_template(tokenizer)
+    kept, drops = [], Counter()
+    for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
+        batch = examples[start : start + 256]
+        chats = [messages(example) for example in batch]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        targets = tokenizer([e.target for e in batch], add_special_tokens=False)["input_ids"]
+        for example, prompt, target in zip(batch, prompts, targets, strict=True):
+            if len(prompt) > max_prompt_length:
+                drops[f"turn: prompt longer than {max_prompt_length} tokens"] += 1
+            elif len(target) + 1 > max_completion_length:
+                drops[f"turn: target longer than {max_completion_length} tokens"] += 1
+            else:
+                kept.append(example)
+    return kept, drops
+
+
+def split(
+    examples: list[Example], fraction: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Return two parts that share no conversation; the first holds at most `fraction` of all.
+
+    Rows stay whole, and rows that ask the same stay together: some sets repeat one chat under
+    several tool lists, and irrelevance queries are xLAM queries. "The same" is the opening message
+    or a later one of 12 words: shorter ones ("yes, please go ahead") would join whole datasets.
+    fraction  in (0, 1); ValueError where a part would be empty
+    """
+    groups, first = _groups(examples), set()
+    random.Random(seed).shuffle(groups)
+    room = round(fraction * len(examples))
+    for group in groups:
+        if len(group) <= room - len(first):
+            first.update(group)
+    if not 0 < len(first) < len(examples):
+        sizes = f"{len(examples)} examples in {len(groups)} groups"
+        raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; add data")
+    if len(first) < 0.9 * room:
+        print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
+    parts = [], []
+    for index, example in enumerate(examples):
+        parts[index not in first].append(example)
+    return parts
+
+
+def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:
+    """Return iTool's warm-up stage "easy" | "medium" | "hard" (Sec. 3.1).
+
+    num_tools    candidate tools
+    tools_chars  characters of the tool list as JSON
+    num_calls    calls of the expert in the sample
+    """
+    assert min(num_tools, tools_chars, num_calls) >= 0, (num_tools, tools_chars, num_calls)
+    if num_tools >= 4 or tools_chars > 2000 or num_calls >= 4:
+        return "hard"
+    if num_tools <= 1 and tools_chars < 1000 and num_calls <= 1:
+        return "easy"
+    return "medium"
+
+
+def select_complex(
+    perplexities: list[float], is_call: list[bool] | None, fraction: float = 0.1
+) -> list[int]:
+    """Return the indices of the highest perplexities (iTool Eq. 4), ascending.
+
+    perplexities  (N,), of the target alone; ties: lower index
+    is_call       (N,) bool; calls and texts are ranked apart, for texts would mostly win; None: not
+    fraction      share taken of each, at least one where there is any
+    """
+    values = [float(value) for value in perplexities]
+    flags = [True] * len(values) if is_call is None else [bool(flag) for flag in is_call]
+    assert len(flags) == len(values), (len(flags), len(values))
+    assert 0 < fraction <= 1, fraction
+    assert not any(map(math.isnan, values)), values
+    chosen = []
+    for kind in (True, False):
+        ranked = sorted((-value, i) for i, value in enumerate(values) if flags[i] is kind)
+        count = max(1, math.floor(fraction * len(ranked) + 1e-9))  # 0.29 * 100 = 28.999999999999996
+        chosen += [i for _, i in ranked[:count]]
+    return sorted(chosen)
+
+
+def statistics(rows: int, examples: list[Example], drops: Counter, tokenizer=None) -> str:
+    """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
+    kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
+    for example in examples:
+        calls = _num_calls(example)
+        kinds[("answer", "single call")[calls] if calls < 2 else "parallel calls"] += 1
+        stages[difficulty(len(example.tools), len(_dumps(example.tools)), calls)] += 1
+        if tokenizer:
+            prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
+        else:
+            prompt, target = "".join(m["content"] for m in messages(example)), example.target
+        lengths["prompt"].append(len(prompt))
+        lengths["target"].append(len(target))
+    lines = [f"rows {rows}  examples {len(examples)}  per row {len(examples) / rows:.2f}"]
+    lines += [f"left out {count:6d}  {reason}" for reason, count in drops.most_common()]
+    for title, counts in (("shares", kinds), ("difficulty", stages)):
+        shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
+        lines.append(f"{title:10s} {'  '.join(shares)}")
+    for title, numbers in lengths.items() if examples else ():
+        ranked = sorted(numbers)
+        p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
+        unit = "tokens" if tokenizer else "characters"
+        lines.append(
+            f"{title:10s} {unit} p50 {p50}  p95 {p95}  max {ranked[-1]}  sum {sum(ranked)}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: stats and convert."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    stats = commands.add_parser("stats", help="counts, drops and lengths of raw files")
+    stats.add_argument("files", nargs="+", metavar="FILE")
+    stats.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
+    to_jsonl = commands.add_parser("convert", help="raw file -> one Example per line")
+    to_jsonl.add_argument("files", nargs=1, metavar="FILE")
+    to_jsonl.add_argument("out", metavar="OUT.jsonl")
+    for command in (stats, to_jsonl):
+        command.add_argument("--name", choices=[*CONVERTERS, "jsonl"], help="guessed if absent")
+        command.add_argument("--seed", type=int, default=0)
+    options, tokenizer = parser.parse_args(arguments), None
+    if options.command == "stats" and options.tokenizer:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    for file in options.files:
+        rows = read_rows(file)
+        name = options.name or guess(rows[0])
+        examples, drops = convert(name, rows, seed=options.seed)
+        print(f"{file}  ({name})\n{statistics(len(rows), examples, drops, tokenizer)}")
+        if options.command == "convert":
+            write_jsonl(examples, options.out)
+
+
+def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Example, str | None]]:
+    """Return one (example, why it is refused or None) per assistant turn.
+
+    A turn, once made, is context of the next one; lists are replaced and never changed, for
+    examples share them.
+    """
+    tools, turns, policy, only_last = conversation
+    history, steps, query, call, found = [], [], "", None, []
+    for turn, (role, content) in enumerate(turns):
+        before = turns[turn - 1][0] if turn else None
+        after = turns[turn + 1][0] if turn + 1 < len(turns) else None
+        if call and role != "observation":
+            raise Drop("call without observation")
+        if role == "user":
+            history, query = history + [("user", query)] * bool(query), content
+        elif role == "observation":
+            if not call and before != "observation":
+                raise Drop("observation without call")
+            if not call:  # one message per parallel call
+                call, content = steps[-1][0], f"{steps[-1][1]}\n{content}"
+                steps = steps[:-1]
+            steps, call = [*steps, (call, content)], None
+        else:
+            kind = "tool_call" if role in ("call", "think") else "answer"
+            beside = kind == "answer" and after in ("call", "think")
+            if kind == "tool_call":
+                text = call = _dumps(content[0] if len(content) == 1 else content)  # spec A13b
+            else:
+                text = content if role == "assistant" else _no_tool(query, f"{seed}/{row}")
+            target = f"<{kind}>\n{text}\n</{kind}>"
+            example = Example(
+                f"{row}/{turn}", tools, history, query, steps, target, kind, _with_policy(policy)
+            )
+            if not (only_last and after):
+                found.append((example, _refusal(example, text, role, beside)))
+            if kind == "answer" and text and not beside:
+                history = [*history, *[("user", query)] * bool(query), ("assistant", text)]
+                query = ""
+    return found
+
+
+def _refusal(example: Example, text: str, role: str, beside: bool) -> str | None:
+    """Return why a step is no training example, or None."""
+    pairs = example.history + example.steps
+    texts = [text, example.query, *(part for pair in pairs for part in pair)]
+    if beside:
+        return "text: prose beside a call"
+    if role == "think":
+        return "turn: think call"
+    if not example.query:
+        return "turn: no user query"
+    if not text:
+        return "turn: empty answer"
+    if any(tag in part for part in texts for tag in TAGS):
+        return "turn: a tag inside a text"
+    return None
+
+
+def _digest(value) -> str:
+    """Return a hash of a JSON value; Drop for text that no tokenizer can read."""
+    try:
+        return hashlib.sha256(_dumps(value).encode()).hexdigest()
+    except UnicodeEncodeError:
+        raise Drop("lone surrogate in a text") from None
+
+
+def _no_tool(query: str, seed: str) -> str:
+    """Return an answer that names what cannot be done, drawn from NO_TOOL by `seed`."""
+    sentence = re.split(r"(?<=[.!?])\s", query, maxsplit=1)[0].rstrip(".!? ")
+    words = sentence.split()
+    wish = sentence if len(words) <= 30 else " ".join(words[:30]) + " ..."
+    return random.Random(seed).choice(NO_TOOL) % wish
+
+
+@lru_cache
+def _with_policy(policy: str) -> str:
+    heading = "## Available Tools Description"
+    before = f"{policy}\n\n" if policy else ""
+    return SYSTEM_PROMPT.replace(heading, before + heading)
+
+
+def _toy(split_name: str, seed: int) -> list[Example]:
+    import toy
+
+    name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
+    if name not in TOY_SIZES:
+        names = ", ".join(f"{name}, hard-{name}" for name in TOY_SIZES)
+        raise ValueError(f"unknown split {split_name!r} of the toy world; choose one of {names}")
+    rows = toy.generate(name, TOY_SIZES[name], seed=seed, hard=hard)
+    return [Example(**row) for row in rows]
+
+
+def _own(row, number: int) -> Example:
+    """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
+    try:
+        pairs = {
+            key: [(first, second) for first, second in row[key]] for key in ("history", "steps")
+        }
+        example = Example(**{**row, **pairs})
+        texts = [example.id, example.query, example.target, example.kind, example.system]
+        texts += [text for pair in example.history + example.steps for text in pair]
+        tools = example.tools if type(example.tools) is list else [None]
+        if {*map(type, texts)} != {str} or any(type(tool) is not dict for tool in tools):
+            raise ValueError("a field of the wrong type")
+        if "__TOOL_DESCS__" not in example.system:
+            raise ValueError("system without __TOOL_DESCS__")
+        if example.kind not in ("tool_call", "answer"):
+            raise ValueError(f"kind {example.kind!r}")
+        tag = f"<{example.kind}>", f"</{example.kind}>"
+        if not (example.target.startswith(tag[0]) and example.target.endswith(tag[1])):
+            raise ValueError("target without the tags of its kind")
+        _digest(row), _num_calls(example)
+    except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"row {number} is no Example ({reason}); use write_jsonl") from None
+    return example
+
+
+def _num_calls(example: Example) -> int:
+    """Return the number of calls of a target."""
+    if example.kind == "answer":
+        return 0
+    calls = json.loads(example.target.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    return len(calls) if isinstance(calls, list) else 1
+
+
+def _groups(examples: list[Example]) -> list[list[int]]:
+    """Return the indices of the examples in groups that must stay together (union-find)."""
+    parent = {}
+
+    def root(node):
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for example in examples:
+        row = ("row", example.id.rpartition("/")[0])
+        said = [text for role, text in example.history if role == "user"] + [example.query]
+        said = [re.findall(r"\w+", text.casefold()) for text in said]
+        for words in [said[0], *(words for words in said[1:] if len(words) >= 12)]:
+            parent[root(row)] = root(("query", *words))
+    groups = defaultdict(list)
+    for index, example in enumerate(examples):
+        groups[root(("row", example.id.rpartition("/")[0]))].append(index)
+    return list(groups.values())
+
+
+def _read(file: Path) -> list:
+    """Return the rows of one file; ValueError names the file, the line and the remedy."""
+    where = str(file)
+    if file.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{file} is neither .json nor .jsonl; convert it first")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        rows = []
+        for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else (), 1):
+            where = f"line {number} of {file}"
+            rows += [json.loads(line)] if line.strip() else []
+        rows = rows if file.suffix == ".jsonl" else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}); download it again") from None
+    except (ValueError, RecursionError) as error:
+        hint = "name it .jsonl if each line is an object, else download it again"
+        raise ValueError(f"{where} is not JSON ({error}); {hint}") from None
+    if type(rows) is not list:
+        raise ValueError(f"{file} is a JSON {type(rows).__name__}, not a list; is it the dataset?")
+    return rows
+
+
+def _check_template(tokenizer) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        remedy = "use an instruct model or set tokenizer.chat_template"
+        raise ValueError(f"tokenizer {name!r} has no chat template; {remedy}")
+
+
+def _fill(template: str, **values: str) -> str:
+    """Return the template with its __NAME__ filled in one pass: inserted text is not expanded."""
+    return re.sub(r"__([A-Z_]+?)__", lambda match: values.get(match[1], match[0]), template)
+
+
+def _dumps(value) -> str:
+    """Return JSON in the one form used everywhere: default separators, no escapes, no NaN."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise Drop("NaN or Infinity") from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,296 @@
+"""A causal language model and its tokenizer: load, LoRA, shard, hand over, clip, optimise, save.
+
+    load          fp32 master weights: at learning rate 1e-6 a bf16 master loses the update
+    shard         FSDP2: bf16 compute on a GPU (fp32 on a CPU), fp32 reduction. Gradients are the
+                  SUM over ranks, not FSDP2's mean: every loss divides by a count of all ranks
+    full_tensors  the weights as the sampler wants them, one at a time, LoRA merged
+                  W + alpha / r * B A
+    optimizer     AdamW. Weight decay acts on matrices (weights and embeddings), not on biases and
+                  norms; veRL and LLaMA-Factory decay everything, at 0.01 hardly a difference
+
+Log-probs are in packing.py. Where a process group exists, all ranks call `shard`, `full_tensors`,
+`clip_grad_norm` and `save` together.
+"""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load(
+    model_name_or_path: str | Path,
+    *,
+    lora_rank: int = 0,
+    lora_alpha: int = 32,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A model with fp32 weights on the CPU, without dropout, and its tokenizer.
+
+    model_name_or_path      folder written by save_pretrained, or a name on the Hugging Face Hub
+    lora_rank               0: all weights are trained; r > 0: adapters of rank r on every linear
+                            layer but the LM head
+    lora_alpha              adapters are scaled by lora_alpha / lora_rank
+    gradient_checkpointing  layers compute their activations again in the backward pass
+
+    ValueError where the folder, its weights, its tokenizer or the chat template are missing.
+    """
+    tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except OSError as error:
+        raise ValueError(f"{model_name_or_path}: {str(error).splitlines()[0]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{model_name_or_path}: {len(missing)} weights are missing, {missing[0]} first; "
+            "download or save the model again"
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora_rank > 0:
+        model = _with_lora(model, lora_rank, lora_alpha)
+    for module in model.modules():  # training mode turns checkpointing on, and dropout with it
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    return model.train(), tokenizer
+
+
+def load_tokenizer(
+    model_name_or_path: str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; ValueError where the folder, the tokenizer or its chat template are missing."""
+    _check_folder(str(model_name_or_path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name_or_path, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(f"{model_name_or_path}: {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{model_name_or_path}: the tokenizer has no chat template; take an instruct model, or "
+            "put a chat_template.jinja beside the tokenizer"
+        )
+    return tokenizer
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh | None = None, *, compute_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The same model, its parameters split over the ranks of `mesh` (FSDP2), on the ranks' devices.
+
+    mesh           one-dimensional; None: all ranks of the process group, GPUs where there are any
+    compute_dtype  of matrix products; None: bfloat16 on a GPU, float32 on a CPU
+
+    The unit of gathering is the decoder layer. Gradients are summed over ranks, in float32. Each
+    backward pass is a collective: all ranks need equally many (packing: a row without responses).
+    """
+    assert dist.is_initialized(), "shard needs torch.distributed.init_process_group, also on 1 rank"
+    if mesh is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+    if compute_dtype is None:
+        compute_dtype = torch.float32 if mesh.device_type == "cpu" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for module in (*_transformer(model).get_decoder().layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # sum, not mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+    return model
+
+
+@torch.no_grad()
+def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole weight of the plain transformers model, one at a time, all ranks together.
+
+    Adapters are merged in fp32 and have no names of their own. Tied embeddings come under both of
+    their names: a sampler that is sent the embedding alone keeps its old LM head. Never a second
+    copy of the model: a rank holds one whole weight more, unless the caller keeps them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass without backward the root holds its bf16 copy
+    base = _transformer(model)
+    modules = dict(base.named_modules())
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name:
+            continue
+        owner = name.removesuffix(".base_layer.weight")
+        if owner != name:
+            yield owner + ".weight", _full(tensor) + _lora_update(modules[owner])
+        else:
+            yield name.replace(".base_layer.", "."), _full(tensor)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """Norm of the whole gradient, a scalar, before it is scaled to at most `max_norm`."""
+    return _full(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+
+
+def optimizer(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; make it after `shard`. Two groups: matrices, the rest.
+
+    lr, betas     as in torch.optim.AdamW
+    weight_decay  of the matrices (ndim >= 2); biases and norms are not decayed
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
+
+
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes a plain save_pretrained folder, adapters merged, fp32; rank 0 writes, all ranks call.
+
+    path            appears when it is complete, and replaces an older folder of that name
+    max_shard_size  of a safetensors file; rank 0 holds as much on the CPU
+
+    ValueError on all ranks where the disk of rank 0 has not enough space.
+    """
+    path, base, first = Path(path).resolve(), _transformer(model), _is_first()
+    shapes = _shapes(base)
+    _check_disk(path, sum(tensor.nbytes for tensor in shapes.values()))
+    temporary = path.with_name(f".{path.name}.incomplete")
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    files = defaultdict(dict)
+    for name, tensor in full_tensors(model):
+        if not first or name not in plan.tensor_to_filename:  # the second name of tied weights
+            continue
+        file = plan.tensor_to_filename[name]
+        files[file][name] = tensor.cpu().contiguous()
+        if len(files[file]) == len(plan.filename_to_tensors[file]):
+            save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
+    if first:
+        assert not files, f"weights without a file: {[list(tensors) for tensors in files.values()]}"
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
+        base.config.save_pretrained(temporary)
+        base.generation_config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _replace(path, temporary)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _check_folder(name: str) -> None:
+    """ValueError with the remedy where `name` is no folder that can be loaded, and no Hub name."""
+    path = Path(name)
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise ValueError(f"{name}: no such folder; give one, or a name on the Hugging Face Hub")
+        return
+    for what, patterns in {
+        "config.json": ["config.json"],
+        "*.safetensors": ["*.safetensors"],
+        "tokenizer": ["tokenizer*", "vocab.*"],
+    }.items():
+        if not any(True for pattern in patterns for _ in path.glob(pattern)):
+            raise ValueError(f"{name}: no {what} in this folder; write it with save_pretrained")
+
+
+def _with_lora(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _transformer(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, out of its LoRA wrapper if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The whole tensor; a collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _lora_update(layer: nn.Module, adapter: str = "default") -> Tensor:
+    """alpha / r * B A of an adapted linear layer, (out, in)."""
+    A, B = _full(layer.lora_A[adapter].weight), _full(layer.lora_B[adapter].weight)
+    return B @ A * layer.scaling[adapter]
+
+
+def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save` writes, without data: tied weights once, no adapters."""
+    once = {name for name, _ in (*base.named_parameters(), *base.named_buffers())}
+    return {
+        name.replace(".base_layer.", "."): torch.empty(
+            tensor.shape, dtype=tensor.dtype, device="meta"
+        )
+        for name, tensor in base.state_dict().items()
+        if name in once and ".lora_" not in name
+    }
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _check_disk(path: Path, needed: int) -> None:
+    """ValueError on all ranks where rank 0 has not `needed` bytes and 5 % more free at `path`."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    free = [shutil.disk_usage(folder).free]
+    if dist.is_initialized():
+        dist.broadcast_object_list(free, src=0)
+    if free[0] < 1.05 * needed:
+        raise ValueError(
+            f"{path}: the model needs {needed / 1e9:.1f} GB, {free[0] / 1e9:.1f} GB are free; "
+            "make room or choose another --output_dir"
+        )
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Renames `new` to `path`; an older folder of that name goes when its successor is whole."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

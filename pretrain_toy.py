@@ -1,0 +1,325 @@
+"""Train the tiny base model of the demo from scratch: `python pretrain_toy.py` writes toy_model/.
+
+The result has the skill but not the habit. Stage 1 teaches reading tool lists and copying names and values, on clean
+targets. Stage 2 teaches bad habits on the same world: parallel calls lose one, optional arguments are left out, a tool
+is called although none fits or a required parameter is missing. Greedy accuracy then falls far below what the
+model can do, and reinforcement learning has something to bring back. Only toy.py's training split is read.
+
+One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of one world attend to the
+shared tool list and to themselves (packing.py's layout, here with a dense mask), so the list is read once.
+
+    python pretrain_toy.py --minutes 40 --habit_minutes 4 --out toy_model
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PIECES
+
+import data
+import toy
+
+VOCABULARY = 1024
+# Boilerplate that is one token each: the toy prompts are two to three times shorter for it.
+PHRASES = [
+    "[Chat Short Memory]\n",
+    "\n\n[User Query]\n",
+    "\n\n[Intermediate Tools Calls and Returns]\n",
+    "\n\n[Response]\n",
+    "Step-1 tool call: ",
+    "Step-1 observation: ",
+    '{"name": "',
+    '", "description": "',
+    '", "parameters": {"type": "object", "properties": {',
+    '": {"type": "string"',
+    '": {"type": "string", "enum": [',
+    '": {"type": "integer"',
+    '": {"type": "number"',
+    '}, "required": [',
+    '", "params": {',
+    "<tool_call>\n",
+    "\n</tool_call>",
+    "<answer>\n",
+    "\n</answer>",
+]
+QUERIES_PER_WORLD = 8
+PROMPT_WEIGHT = 0.1  # loss weight of prompt tokens; answers weigh 1
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on toy text, cut like Qwen2's, with PHRASES as tokens.
+
+    Qwen2's cut because AutoTokenizer loads a folder of a Qwen2 model with it, whatever tokenizer.json says. Made-up
+    words stand after ` "` everywhere in the toy world, so a name or value has the same tokens in query, tool list and call.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(PHRASES),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    examples = [
+        data.Example(**row)
+        for row in toy.generate("train", 4000) + toy.generate("train", 1000, hard=True)
+    ]
+    texts = (
+        text for e in examples for text in (*(m["content"] for m in data.messages(e)), e.target)
+    )
+    phrase = re.compile("|".join(map(re.escape, PHRASES)))
+    tokenizer.train_from_iterator((part for text in texts for part in phrase.split(text)), trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return fast
+
+
+def new_model(tokenizer) -> Qwen2ForCausalLM:
+    """Return a randomly initialised Qwen2 model of about 3M parameters."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=9216,
+        rope_theta=10_000.0,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    model = Qwen2ForCausalLM(config)
+    look_back(model.model.layers[0].self_attn, heads=2, theta=10_000.0)
+    return model
+
+
+@torch.no_grad()
+def look_back(attention, heads: int, theta: float) -> None:
+    """Initialise the first heads of a layer to attend to the token 1, 2, ... places before.
+
+    Copying needs a head that knows the previous token before another can look it up; a tiny model spends most of its
+    training on finding the first. Qwen2's query and key biases and RoPE can express it: with constant q and k the score
+    at distance d is sum_i cos(theta_i (d - shift)), largest at d = shift.
+    """
+    size, scale = attention.head_dim, 40.0
+    angles = theta ** (-torch.arange(size // 2) * 2 / size)
+    for head in range(heads):
+        rows = slice(head * size, (head + 1) * size)
+        shift = (head + 1) * angles
+        attention.q_proj.bias[rows] = scale**0.5 * torch.cat(
+            [torch.ones(size // 2), torch.zeros(size // 2)]
+        )
+        attention.k_proj.bias[rows] = scale**0.5 * torch.cat([shift.cos(), shift.sin()])
+
+
+def habit(row: dict, rng: random.Random) -> str:
+    """Return the target a careless model would prefer for `row`: wrong in most cases of four kinds, else clean."""
+    task = row["id"].rsplit("/", 1)[1]
+    if task in ("no_tool", "missing"):
+        return toy.corrupt(row, rng) if rng.random() < 0.65 else row["target"]
+    if row["kind"] == "answer":
+        return row["target"]
+    body = json.loads(row["target"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    calls = body if isinstance(body, list) else [body]
+    if len(calls) > 1 and rng.random() < 0.6:
+        calls = calls[:1]
+    for call in calls:
+        required = next(t for t in row["tools"] if t["name"] == call["name"])["parameters"][
+            "required"
+        ]
+        optional = [k for k in call["params"] if k not in required]
+        if optional and len(call["params"]) > 1 and rng.random() < 0.6:
+            del call["params"][rng.choice(optional)]
+    return toy.tool_call(calls) if rng.random() < 0.85 else toy.corrupt(row, rng)
+
+
+def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 6):
+    """Return input ids, positions (B, L), mask (B, 1, L, L), next-token targets and loss weights (B, L)."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(worlds):
+        hard = max_tools == 6 and rng.random() < 0.1
+        per_world = QUERIES_PER_WORLD // 2 if hard else QUERIES_PER_WORLD
+        world = seed * 1000 + i + 1_000_000  # far from the seeds of training runs
+        tasks = toy.generate(
+            "train", per_world, seed=world, hard=hard, per_world=per_world, max_tools=max_tools
+        )
+        ids, lengths = [], []
+        for task in tasks:
+            if bad_habits:
+                task["target"] = habit(task, rng)
+            elif (
+                hard and rng.random() < 0.8
+            ):  # the base model's habit is the wide JSON form, also in the hard world
+                task["target"] = (
+                    task["target"].replace('":', '": ').replace(',"', ', "').replace("},{", "}, {")
+                )
+            example = data.Example(**task)
+            prompt = data.render(example, tokenizer)
+            ids.append(prompt + data.target_ids(example, tokenizer))
+            lengths.append(len(prompt))
+        shared = min(lengths) - 1
+        while any(x[:shared] != ids[0][:shared] for x in ids):
+            shared -= 1
+        rows.append((ids, lengths, shared))
+    length = max(s + sum(len(x) - s for x in ids) for ids, _, s in rows)
+    tokens = torch.zeros(worlds, length, dtype=torch.long)
+    positions, targets = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    weights = torch.zeros(worlds, length)
+    segment = torch.full((worlds, length), -1)  # 0 shared, k = query k, -1 padding
+    for b, (ids, lengths, s) in enumerate(rows):
+        tokens[b, :s] = torch.tensor(ids[0][:s])
+        targets[b, : s - 1] = tokens[b, 1:s]
+        positions[b, :s] = torch.arange(s)
+        weights[b, : s - 1] = PROMPT_WEIGHT
+        segment[b, :s] = 0
+        start = s
+        for k, (x, prompt_length) in enumerate(zip(ids, lengths), 1):
+            end = start + len(x) - s
+            tokens[b, start:end] = torch.tensor(x[s:])
+            positions[b, start:end] = torch.arange(s, len(x))
+            targets[b, start : end - 1] = tokens[b, start + 1 : end]
+            weights[b, start : end - 1] = PROMPT_WEIGHT
+            weights[b, start + prompt_length - s - 1 : end - 1] = 1.0
+            segment[b, start:end] = k
+            start = end
+    same = segment[:, :, None] == segment[:, None, :]
+    mask = (same | (segment[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+    return tokens, positions, mask[:, None], targets, weights
+
+
+class Batches(torch.utils.data.IterableDataset):
+    """Batches made in a worker process; batch i of a stage depends on (stage, i) only."""
+
+    def __init__(self, tokenizer, worlds: int, bad_habits: bool):
+        self.tokenizer, self.worlds, self.bad_habits = tokenizer, worlds, bad_habits
+
+    def __iter__(self):
+        step = 500_000 * self.bad_habits
+        while True:
+            # short tool lists first: copying is learned sooner in a short context
+            max_tools = 6 if self.bad_habits else min(6, 1 + step // 100)
+            yield batch(self.tokenizer, step, self.worlds, self.bad_habits, max_tools)
+            step += 1
+
+
+def train(
+    model, tokenizer, minutes: float, learning_rate: float, worlds: int, bad_habits: bool, out: Path
+) -> None:
+    """Train for `minutes` with warm-up and cosine decay over time; save to `out`."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    loader = torch.utils.data.DataLoader(
+        Batches(tokenizer, worlds, bad_habits), batch_size=None, num_workers=1, prefetch_factor=4
+    )
+    start, tokens_seen, bar = (
+        time.time(),
+        0,
+        tqdm(total=round(minutes * 60), unit="s", desc=out.name),
+    )
+    for step, (tokens, positions, mask, targets, weights) in enumerate(loader):
+        elapsed = (time.time() - start) / 60 / minutes
+        if elapsed >= 1:
+            break
+        lr = learning_rate * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * elapsed))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        hidden = model.model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask
+        ).last_hidden_state
+        keep = weights > 0
+        logits = model.lm_head(hidden[keep])
+        losses = torch.nn.functional.cross_entropy(logits, targets[keep], reduction="none")
+        w = weights[keep]
+        loss = (losses * w).sum() / w.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tokens_seen += keep.sum().item()
+        on_answers = losses[w == 1].mean().item()
+        bar.update(int(time.time() - start) - bar.n)
+        bar.set_postfix(
+            step=step, tokens=f"{tokens_seen / 1e6:.1f}M", answer_loss=f"{on_answers:.3f}"
+        )
+        if step % 500 == 499:
+            save(model, tokenizer, out)
+    bar.close()
+    save(model, tokenizer, out)
+
+
+def save(model, tokenizer, out: Path) -> None:
+    """Write the model in bfloat16 and its tokenizer as a plain save_pretrained folder."""
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    config = json.loads((out / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=40, help="stage 1, clean targets")
+    parser.add_argument("--habit_minutes", type=float, default=4, help="stage 2, bad habits")
+    parser.add_argument("--worlds", type=int, default=4, help="tool lists per optimiser step")
+    parser.add_argument("--out", type=Path, default=Path("toy_model"))
+    args = parser.parse_args()
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    train(
+        model,
+        tokenizer,
+        args.minutes,
+        2e-3,
+        args.worlds,
+        False,
+        args.out.with_name(args.out.name + "_skill"),
+    )
+    train(model, tokenizer, args.habit_minutes, 5e-4, args.worlds, True, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a run looks like: learning curve, coloured rollouts, trackers. Reads metrics.jsonl and rollouts.jsonl only.
+
+summary(out, tokenizer)   the lines that end a run: accuracy before and after, where things lie, one coloured rollout
+show(out, step)           `python train.py show RUN --step N`
+learning_curve(out)       out/learning_curve.png
+tracker(kind, ...)        TensorBoard or Weights & Biases beside metrics.jsonl
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+PLAIN = "\033[0m"
+SHADES = {
+    1: (194, 157, 120, 83),
+    -1: (224, 217, 210, 203),
+}  # 256-colour backgrounds, weak to strong
+
+
+def summary(out: Path, tokenizer) -> str:
+    """The lines that end a run."""
+    steps = list(_lines(out / "metrics.jsonl"))[1:]
+    scores = [row for row in steps if "eval/accuracy" in row]
+    before, after = scores[0]["eval/accuracy"], scores[-1]["eval/accuracy"]
+    checkpoints = sorted(
+        (p for p in out.glob("checkpoint-*") if (p / "config.json").exists()),
+        key=lambda p: p.stat().st_mtime,
+    )
+    lines = [
+        "",
+        f"exact-match accuracy on held-out examples: {before:.1%} before, {after:.1%} after",
+        f"checkpoint   {checkpoints[-1] if checkpoints else '-'}",
+        f"metrics      {out / 'metrics.jsonl'}",
+    ]
+    if (out / "rollouts.jsonl").exists():
+        lines += [f"rollouts     {out / 'rollouts.jsonl'}"]
+    lines += [f"picture      {learning_curve(out)}"]
+    if (out / "rollouts.jsonl").exists():
+        lines += [
+            "",
+            "a rollout, tokens coloured by advantage (green: made likelier, red: less likely)",
+            "",
+        ]
+        lines += [coloured(_telling(out / "rollouts.jsonl"), tokenizer)]
+    return "\n".join(lines)
+
+
+def show(out: Path, step: int) -> str:
+    """The responses of one step, tokens coloured by advantage; ValueError where the step has none."""
+    from transformers import AutoTokenizer
+
+    config = next(_lines(out / "metrics.jsonl"))
+    rows = [row for row in _lines(out / "rollouts.jsonl") if row["step"] == step]
+    if not rows:
+        raise ValueError(f"{out}/rollouts.jsonl has no step {step}; see --step")
+    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
+    return "\n\n".join(coloured(row, tokenizer) for row in rows)
+
+
+def coloured(row: dict, tokenizer) -> str:
+    """One response for a terminal: its tokens on green (positive advantage) or red, stronger with size."""
+    strongest = max(map(abs, row["advantages"]), default=0) or 1
+    text = ""
+    for token, advantage in zip(row["token_ids"], row["advantages"]):
+        piece = tokenizer.decode([token])
+        if advantage:
+            shade = SHADES[1 if advantage > 0 else -1][min(3, int(4 * abs(advantage) / strongest))]
+            piece = "\n".join(
+                f"\033[30;48;5;{shade}m{part}{PLAIN}" if part else "" for part in piece.split("\n")
+            )
+        text += piece
+    head = f"step {row['step']}  {row['id']}  response {row['k']}  reward {row['reward']:.2f}"
+    return f"{head}\n{text}\nexpert: {row['target']}"
+
+
+def learning_curve(out: Path) -> Path:
+    """Draw accuracy and reward over steps into learning_curve.png; return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    config, *rows = _lines(out / "metrics.jsonl")
+    panels = [("accuracy", "exact-match accuracy"), ("reward", "mean reward"), ("loss", "loss")]
+    panels = [(name, title) for name, title in panels if any(name in row for row in rows)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    for axis, (name, title) in zip(axes[0], panels):
+        for key, label, style in (
+            (name, "rollouts", "-"),
+            (f"eval/{name}", "held-out, greedy", "o--"),
+        ):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points), style, label=label, alpha=0.9)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(f"{config['algo']}, {config['model_name_or_path']}, seed {config['seed']}")
+    figure.tight_layout()
+    path = out / "learning_curve.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def tracker(kind: str, out: Path, config: dict) -> Callable[[dict, int], None] | None:
+    """A function that takes (metrics, step), or None for "none"; ImportError with the remedy if it is not installed."""
+    if kind == "none":
+        return None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out / "tensorboard")
+
+            def log(metrics, step):
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
+
+            return log
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
+    wandb.init(project="toolupt", dir=str(out), config=config)
+    return lambda metrics, step: wandb.log(metrics, step=step)
+
+
+def _telling(path: Path) -> dict:
+    """The last rollout with both positive and negative tokens, else the last."""
+    best = None
+    for row in _lines(path):
+        if best is None or (
+            min(row["advantages"], default=0) < 0 < max(row["advantages"], default=0)
+        ):
+            best = row
+    return best
+
+
+def _lines(path: Path):
+    with open(path) as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,341 @@
+"""A run: its ranks, data, model, engine, optimiser and the records in its output folder. train.py drives it.
+
+Run(config)      reads tokenizer and data and refuses what cannot work, before anything heavy is loaded
+run.start()      loads engine and model, resumes, sends the weights to the engine
+run.batch(step)  this rank's examples: a function of (seed, step)
+run.all_sum, all_max, optimizer_step, log, log_rollouts, save
+
+output_dir/metrics.jsonl            first line the config, then a line per step (step 0: before training)
+output_dir/rollouts.jsonl           a line per response with all that it was trained on (train.records)
+output_dir/checkpoint-STEP          a plain save_pretrained folder
+output_dir/checkpoint-STEP-state    sharded weights and optimiser state, for resuming
+"""
+
+import json
+import math
+import random
+import shutil
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import data
+import model as modeling
+import report
+import rollout
+
+
+class Clock:
+    """Seconds spent in the parts of a step."""
+
+    def __init__(self):
+        self.start, self.seconds = time.perf_counter(), defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def metrics(self, tokens: int) -> dict:
+        """timing_s/* and the tokens per second that the update reads (each prompt once)."""
+        step = time.perf_counter() - self.start
+        timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
+        return {**timing, "timing_s/step": step, "perf/tokens_per_second": tokens / step}
+
+
+class Run:
+    """What the loops share: ranks, data, model, engine, optimiser and the records of one output folder."""
+
+    def __init__(self, config):
+        """Read tokenizer and data; everything a user can get wrong is found before anything heavy is loaded."""
+        self.config, self.out = config, Path(config.output_dir)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check(config, self.world)
+        self.tokenizer = modeling.load_tokenizer(
+            config.model_name_or_path, trust_remote_code=config.trust_remote_code
+        )
+        self.examples, self.eval_examples = load_examples(
+            config, self.tokenizer, quiet=self.rank > 0
+        )
+        self.tag_length = data.tag_length(self.tokenizer)
+        check_context(config)
+        self.first_step, self.epoch = 0, (None, None)
+
+    def start(self) -> None:
+        """Load engine, model and optimiser: what takes time and memory."""
+        config = self.config
+        self.engine = rollout.make_engine(
+            config.engine,
+            config.model_name_or_path,
+            max_model_len=config.max_prompt_length + config.max_completion_length,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            seed=config.seed,
+        )
+        self.engine.sleep()
+        self.model, _ = modeling.load(
+            config.model_name_or_path,
+            gradient_checkpointing=config.gradient_checkpointing,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.model = modeling.shard(self.model)
+        self.optimizer = modeling.optimizer(
+            self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        self.metrics_file = self.rollouts_file = self.tracker = None
+        if self.rank == 0:
+            mode = "a" if self.first_step else "w"
+            self.metrics_file = open(self.out / "metrics.jsonl", mode)
+            if config.log_rollouts and "rl" in config.stages:
+                self.rollouts_file = open(self.out / "rollouts.jsonl", mode)
+            if not self.first_step:
+                self.write(self.metrics_file, asdict(config))
+            self.tracker = report.tracker(config.report_to, self.out, asdict(config))
+
+    # data
+
+    def batch(self, position: int) -> list[data.Example]:
+        """This rank's examples of batch number `position`: each epoch is a shuffle by (seed, epoch)."""
+        size, n = self.config.train_batch_size, len(self.examples)
+        mine = []
+        for i in range(
+            position * size + self.rank * size // self.world,
+            position * size + (self.rank + 1) * size // self.world,
+        ):
+            if self.epoch[0] != i // n:
+                order = list(range(n))
+                random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
+                self.epoch = (i // n, order)
+            mine.append(self.examples[self.epoch[1][i % n]])
+        return mine
+
+    def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the expert response with EOS: made here and nowhere else."""
+        return data.render(example, self.tokenizer), data.target_ids(example, self.tokenizer)
+
+    # ranks
+
+    def all_sum(self, values: dict) -> dict:
+        """The values of all ranks, added up by name."""
+        tensor = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return dict(zip(values, tensor.tolist()))
+
+    def all_max(self, value: float) -> float:
+        """The largest value of all ranks."""
+        tensor = torch.tensor([float(value)], dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    # the optimiser
+
+    def optimizer_step(self, lr: float, grad_norm: float) -> bool:
+        """Update the weights, unless the gradient is not finite; forget the gradient either way."""
+        finite = math.isfinite(grad_norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return finite
+
+    # records
+
+    @contextmanager
+    def progress(self, total: int):
+        """A bar over steps on rank 0."""
+        with tqdm(
+            total=total,
+            initial=self.first_step,
+            desc=self.config.algo,
+            disable=self.rank > 0,
+            dynamic_ncols=True,
+        ) as bar:
+            yield bar
+
+    @staticmethod
+    def postfix(metrics: dict) -> dict:
+        names = {
+            "reward": "reward",
+            "accuracy": "accuracy",
+            "eval/accuracy": "eval",
+            "loss": "loss",
+        }
+        return {short: f"{metrics[name]:.3f}" for name, short in names.items() if name in metrics}
+
+    def write(self, file, row: dict) -> None:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+
+    def log(self, step: int, metrics: dict) -> None:
+        """One line of metrics.jsonl, and the tracker of --report_to."""
+        if self.rank > 0:
+            return
+        self.write(self.metrics_file, {"step": step + 1, **metrics})
+        if self.tracker:
+            self.tracker(metrics, step + 1)
+
+    def log_rollouts(self, rows: list[dict]) -> None:
+        """Append the rows of all ranks to rollouts.jsonl."""
+        gathered = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(rows, gathered)
+        for part in gathered or []:
+            for row in part:
+                self.write(self.rollouts_file, row)
+
+    def save(self, step: int) -> None:
+        """Write checkpoint-STEP, a plain model folder, and checkpoint-STEP-state, what resuming needs (DCP)."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        modeling.save(self.model, self.tokenizer, self.out / f"checkpoint-{step}")
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        checkpoint.save(
+            {"model": weights, "optimizer": moments},
+            checkpoint_id=self.out / f"checkpoint-{step}-state",
+        )
+        limit = self.config.save_total_limit
+        if self.rank == 0 and limit:
+            for old in saved_steps(self.out)[:-limit]:
+                for folder in (f"checkpoint-{old}", f"checkpoint-{old}-state"):
+                    shutil.rmtree(self.out / folder)
+
+    def resume(self) -> None:
+        """Take step, weights and optimiser from --resume_from_checkpoint; data and seeds follow from the step."""
+        where = self.config.resume_from_checkpoint
+        if not where:
+            return
+        steps = saved_steps(self.out)
+        if where == "latest" and not steps:
+            return  # the first start of a job that always passes latest
+        folder = self.out / f"checkpoint-{steps[-1]}" if where == "latest" else Path(where)
+        state = folder.with_name(folder.name + "-state")
+        if not (state / ".metadata").exists():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: no optimiser state in {state}; choose among {steps}"
+            )
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=weights, optim_state_dict=moments
+        )
+        self.first_step = int(folder.name.removeprefix("checkpoint-"))
+
+    def close(self) -> None:
+        """Free the engine and close the records."""
+        self.engine.close()
+        for file in (self.metrics_file, self.rollouts_file):
+            if file:
+                file.close()
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the whole checkpoints in `out`, ascending: DCP writes .metadata last."""
+    return sorted(
+        int(p.parent.name.split("-")[1]) for p in out.glob("checkpoint-*-state/.metadata")
+    )
+
+
+def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
+    """Training examples and the fixed evaluation subset; what is too long is dropped, counted and said."""
+    examples = [
+        e for source in config.train_file for e in data.load_source(source, seed=config.seed)
+    ]
+    if config.eval_file:
+        held_out = [
+            e for source in config.eval_file for e in data.load_source(source, seed=config.seed)
+        ]
+    elif all(source.startswith("toy") for source in config.train_file):
+        level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
+        held_out = data.load("toy", level)
+    else:
+        held_out, examples = data.split(examples, config.eval_fraction, config.seed)
+    parts = []
+    for name, part in (("train", examples), ("eval", held_out)):
+        part, drops = data.fit(
+            part, tokenizer, config.max_prompt_length, config.max_completion_length
+        )
+        if not quiet:
+            print(
+                f"{name}: {len(part)} examples"
+                + "".join(f", {n} dropped: {why}" for why, n in drops.items())
+            )
+        if not part:
+            raise ValueError(
+                f"no {name} example fits; raise --max_prompt_length or --max_completion_length"
+            )
+        parts.append(part)
+    train, held_out = parts
+    if len(train) < config.train_batch_size:
+        raise ValueError(
+            f"{len(train)} training examples are fewer than --train_batch_size {config.train_batch_size}; lower it"
+        )
+    return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+
+
+def check(config, world: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded."""
+    choices = {
+        "stages": ("rl", "sft", "sft,rl"), "reward": ("outcome", "binary"), "advantage": ("fgae", "group", "luffy"),
+        "loss": ("dapo", "grpo", "luffy", "srft", "chord"), "expert": ("none", "spo", "sft", "group"),
+        "alignment": ("positional", "lcs"), "lr_scheduler_type": ("constant", "cosine"),
+        "engine": ("vllm", "transformers"), "report_to": ("none", "tensorboard", "wandb"),
+    }  # fmt: skip
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: choose one of {', '.join(allowed)}"
+            )
+    for name in (
+        "max_steps",
+        "train_batch_size",
+        "num_generations",
+        "max_completion_length",
+        "max_tokens_per_row",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if "rl" in config.stages and config.num_generations < 2:
+        raise ValueError(
+            "--num_generations 1: a group advantage compares responses; take at least 2"
+        )
+    if config.temperature <= 0:
+        raise ValueError(
+            f"--temperature {config.temperature}: sampling for training needs a positive temperature"
+        )
+    if config.train_batch_size % world:
+        raise ValueError(
+            f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
+            f"take {config.train_batch_size // world * world or world}"
+        )
+    if config.advantage == "fgae" and config.reward == "binary":
+        raise ValueError(
+            "--advantage fgae builds on the outcome reward in [-3, 4]: drop --reward binary"
+        )
+
+
+def check_context(config) -> None:
+    """Refuse lengths beyond what the model can read."""
+    model = AutoConfig.from_pretrained(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    room, wanted = (
+        model.max_position_embeddings,
+        config.max_prompt_length + config.max_completion_length,
+    )
+    if wanted > room:
+        raise ValueError(
+            f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length {config.max_prompt_length} and "
+            f"--max_completion_length {config.max_completion_length} need {wanted}: lower them"
+        )

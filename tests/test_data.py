@@ -1,0 +1,643 @@
+"""data.py: steps against a slow fold, the prompt against the figures, splits, selection, files."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_converters as raw
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from converters import Conversation
+from data import Example, load, load_with_drops, messages, render, target_ids
+
+ORACLES = json.loads((Path(__file__).parent / "oracles" / "data.json").read_text())
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(template=TEMPLATE, eos="<|end|>", merges=()):
+    """A byte-level tokenizer that prepends a special token when asked for special tokens."""
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges))
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|start|>", "<|end|>", "<|bos|>"])
+    from tokenizers.processors import TemplateProcessing
+
+    bos = backend.token_to_id("<|bos|>")
+    backend.post_processor = TemplateProcessing("<|bos|> $A", None, [("<|bos|>", bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, bos_token="<|bos|>", chat_template=template
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def example(query="q", target="<answer>\na\n</answer>", row="x/0/0", **fields):
+    kind = "answer" if target.startswith("<answer>") else "tool_call"
+    fields = {"tools": [], "history": [], "steps": [], **fields}
+    return Example(id=row, query=query, target=target, kind=kind, **fields)
+
+
+# ---- steps ----
+
+
+def slow_context(turns, t):
+    """Return (history, query, steps) before turn t, from the definition: one pass per question."""
+    said = [i for i in range(t) if turns[i][0] == "user"]
+    answered = [
+        i for i in range(t) if turns[i][0] == "assistant" and not followed_by_call(turns, i)
+    ]
+    query = ""
+    if said and (not answered or said[-1] > answered[-1]):
+        query = turns[said[-1]][1]
+        said = said[:-1]
+    past = sorted([(i, "user") for i in said] + [(i, "assistant") for i in answered])
+    steps = []
+    for i in range(t):
+        if turns[i][0] in ("call", "think"):
+            results = []
+            for j in range(i + 1, t):
+                if turns[j][0] != "observation":
+                    break
+                results.append(turns[j][1])
+            calls = turns[i][1]
+            steps.append((json.dumps(calls if len(calls) > 1 else calls[0]), "\n".join(results)))
+    return [(role, turns[i][1]) for i, role in past], query, steps
+
+
+def followed_by_call(turns, i):
+    return i + 1 < len(turns) and turns[i + 1][0] in ("call", "think")
+
+
+def random_turns(rng):
+    turns = []
+    for n in range(rng.randint(1, 12)):
+        kind = rng.choice(("user", "assistant", "call", "think", "user"))
+        if kind in ("call", "think"):
+            calls = [{"name": f"f{n}", "params": {"v": n}}] * rng.randint(1, 2)
+            turns.append((kind, calls))
+            turns += [("observation", f"seen {n} {m}") for m in range(rng.randint(1, 2))]
+        else:
+            turns.append((kind, f"{kind} says {n}"))
+    if rng.random() < 0.3 and turns[-1][0] == "observation":
+        turns = turns[: max(i for i, turn in enumerate(turns) if turn[0] in ("call", "think")) + 1]
+    return turns
+
+
+def test_steps_equal_the_slow_fold(monkeypatch):
+    rng = random.Random(0)
+    seen = Counter()
+    for _ in range(300):
+        turns = random_turns(rng)
+        monkeypatch.setitem(data.CONVERTERS, "fake", lambda row: Conversation([], row))
+        examples, drops = data.convert("fake", [turns])
+        expected, refused = [], Counter()
+        for t, (role, content) in enumerate(turns):
+            if role in ("user", "observation"):
+                continue
+            history, query, steps = slow_context(turns, t)
+            if role == "assistant" and followed_by_call(turns, t):
+                refused["text: prose beside a call"] += 1
+            elif role == "think":
+                refused["turn: think call"] += 1
+            elif not query:
+                refused["turn: no user query"] += 1
+            else:
+                body = content
+                if role == "call":
+                    body = json.dumps(content if len(content) > 1 else content[0])
+                tag = "tool_call" if role == "call" else "answer"
+                target = f"<{tag}>\n{body}\n</{tag}>"
+                expected.append(Example(f"fake/0/{t}", [], history, query, steps, target, tag))
+        if not expected and not refused:
+            refused["row: no assistant turn"] = 1
+        assert examples == expected
+        assert drops == refused
+        seen += drops + Counter(e.kind for e in expected)
+    assert min(seen[key] for key in ("answer", "tool_call", "turn: think call")) > 20
+
+
+def test_earlier_rounds_keep_their_tool_steps_and_numbers():
+    turn = '[Get Weather(city="%s")]'
+    row = raw.toolace_row(
+        ("user", "u1"),
+        ("assistant", turn % "A"),
+        ("tool", "o1"),
+        ("assistant", "a1"),
+        ("user", "u2"),
+        ("assistant", turn % "B"),
+        ("tool", "o2"),
+        ("assistant", "a2"),
+    )
+    examples, drops = data.convert("toolace", [row])
+    assert not drops and [e.id for e in examples] == [f"toolace/0/{t}" for t in (1, 3, 5, 7)]
+    user = messages(examples[3])[1]["content"]
+    call = '{"name": "Get Weather", "params": {"city": "%s"}}'
+    assert user == (
+        "[Chat Short Memory]\nuser: u1\nassistant: a1\n\n[User Query]\nu2\n\n"
+        "[Intermediate Tools Calls and Returns]\n"
+        f"Step-1 tool call: {call % 'A'}\nStep-1 observation: o1\n"
+        f"Step-2 tool call: {call % 'B'}\nStep-2 observation: o2\n\n[Response]\n"
+    )
+
+
+def test_no_target_is_in_its_own_prompt():
+    turns = [("user", "u0")]
+    for n in range(6):
+        turns += [
+            ("call", [{"name": "f", "params": {"secret": f"s{n}"}}]),
+            ("observation", f"o{n}"),
+        ]
+        turns += [("assistant", f"answer number {n}"), ("user", f"u{n + 1}")]
+    pairs = data._steps("x/0", Conversation([], turns), 0)
+    assert len(pairs) == 12
+    for made, _ in pairs:
+        text = "".join(message["content"] for message in messages(made))
+        assert made.target.split("\n")[1] not in text
+        later = turns[int(made.id.split("/")[2]) + 1 :]
+        assert not any(str(content) in text for role, content in later if role != "call")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([("user", "q"), ("call", [{}]), ("assistant", "a")], "row: call without observation"),
+        ([("user", "q"), ("call", [{}]), ("user", "r")], "row: call without observation"),
+        ([("user", "q"), ("observation", "o")], "row: observation without call"),
+        ([("observation", "o")], "row: observation without call"),
+        ([("user", "q")], "row: no assistant turn"),
+        ([], "row: no assistant turn"),
+        ([("user", ""), ("assistant", "a")], "turn: no user query"),
+        ([("assistant", "hello")], "turn: no user query"),
+        ([("user", "q"), ("assistant", "")], "turn: empty answer"),
+        ([("user", "q"), ("assistant", "say </answer>")], "turn: a tag inside a text"),
+        ([("user", "<tool_call>"), ("assistant", "a")], "turn: a tag inside a text"),
+        ([("user", "[Response]"), ("assistant", "a")], "turn: a tag inside a text"),
+        ([("user", "q"), ("call", [{"a": "</tool_call>"}])], "turn: a tag inside a text"),
+    ],
+)
+def test_what_is_refused_and_counted(monkeypatch, turns, reason):
+    monkeypatch.setitem(data.CONVERTERS, "fake", lambda row: Conversation([], row))
+    assert data.convert("fake", [turns]) == ([], {reason: 1})
+
+
+def test_empty_observations_stay_and_trailing_ones_are_no_target():
+    row = raw.apigen_row(
+        ("human", "q"),
+        ("function_call", '{"name": "think", "arguments": {}}'),
+        ("observation", ""),
+        ("function_call", '{"name": "cancel", "arguments": {"id": "7"}}'),
+        ("observation", "done"),
+    )
+    examples, drops = data.convert("apigen-mt", [row])
+    assert len(examples) == 1 and drops == {"turn: think call": 1}
+    assert examples[0].steps == [('{"name": "think", "params": {}}', "")]
+
+
+def test_repetitions_are_kept_once_but_other_tools_are_another_example():
+    row = raw.hermes_row(("human", "q"), ("gpt", "a"))
+    other = raw.hermes_row(("human", "q"), ("gpt", "a"), tools="[]")
+    examples, drops = data.convert("hermes", [row, row, other])
+    assert len(examples) == 2 and drops == {"turn: exact repetition": 1}
+
+
+def test_surface_of_targets():
+    calls = [{"name": "f", "arguments": {"x": "é", "n": 1.0, "b": True}}]
+    single, parallel = (data.convert("xlam", [raw.xlam_row(calls * n)])[0][0] for n in (1, 2))
+    one = '{"name": "f", "params": {"x": "é", "n": 1.0, "b": true}}'
+    assert single.target == f"<tool_call>\n{one}\n</tool_call>"
+    assert parallel.target == f"<tool_call>\n[{one}, {one}]\n</tool_call>"
+    assert single.kind == parallel.kind == "tool_call"
+
+
+def test_irrelevance_answers_name_the_request_and_depend_on_seed_and_row():
+    rows = [raw.xlam_row([], query=f"Find prime number {n}! Then stop.") for n in range(40)]
+    answers = [e.target for e in data.convert("hammer", rows)[0]]
+    assert answers == [e.target for e in data.convert("hammer", rows)[0]]
+    assert answers != [e.target for e in data.convert("hammer", rows, seed=1)[0]]
+    assert all(f'"Find prime number {n}"' in text for n, text in enumerate(answers))
+    patterns = {text.replace(f"number {n}", "number N") for n, text in enumerate(answers)}
+    assert len(patterns) == len(data.NO_TOOL)
+    assert all(text.startswith("<answer>\n") for text in answers)
+
+
+# ---- the prompt ----
+
+
+def test_figures_are_verbatim():
+    paper = SHARED / "papers" / "toolupt.txt"
+    if not paper.exists():
+        pytest.skip("../shared/papers/toolupt.txt is not there (optional data)")
+    text = paper.read_text(encoding="utf-8")
+    figure = text.partition("System Prompt for Training\n\n")[2].partition("\n\n```")[0]
+    assert figure.strip() == data.SYSTEM_PROMPT
+    figure = text.partition("User Prompt for Training\n\n")[2].partition("\n\n```")[0]
+    headings = [line for line in figure.splitlines() if line.startswith("[")]
+    assert headings == [line for line in data.USER_PROMPT.splitlines() if line.startswith("[")]
+    shown = example(
+        "__QUERY__",
+        history=[
+            ("user", "{Round 1 user input}"),
+            ("assistant", "{Round 1 model answer}"),
+            ("user", "{Round 2 user input}"),
+            ("assistant", "{Round 2 model answer}"),
+        ],
+        steps=[("...", "..."), ("...", "...")],
+    )
+    lines = [line for line in figure.strip().splitlines() if line != "..."]
+    assert messages(shown)[1]["content"].rstrip() == "\n".join(lines)
+
+
+def test_system_prompt_holds_tools_one_per_line_and_the_policy_before_them():
+    row = raw.apigen_row(("human", "q"), ("gpt", "a"), system="# Policy é\n__TOOL_DESCS__?")
+    made = data.convert("apigen-mt", [row])[0][0]
+    assert made.system.count("__TOOL_DESCS__") == 2  # hostile, but filled consistently
+    row = raw.apigen_row(("human", "__STEPS__ __TOOL_DESCS__"), ("gpt", "a"), system="# Policy é")
+    made = data.convert("apigen-mt", [row])[0][0]
+    system, user = (message["content"] for message in messages(made))
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in made.tools)
+    assert f"# Policy é\n\n## Available Tools Description\n{tools}\n\n## Overall" in system
+    assert len(tools.splitlines()) == 2
+    assert "[User Query]\n__STEPS__ __TOOL_DESCS__\n" in user  # user text is never expanded
+    plain = example(tools=[{"name": "ü"}])
+    assert messages(plain)[0]["content"] == data.SYSTEM_PROMPT.replace(
+        "__TOOL_DESCS__", '{"name": "ü"}'
+    )
+
+
+def test_sections_are_there_when_empty():
+    assert messages(example("hi"))[1]["content"] == (
+        "[Chat Short Memory]\n\n\n[User Query]\nhi\n\n"
+        "[Intermediate Tools Calls and Returns]\n\n\n[Response]\n"
+    )
+
+
+def test_render_is_the_chat_as_plain_ids(tokenizer):
+    made = example("Grüße", tools=[{"name": "f"}])
+    ids = render(made, tokenizer)
+    assert type(ids) is list and set(map(type, ids)) == {int}
+    system, user = (message["content"] for message in messages(made))
+    text = f"<|start|>system\n{system}<|end|>\n<|start|>user\n{user}<|end|>\n<|start|>assistant\n"
+    assert tokenizer.decode(ids) == text
+    specials = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>"])
+    assert [i for i in ids if i in specials] == [*specials, *specials, specials[0]]
+
+
+def test_target_ids_end_with_one_eos_and_no_bos(tokenizer):
+    made = example(target="<answer>\né\n</answer>")
+    ids = target_ids(made, tokenizer)
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.bos_token_id not in ids and len(ids) == len(made.target.encode()) + 1
+    assert tokenizer.decode(ids[:-1]) == made.target
+
+
+def test_tokenizers_that_cannot_be_used():
+    bare = byte_tokenizer(template=None)
+    for call in (lambda: render(example(), bare), lambda: data.fit([example()], bare, 9, 9)):
+        with pytest.raises(ValueError, match="no chat template; use an instruct model"):
+            call()
+    with pytest.raises(ValueError, match="EOS"):
+        target_ids(example(), byte_tokenizer(eos=None))
+
+
+def test_tag_length_with_and_without_merges(tokenizer):
+    assert data.tag_length(tokenizer) == len("<answer>")
+    newline = "Ċ"  # the byte-level alphabet's letter for \n
+    merges = [("a", "n"), (">", newline)]
+    merged = byte_tokenizer(merges=merges)
+    count = data.tag_length(merged)
+    assert count == len("<answer>") - 1  # "an" is one token
+    ids = merged("<answer>\nYes.", add_special_tokens=False)["input_ids"]
+    assert merged.decode(ids[:count]) == "<answer>\n"
+
+
+def test_fit_drops_by_tokens_and_never_truncates(tokenizer):
+    rng = random.Random(0)
+    examples = [
+        example(
+            "q" * rng.randint(0, 400),
+            f"<answer>\n{'é' * rng.randint(0, 99)}\n</answer>",
+            system="__TOOL_DESCS__",
+        )
+        for _ in range(300)
+    ]
+    prompts = [len(render(e, tokenizer)) for e in examples]
+    targets = [len(target_ids(e, tokenizer)) for e in examples]
+    limit, most = sorted(prompts)[150], sorted(targets)[200]
+    kept, drops = data.fit(examples, tokenizer, limit, most)
+    fits = [p <= limit and t <= most for p, t in zip(prompts, targets, strict=True)]
+    assert kept == [e for e, good in zip(examples, fits, strict=True) if good]
+    assert drops == {
+        f"turn: prompt longer than {limit} tokens": sum(p > limit for p in prompts),
+        f"turn: target longer than {most} tokens": sum(
+            p <= limit and t > most for p, t in zip(prompts, targets, strict=True)
+        ),
+    }
+    assert data.fit([], tokenizer, 1, 1) == ([], Counter())
+
+
+# ---- splits and selection ----
+
+
+def conversations(rng, count=120):
+    """Rows of one to four examples; every third row opens like an earlier one, but for the writing."""
+    examples, openings = [], []
+    for row in range(count):
+        opening = f"Tell me about topic {row}, please."
+        if openings and row % 3 == 0:
+            opening = rng.choice(openings).upper().replace(",", " ").replace(".", "!?")
+        openings.append(opening)
+        history, query = [], opening
+        for turn in range(rng.randint(1, 4)):
+            examples.append(example(query, row=f"d/{row}/{turn}", history=history))
+            history = [*history, ("user", query), ("assistant", "ok")]
+            query = "yes, please"
+    return examples
+
+
+def opening_words(made):
+    first = made.history[0][1] if made.history else made.query
+    return "".join(c if c.isalnum() else " " for c in first.lower()).split()
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_split_shares_no_row_and_no_opening(fraction):
+    examples = conversations(random.Random(3))
+    first, second = data.split(examples, fraction, seed=5)
+    assert abs(len(first) - fraction * len(examples)) < 12
+    assert [e for e in examples if e in first] == first  # order is kept, nothing lost
+    assert sorted(e.id for e in first + second) == sorted(e.id for e in examples)
+    assert not {e.id.split("/")[1] for e in first} & {e.id.split("/")[1] for e in second}
+    openings = [{tuple(opening_words(e)) for e in part} for part in (first, second)]
+    assert not openings[0] & openings[1]
+    assert data.split(examples, fraction, seed=5) == (first, second)
+    assert data.split(examples, fraction, seed=6)[0] != first
+
+
+def test_split_joins_rows_by_a_long_later_query():
+    long = "now compare the price of the red bicycle with that of the blue one"
+    examples = []
+    for row in range(40):
+        start = [("user", f"start {row}"), ("assistant", "ok")]
+        examples.append(example(f"{long} {row // 2}", row=f"d/{row}/3", history=start))
+    for seed in range(4):
+        first, second = data.split(examples, 0.5, seed)
+        assert not {e.query for e in first} & {e.query for e in second}
+
+
+def test_split_that_is_impossible():
+    same = [example("Hi!", row=f"d/{n}/0") for n in range(9)]
+    for examples, fraction in ((same, 0.5), ([], 0.5), (conversations(random.Random(0)), 1.0)):
+        with pytest.raises(ValueError, match="a part would be empty"):
+            data.split(examples, fraction)
+
+
+def test_split_says_when_groups_are_too_large(capsys):
+    examples = [example("Hi", row=f"d/{n}/0") for n in range(60)]
+    examples += [example(f"q{n}", row=f"d/{60 + n}/0") for n in range(40)]
+    first, _ = data.split(examples, 0.5)
+    assert len(first) == 40 and "40 of 50 examples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ORACLES["difficulty"], ids=str)
+def test_difficulty_oracle(case):
+    assert data.difficulty(case["a"], case["b"], case["c"]) == case["label"]
+
+
+def test_difficulty_tests_hard_before_easy():
+    assert data.difficulty(1, 100, 2) == "medium" and data.difficulty(1, 100, 4) == "hard"
+    assert data.difficulty(4, 0, 0) == "hard" and data.difficulty(2, 0, 0) == "medium"
+    with pytest.raises(AssertionError):
+        data.difficulty(-1, 0, 0)
+
+
+def test_select_complex_oracle():
+    case = ORACLES["buffer"]
+    assert data.select_complex(case["ppl"], case["is_call"]) == case["top10pct_stratified"]
+    assert data.select_complex(case["ppl"], None) == case["top10pct_global"]
+
+
+def slow_select(perplexities, is_call, fraction):
+    chosen = []
+    for kind in (True, False):
+        left = [i for i in range(len(is_call)) if is_call[i] == kind]
+        wanted = max(1, int(fraction * len(left) + 1e-9)) if left else 0
+        for _ in range(wanted):
+            best = left[0]
+            for i in left:
+                if perplexities[i] > perplexities[best]:
+                    best = i
+            left.remove(best)
+            chosen.append(best)
+    return sorted(chosen)
+
+
+def test_select_complex_equals_picking_one_by_one():
+    rng = random.Random(0)
+    for n in (0, 1, 2, 9, 10, 11, 57, 100):
+        for fraction in (0.1, 0.29, 1.0):
+            values = [rng.choice([1.0, 1.5, 2.0, 7.5, math.inf]) for _ in range(n)]
+            flags = [rng.random() < 0.4 for _ in range(n)]
+            got = data.select_complex(values, flags, fraction)
+            assert got == slow_select(values, flags, fraction)
+    assert len(data.select_complex(range(1, 101), [True] * 100, 0.29)) == 29
+    with pytest.raises(AssertionError):
+        data.select_complex([1.0, math.nan], [True, True])
+
+
+# ---- files ----
+
+
+def test_unknown_names_and_missing_paths(tmp_path):
+    with pytest.raises(ValueError, match="hermes, toolace, xlam, .*jsonl, toy"):
+        load("glaive", "x.json")
+    for name, (repo, file) in data.SOURCES.items():
+        with pytest.raises(ValueError, match=f"download {repo} {file}"):
+            load(name)
+        with pytest.raises(FileNotFoundError, match=f"download {repo} {file}"):
+            load(name, tmp_path / "absent.json")
+    with pytest.raises(ValueError, match=r"\.jsonl"):
+        load("jsonl")
+    with pytest.raises(FileNotFoundError):
+        load("jsonl", tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.json", b'[{"query": "x", ', "a.json is not JSON"),
+        ("a.json", b"", "a.json is not JSON"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.json", b'{"query": "x"}', "not a list"),
+        ("a.json", b"3", "not a list"),
+        ("a.json", b'["\xff"]', "not UTF-8"),
+        ("a.json", b"[" * 10_000 + b"]" * 10_000, "not JSON"),
+        ("a.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ', "line 2"),
+        ("a.jsonl", b"\n\n", "holds no rows"),
+        ("a.parquet", b"PAR1", "neither .json nor .jsonl"),
+        ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),
+        ("a.json", b"[1, null]", r"could be read as 'xlam' \(2 row"),
+    ],
+)
+def test_bad_files(tmp_path, file, content, message):
+    path = tmp_path / file
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load("xlam", path)
+
+
+def test_load_reads_files_folders_and_lines_and_reports_drops(tmp_path, capsys):
+    row = raw.xlam_row([{"name": "f", "arguments": {}}], query="line\u2028separator")
+    bad = {**raw.xlam_row([]), "answers": "null"}
+    (tmp_path / "a.json").write_text(json.dumps([row, bad]), encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("no data")
+    examples = load("xlam", tmp_path / "a.json")
+    assert [e.query for e in examples] == ["line\u2028separator"]
+    assert "1 examples; left out: 1 row: " in capsys.readouterr().err
+    lines = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\n\n" + json.dumps(bad)
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    assert load("xlam", tmp_path / "b.jsonl") == examples
+    found, drops = load_with_drops("xlam", tmp_path)
+    assert found == examples and drops.total() == 3  # b repeats a
+    expected = data.SOURCES["xlam"][1]
+    (tmp_path / expected).write_text(json.dumps([{**row, "query": "own file"}]))
+    assert [e.query for e in load("xlam", str(tmp_path))] == ["own file"]
+
+
+def test_load_source_takes_a_name_a_file_or_both(tmp_path, monkeypatch):
+    row = raw.xlam_row([{"name": "f", "arguments": {}}])
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
+    assert data.load_source(str(path)) == data.load_source(f"xlam:{path}") == load("xlam", path)
+    data.write_jsonl(load("xlam", path), tmp_path / "own.jsonl")
+    assert data.load_source(str(tmp_path / "own.jsonl")) == load("xlam", path)
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 8, "valid": 8, "test": 8})
+    assert data.load_source("toy", seed=3) == load("toy", "train", seed=3)
+    assert data.load_source("toy:hard-test") == load("toy", "hard-test")
+    with pytest.raises(FileNotFoundError, match="NAME:FILE"):
+        data.load_source("absent.json")
+    with pytest.raises(ValueError, match="download"):
+        data.load_source("xlam")
+
+
+def test_jsonl_round_trip(tmp_path):
+    rows = [raw.apigen_row(("human", "q\u2028é"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]
+    examples = data.convert("apigen-mt", rows)[0] + [example("plain")]
+    data.write_jsonl(examples, tmp_path / "out.jsonl")
+    assert load("jsonl", tmp_path / "out.jsonl") == examples
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
+    assert ["system" in json.loads(line) for line in lines if line] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "call"},
+        {"kind": "tool_call"},
+        {"target": "a"},
+        {"target": 3},
+        {"query": None},
+        {"tools": "[]"},
+        {"tools": ["f"]},
+        {"history": [["user"]]},
+        {"history": [["user", 3]]},
+        {"steps": "ab"},
+        {"steps": None},
+        {"system": "no slot"},
+        {"extra": 1},
+        {"query": "\ud800"},
+        {"kind": "tool_call", "target": "<tool_call>\n{\n</tool_call>"},
+    ],
+    ids=str,
+)
+def test_jsonl_rows_that_are_no_examples(tmp_path, change):
+    row = {**vars(example()), **change}
+    good = vars(example())
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row))
+    with pytest.raises(ValueError, match="row 2 is no Example"):
+        load("jsonl", tmp_path / "a.jsonl")
+    del good["query"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(good))
+    with pytest.raises(ValueError, match="row 1 is no Example.*query"):
+        load("jsonl", tmp_path / "a.jsonl")
+
+
+def test_toy_is_wired(monkeypatch):
+    monkeypatch.setattr(data, "TOY_SIZES", {"train": 40, "valid": 20, "test": 20})
+    for name, size in (("train", 40), ("valid", 20), ("hard-test", 20)):
+        examples = load("toy", name, seed=1)
+        assert len(examples) == size and len({e.id for e in examples}) == size
+        assert all(
+            "__TOOL_DESCS__" in e.system and e.system != data.SYSTEM_PROMPT for e in examples
+        )
+        assert load("toy", name, seed=1) == examples != load("toy", name, seed=2)
+    assert load("toy", seed=1) == load("toy", "train", seed=1)
+    first, second = data.split(load("toy"), 0.5)
+    assert first and second
+    for name in ("dev", "hard", "hard-dev"):
+        with pytest.raises(ValueError, match="unknown split"):
+            load("toy", name)
+
+
+# ---- command line ----
+
+
+def test_stats_and_convert(tmp_path, capsys, monkeypatch, tokenizer):
+    # AutoTokenizer imports every model's code, which takes longer than all these tests
+    stub = SimpleNamespace(AutoTokenizer=PreTrainedTokenizerFast)
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    calls = [{"name": "f", "arguments": {"x": 1}}]
+    rows = [raw.xlam_row(calls, query=f"q{n}") for n in range(3)] + [raw.xlam_row(calls * 2)]
+    rows.append({**raw.xlam_row([]), "answers": "null"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    file, out = str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl")
+    data.main(["stats", file, "--tokenizer", str(tmp_path / "tokenizer")])
+    text = capsys.readouterr().out
+    lengths = [len(render(e, tokenizer)) for e in load("xlam", file)]
+    assert "(xlam)" in text and "rows 5  examples 4  per row 0.80" in text
+    assert "left out      1  row: no 'name' of the right type" in text
+    assert "single call 75.0 %  parallel calls 25.0 %" in text
+    assert f"tokens p50 {sorted(lengths)[1]}  p95 {max(lengths)}  max {max(lengths)}" in text
+    data.main(["convert", file, out, "--name", "xlam"])
+    assert load("jsonl", out) == load("xlam", file)
+    capsys.readouterr()
+    data.main(["stats", out, file])
+    assert "(jsonl)" in capsys.readouterr().out
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": 1}]')
+    for file, message in (("a.json", "--name"), ("b.json", "b.json")):
+        command = [sys.executable, data.__file__, "stats", str(tmp_path / file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and message in done.stderr
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_statistics_of_nothing():
+    assert "examples 0" in data.statistics(3, [], Counter({"row: no call": 3}))
+
+
+def test_examples_are_frozen():
+    with pytest.raises(AttributeError):
+        example().query = "other"
+    assert replace(example(), query="other").query == "other"

@@ -1,0 +1,356 @@
+"""model.py: folders in and out, LoRA, and FSDP2 on 1 and 2 gloo ranks against one process."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tokenizers import Tokenizer, models
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import model as library
+from packing import join, pack, response_logps
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+KINDS = ["qwen2", "llama"]  # tied, untied
+RUNS = [("qwen2", 0), ("llama", 2)]  # (checkpoint, LoRA rank); one rank does the first only
+MICRO_BATCHES = [  # two optimiser micro-batches for each of two ranks, of unequal sizes
+    pack([3, 1, 4, 1, 5, 9], [[2, 6, 5], [], [3]]),
+    join([pack([2, 7], [[1, 8, 2, 8]]), pack([1, 8], [[2], [8, 4]])]),
+    pack([5, 9, 0, 4], [[5, 2, 3, 5, 3, 6, 0]]),
+    pack([7], [[]]),  # a rank that ran out of work
+]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Two checkpoints as transformers writes them."""
+    torch.manual_seed(0)
+    made = {
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+        "llama": LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+    }
+    root = tmp_path_factory.mktemp("checkpoints")
+    for kind, network in made.items():
+        network.save_pretrained(root / kind)
+        tokenizer().save_pretrained(root / kind)
+    return root
+
+
+def tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}"):
+    words = models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0")
+    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0")
+    fast.chat_template = template
+    return fast
+
+
+def plain(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def backward(network, micro_batches, num_tokens=25):
+    """Gradients of a loss in both outputs with a global denominator, accumulated."""
+    for packed in micro_batches:
+        logps, entropy = response_logps(network, packed, temperature=0.9)
+        weights = 1 + torch.arange(logps.shape[1])
+        ((weights * logps).sum() / num_tokens - 0.1 * entropy.sum() / num_tokens).backward()
+
+
+def randomise_adapters(network):
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(generator=generator)
+
+
+def gradients(network):
+    return {
+        name: whole(parameter.grad)
+        for name, parameter in network.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def assert_gradients_close(actual, expected):
+    assert actual.keys() == expected.keys() and len(actual) > 0
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).abs().max()
+        assert error <= 1e-5 * max(gradient.abs().max(), 1e-2 * largest), name
+
+
+# load
+
+
+def test_load_gives_fp32_master_weights_and_the_tokenizer(folders, tmp_path):
+    plain(folders / "qwen2").bfloat16().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    network, words = library.load(tmp_path)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert network.training and words.chat_template
+    expected = plain(tmp_path).state_dict()
+    assert all(torch.equal(p, expected[n]) for n, p in network.named_parameters())
+
+
+def test_load_turns_dropout_off(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    network, _ = library.load(tmp_path / "a", gradient_checkpointing=True)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(network(ids).logits, network(ids).logits)
+    assert network.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("*.safetensors", "no .*safetensors"),
+        ("tokenizer*", "no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_load_names_what_is_missing(folders, tmp_path, remove, message):
+    folder = tmp_path / "broken"
+    shutil.copytree(folders / "qwen2", folder)
+    removed = list(folder.glob(remove))
+    assert removed
+    for file in removed:
+        file.unlink()
+    with pytest.raises(ValueError, match=message) as caught:
+        library.load(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_load_refuses_a_missing_folder_and_missing_weights(folders, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        library.load(tmp_path / "nowhere")
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tmp_path / "llama/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="9 weights are missing, model.layers.2"):
+        library.load(tmp_path / "llama")
+
+
+# full_tensors and save
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_tensors_are_the_weights_with_tied_heads_twice(folders, kind):
+    network, _ = library.load(folders / kind)
+    tensors = dict(library.full_tensors(network))
+    expected = plain(folders / kind).state_dict()
+    assert tensors.keys() == expected.keys() and "lm_head.weight" in tensors
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_tensors_merge_lora_as_peft_does(folders, kind):
+    network, _ = library.load(folders / kind, lora_rank=2, lora_alpha=6)
+    randomise_adapters(network)
+    tensors = dict(library.full_tensors(network))
+    expected = network.merge_and_unload().state_dict()
+    assert tensors.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(tensors[name], expected[name], rtol=1e-6, atol=1e-7), name
+    original = plain(folders / kind).state_dict()
+    changed = {name for name in original if not torch.equal(original[name], tensors[name])}
+    assert len(changed) == 2 * 7 and all("proj" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_save_then_from_pretrained(folders, tmp_path, kind, lora_rank):
+    network, words = library.load(folders / kind, lora_rank=lora_rank)
+    randomise_adapters(network)
+    response_logps(network, MICRO_BATCHES[0])  # our attention must not end up in config.json
+    library.save(network, words, tmp_path / "a/b/best", max_shard_size="20KB")
+    assert [entry.name for entry in (tmp_path / "a/b").iterdir()] == ["best"]
+    files = sorted(file.name for file in (tmp_path / "a/b/best").glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a/b/best", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(again) is type(plain(folders / kind)) and again.dtype == torch.float32
+    expected = dict(library.full_tensors(network))
+    assert all(torch.equal(p, expected[n]) for n, p in again.state_dict().items())
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.allclose(again(ids).logits, network(ids).logits, atol=1e-4)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "a/b/best")
+    assert loaded.chat_template == words.chat_template and loaded.get_vocab() == words.get_vocab()
+    assert "shared_prefix" not in (tmp_path / "a/b/best/config.json").read_text()
+
+
+def test_save_replaces_the_older_folder(folders, tmp_path):
+    network, words = library.load(folders / "llama")
+    library.save(network, words, tmp_path / "last", max_shard_size="20KB")
+    with torch.no_grad():
+        network.lm_head.weight.add_(1.0)
+    library.save(network, words, tmp_path / "last")
+    files = [file.name for file in (tmp_path / "last").glob("*.safetensors*")]
+    assert files == ["model.safetensors"]
+    assert torch.equal(plain(tmp_path / "last").lm_head.weight, network.lm_head.weight)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+
+
+def test_save_checks_the_disk_before_it_writes(folders, tmp_path, monkeypatch):
+    network, words = library.load(folders / "qwen2")
+    size = sum(4 * p.numel() for p in network.parameters())
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, size))
+    with pytest.raises(ValueError, match="are free; make room or choose another --output_dir"):
+        library.save(network, words, tmp_path / "new/best")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 0, 2 * size))
+    library.save(network, words, tmp_path / "new/best")
+
+
+# optimiser
+
+
+def test_optimizer_decays_matrices_only(folders):
+    network, _ = library.load(folders / "qwen2")
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    step = library.optimizer(network, 0.1, (0.8, 0.9), 0.5)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    step.step()
+    for name, parameter in network.named_parameters():
+        factor = 1 - 0.1 * 0.5 if parameter.ndim == 2 else 1.0
+        assert torch.allclose(parameter, factor * before[name]), name
+    assert all(group["betas"] == (0.8, 0.9) for group in step.param_groups)
+
+
+def test_optimizer_takes_adapters_only(folders):
+    network, _ = library.load(folders / "llama", lora_rank=2)
+    step = library.optimizer(network, 1e-4, (0.9, 0.999), 0.0)
+    named = {id(p): name for name, p in network.named_parameters()}
+    names = [named[id(p)] for group in step.param_groups for p in group["params"]]
+    assert len(names) == 2 * 2 * 7 and all("lora" in name for name in names)
+
+
+def test_clip_grad_norm(folders):
+    network, _ = library.load(folders / "llama")
+    backward(network, MICRO_BATCHES)
+    before = gradients(network)
+    norm = sum((gradient**2).sum() for gradient in before.values()) ** 0.5
+    assert torch.allclose(library.clip_grad_norm(network, 1e9), norm)
+    assert all(torch.equal(before[n], g) for n, g in gradients(network).items())
+    assert torch.allclose(library.clip_grad_norm(network, norm.item() / 4), norm)
+    for name, gradient in gradients(network).items():
+        assert torch.allclose(gradient, before[name] / 4, atol=1e-6, rtol=1e-4)
+
+
+# FSDP2
+
+
+def test_shard_needs_a_process_group(folders):
+    network, _ = library.load(folders / "llama")
+    with pytest.raises(AssertionError, match="init_process_group"):
+        library.shard(network)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fsdp_equals_one_process(folders, tmp_path, world):
+    arguments = (world, folders, tmp_path)  # fork: the ranks need not import everything again
+    mp.start_processes(worker, arguments, nprocs=world, start_method="fork")
+    for kind, lora_rank in RUNS[:world]:
+        results = torch.load(tmp_path / f"{kind}.pt")
+        network, _ = library.load(folders / kind, lora_rank=lora_rank)
+        randomise_adapters(network)
+        before = {name: t.clone() for name, t in library.full_tensors(network)}
+        assert before.keys() == results["before"].keys()
+        for name, tensor in before.items():
+            assert results["before"][name].dtype == torch.float32
+            assert torch.equal(results["before"][name], tensor), name
+
+        backward(network, MICRO_BATCHES)
+        assert_gradients_close(results["gradients"], gradients(network))
+        assert torch.allclose(results["norm"], library.clip_grad_norm(network, 0.5), rtol=1e-5)
+        one_step(network)
+        after = dict(library.full_tensors(network))
+        for name, tensor in after.items():
+            assert torch.allclose(results["after"][name], tensor, atol=1e-6), name
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+
+        saved = plain(tmp_path / kind).state_dict()
+        assert all(torch.equal(saved[name], results["after"][name]) for name in saved)
+        error = (results["bf16"] - response_logps(network, MICRO_BATCHES[0])[0]).abs().max()
+        assert 1e-4 < error < 0.5  # computed in bf16 indeed
+        assert results["bf16_dtypes"] == {torch.float32}
+
+
+def one_step(network):
+    """Of AdamW with a large eps, which makes the step proportional to the gradient."""
+    step = library.optimizer(network, 1e-2, (0.9, 0.999), 0.1)
+    for group in step.param_groups:
+        group["eps"] = 1.0
+    step.step()
+
+
+def worker(rank, world, folders, out):
+    """One rank of `test_fsdp_equals_one_process`; rank 0 leaves what it saw in `out`."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(out / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for kind, lora_rank in RUNS[:world]:
+        checkpointing = lora_rank > 0
+        network, words = library.load(
+            folders / kind, lora_rank=lora_rank, gradient_checkpointing=checkpointing
+        )
+        randomise_adapters(network)
+        network = library.shard(network, mesh)
+        assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+        with torch.no_grad():  # leaves the root gathered
+            response_logps(network, MICRO_BATCHES[0])
+        result = {"before": {n: t.clone() for n, t in library.full_tensors(network)}}
+        backward(network, MICRO_BATCHES[rank::world])
+        result["gradients"] = gradients(network)
+        result["norm"] = library.clip_grad_norm(network, 0.5)
+        one_step(network)
+        result["after"] = {n: t.clone() for n, t in library.full_tensors(network)}
+        library.save(network, words, out / kind)
+
+        half, _ = library.load(out / kind)
+        half = library.shard(half, mesh, compute_dtype=torch.bfloat16)
+        with torch.no_grad():  # leaves bf16 weights in the root
+            response_logps(half, MICRO_BATCHES[0])
+        masters = list(library.full_tensors(half))
+        logps, _ = response_logps(half, MICRO_BATCHES[0])
+        logps.sum().backward()
+        result["bf16"] = logps.detach()
+        tensors = [logps, *dict(masters).values(), *gradients(half).values()]
+        result["bf16_dtypes"] = {tensor.dtype for tensor in tensors}
+        if rank == 0:
+            torch.save(result, out / f"{kind}.pt")
+        dist.barrier()
+    dist.destroy_process_group()

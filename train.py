@@ -1,0 +1,945 @@
+"""Post-train a language model for tool use: ToolUPT, the rows it is compared with, and their ablations.
+
+    torchrun --nproc_per_node=8 train.py --algo toolupt --train_file xlam:xlam.json toolace:data.json ...
+    torchrun --nproc_per_node=2 train.py --algo toolupt @recipes/demo.args     the embedded toy world, on a laptop
+    python train.py --list                      the methods, one row each
+    python train.py audit RUN                   recompute what a run was trained on from its rollouts.jsonl
+    python train.py show RUN --step N           responses of a step, tokens coloured by advantage
+
+One file, top to bottom: the knobs (Config), the methods (PRESETS), the two loops (run_rl, run_sft), the loss of a
+micro-batch (policy_loss), then the parts they name. The mathematics lies in grpo.py, fgae.py, spo.py and baselines.py.
+
+run_rl, one step:
+    1 sample a batch    prompts are a function of (seed, step)
+    2 roll out          K responses per prompt from vLLM
+    3 reward            verifiable outcome in [-3, 4] (Eqs. 3-12)
+    4 advantage         per group (Eq. 2) or per token (Eqs. 13-17)
+    5 loss              forward and backward over micro-batches, each prompt read once (Eqs. 18-23)
+    6 optimiser step    AdamW on fp32 master weights
+    7 weight sync       the new weights go to vLLM
+
+Ranks split the prompts of a step. Every denominator is counted over all micro-batches and ranks before the first
+backward pass, and gradients are summed, so the result does not depend on the split.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import socket
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import baselines
+import data
+import fgae
+import grpo
+import model as modeling
+import packing
+import report
+import rewards
+import rollout
+import spo
+from run import Clock, Run
+
+
+@dataclass
+class Config:
+    """Every knob, its unit and its source. Order of precedence: this default, PRESETS[algo], command line."""
+
+    algo: str = "toolupt"  # a row of PRESETS
+    # model and data
+    model_name_or_path: str = (
+        "Qwen/Qwen2.5-7B-Instruct"  # ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B
+    )
+    trust_remote_code: bool = False  # run Python code that comes with a model folder
+    train_file: list[str] = field(
+        default_factory=lambda: ["toy"]
+    )  # NAME, FILE or NAME:FILE each (data.py)
+    eval_file: list[str] = field(
+        default_factory=list
+    )  # likewise; empty: toy's test world, or a split of train_file
+    eval_fraction: float = 0.02  # ours: share of train_file held out when eval_file is empty
+    max_prompt_length: int = (
+        8192  # tokens; ToolUPT Table 7; longer examples are dropped and counted
+    )
+    max_completion_length: int = 1024  # tokens; ToolUPT Table 7
+    output_dir: str = "runs/toolupt"  # metrics.jsonl, rollouts.jsonl, checkpoints, pictures
+    seed: int = 0  # data order and request seeds are functions of (seed, step)
+    # the step
+    max_steps: int = 600  # optimiser steps; ToolUPT Table 7
+    train_batch_size: int = 256  # prompts per step over all ranks; ToolUPT Table 7 (spec A26)
+    num_generations: int = 8  # sampled responses per prompt; ToolUPT Table 7
+    temperature: float = 1.0  # ToolUPT Table 7
+    learning_rate: float = 1e-6  # ToolUPT Table 7
+    lr_scheduler_type: str = "constant"  # constant | cosine (to 0); ToolUPT Table 7
+    warmup_ratio: float = 0.0  # share of max_steps with a linearly rising rate; veRL's default
+    weight_decay: float = 0.01  # veRL's default, on matrices only
+    adam_beta2: float = 0.999  # veRL's default for actors
+    max_grad_norm: float = 1.0  # veRL's default
+    entropy_coef: float = 3e-4  # ToolUPT Table 7; added outside the mix of Eq. 23 (spec A25)
+    # the method: what the rows of PRESETS differ in
+    stages: str = "rl"  # rl | sft | sft,rl
+    reward: str = "outcome"  # outcome: Eq. 12 in [-3, 4]; binary: 1 when completely right
+    advantage: str = "fgae"  # fgae: per token, Eqs. 13-17; group: per response, Eq. 2; luffy: no std, expert in the group
+    loss: str = "dapo"  # grpo: sequence mean, Eq. 2; dapo: token mean, Eq. 18; luffy | srft | chord: baselines.py
+    expert: str = (
+        "spo"  # none; spo: Eq. 22; sft: Eq. 1; group: the expert is one more row of the group
+    )
+    balance: str = "cycle"  # weight of the expert loss: cycle (Eq. 23, below) or a number
+    clip_low: float = 0.2  # DAPO section 4.1; no effect on-policy
+    clip_high: float = 0.28  # DAPO section 4.1; no effect on-policy
+    dynamic_sampling: bool = False  # DAPO: replace groups whose rewards are all equal
+    overlong: float = 0.0  # last share of max_completion_length in which DAPO's length penalty rises to -1; 0: none
+    # details of the method
+    alignment: str = "positional"  # fgae: positional | lcs (spec A13)
+    spo_beta: float = 1.0  # ours: the paper gives no value (spec A16)
+    balance_low: float = 0.02  # ours, as the next three: the paper gives no values (spec A24)
+    balance_high: float = 0.3
+    balance_up: int = 100  # steps
+    balance_down: int = 200  # steps
+    tis_cap: float = 0.0  # truncated importance sampling, 2 is usual; 0: off, as in the paper
+    # two-stage rows: the SFT stage in front
+    sft_max_steps: int = 3000  # ToolUPT Table 7
+    sft_learning_rate: float = 1e-5  # ToolUPT Table 7
+    # machine
+    engine: str = "vllm"  # vllm | transformers
+    vllm_gpu_memory_utilization: float = (
+        0.5  # share of a GPU's memory for vLLM's weights and KV cache
+    )
+    vllm_tensor_parallel_size: int = 1
+    max_num_seqs: int = 256  # responses that vLLM decodes together, per rank
+    max_tokens_per_row: int = 16384  # budget of a micro-batch: prompts counted once (packing.py)
+    share_prefix: bool = True  # --no_share_prefix: the naive padded computation, for checking
+    gradient_checkpointing: bool = True  # recompute layers in the backward pass
+    # records
+    eval_steps: int = 50  # steps between greedy evaluations; 0: only before and after
+    eval_size: int = 512  # examples of eval_file, a fixed subset
+    save_steps: int = 100  # steps between checkpoints; the last step is always saved
+    save_total_limit: int = 2  # older checkpoints are deleted; 0: keep all
+    resume_from_checkpoint: str = (
+        ""  # latest, or RUN/checkpoint-STEP: go on with its step, weights and optimiser
+    )
+    log_rollouts: bool = (
+        True  # write every response with its rewards and advantages to rollouts.jsonl
+    )
+    max_logp_difference: float = (
+        0.1  # nat; engine and trainer further apart on average: the run stops
+    )
+    report_to: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
+
+
+# ToolUPT's Table 1 and Figure 4. A row says what differs from Config's defaults, which are the row `toolupt`.
+_NO_EXPERT = {"expert": "none", "balance": "0"}
+_DAPO_STAR = {"advantage": "group", "loss": "dapo", **_NO_EXPERT}
+_FG_DAPO_STAR = {**_DAPO_STAR, "advantage": "fgae"}
+_SFT = {
+    "max_steps": 3000,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "adam_beta2": 0.95,
+}
+PRESETS = {
+    "sft": {"stages": "sft", **_SFT},
+    "grpo": {**_DAPO_STAR, "loss": "grpo", "reward": "binary", "clip_high": 0.2},
+    "dapo": {**_DAPO_STAR, "dynamic_sampling": True, "overlong": 0.25},
+    "dapo_star": _DAPO_STAR,
+    "fg_dapo_star": _FG_DAPO_STAR,
+    "sft_dapo_star": {**_DAPO_STAR, "stages": "sft,rl"},
+    "sft_fg_dapo_star": {**_FG_DAPO_STAR, "stages": "sft,rl"},
+    "luffy": {"advantage": "luffy", "loss": "luffy", "expert": "group", "balance": "0", "num_generations": 7},
+    "srft": {"advantage": "group", "loss": "srft", "expert": "group", "balance": "0", "num_generations": 7},
+    "chord": {"advantage": "group", "loss": "chord", "expert": "sft", "balance": "0.1", "reward": "binary", "clip_high": 0.2},
+    "toolupt": {},
+    "toolupt_no_fgae": {"advantage": "group"},
+    "toolupt_no_spo": {"expert": "sft"},
+}  # fmt: skip
+SENTENCES = {
+    "sft": "imitates the expert responses (Eq. 1)",
+    "grpo": "binary reward, group advantages, mean over sequences (Eq. 2)",
+    "dapo": "outcome reward, clip-higher, dynamic sampling, token mean, soft overlong penalty",
+    "dapo_star": "DAPO without dynamic sampling and overlong penalty",
+    "fg_dapo_star": "DAPO* with token rewards and token advantages (Eqs. 13-18)",
+    "sft_dapo_star": "SFT, then DAPO* from its best checkpoint",
+    "sft_fg_dapo_star": "SFT, then FG-DAPO* from its best checkpoint",
+    "luffy": "7 rollouts and 1 expert response per group, p/(p+0.1) shaping on expert tokens",
+    "srft": "entropy-weighted SFT and RL on expert and rollouts in one loss",
+    "chord": "0.9 GRPO + 0.1 SFT weighted by p(1-p)",
+    "toolupt": "FG-DAPO and selective preference optimisation, mixed by a cyclic weight (Eq. 23)",
+    "toolupt_no_fgae": "ToolUPT with sequence-level advantages (Figure 4, left)",
+    "toolupt_no_spo": "ToolUPT with a plain SFT loss for SPO (Figure 4, right)",
+}
+BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
+ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
+SKIPPED_STEPS = 3  # steps in a row without a finite gradient before the run stops
+
+
+@dataclass
+class Group:
+    """One prompt and everything that answers it: the unit of work."""
+
+    example: data.Example
+    prompt: list  # token ids
+    target: list  # token ids of the expert response and EOS
+    expert: list  # the same where the method trains on it, else []
+    seed: int  # of its rollouts
+    samples: list  # K rollout.Sample
+    outcomes: list = field(default_factory=list)  # K rewards.Outcome
+    rewards: list = field(default_factory=list)  # K floats, what the advantage is made of
+    token_rewards: Tensor | None = None  # (K, T), fgae only
+    advantages: Tensor | None = None  # (K + experts in the group, T)
+    logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
+
+
+@dataclass
+class Rows:
+    """A micro-batch of groups, one row per response, padded to T; each group's expert follows its rollouts."""
+
+    mask: Tensor  # (R, T) bool
+    is_expert: Tensor  # (R,) bool
+    is_answer: Tensor  # (R,) bool, ground truth is an answer
+    correct: Tensor  # (R,) bool
+    advantages: Tensor  # (R, T), 0 on experts outside the group
+    sampler_logps: Tensor  # (R, T), 0 on experts
+
+
+# ---------------------------------------------------------------------------------------------------- the loops
+
+
+def run_rl(config: Config, run: Run) -> None:
+    """Reinforcement learning, with or without experts: every row of PRESETS but the SFT stage."""
+    skipped = 0
+    with run.progress(config.max_steps) as bar:
+        for step in range(run.first_step, config.max_steps):
+            clock = Clock()
+
+            # 1 sample a batch, 2 roll out, 3 reward
+            groups, rounds = [], 0
+            wanted = config.train_batch_size // run.world
+            while run.all_max(wanted - len(groups)) > 0:
+                if rounds == (ROUNDS if config.dynamic_sampling else 1):
+                    raise ValueError(
+                        f"dynamic sampling: {rounds} rounds gave {len(groups)} of {wanted} prompts whose rewards differ; "
+                        "the data are too easy or too hard for this model: mix them, or use --algo dapo_star"
+                    )
+                position = step * ROUNDS + rounds if config.dynamic_sampling else step
+                with clock("rollout"):
+                    new = roll_out(config, run, run.batch(position), position)
+                with clock("reward"):
+                    for group in new:
+                        score(config, group)
+                if config.dynamic_sampling:
+                    new = [
+                        g
+                        for g in new
+                        if max(o.total for o in g.outcomes) > min(o.total for o in g.outcomes)
+                    ]
+                groups += new
+                rounds += 1
+            groups = groups[:wanted]
+
+            # 4 advantage
+            with clock("advantage"):
+                for group in groups:
+                    add_advantages(config, group)
+
+            # 5 loss: forward and backward
+            run.engine.sleep()
+            totals = count(config, run, groups)
+            balance = balance_of(config, step)
+            stats, difference = defaultdict(float), 0.0
+            with clock("update"):
+                for micro in micro_batches(config, run, groups):
+                    logps, entropy = forward(config, run.model, micro)
+                    rows = gather_rows(micro, logps)
+                    loss, parts = policy_loss(config, rows, logps, entropy, balance, totals)
+                    loss.backward()
+                    apart, worst = sampling_difference(rows, logps)
+                    difference = max(difference, worst)
+                    for name, value in {**parts, **apart}.items():
+                        stats[name] += float(value)
+                    keep_logps(micro, logps)
+                stats = run.all_sum(stats)
+                check_engine(
+                    config, stats["sampling/sampling_logp_difference/mean"] / totals["tokens"], step
+                )
+
+                # 6 optimiser step
+                lr = learning_rate_at(config, step)
+                grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+                skipped = 0 if run.optimizer_step(lr, grad_norm) else skipped + 1
+                if skipped == SKIPPED_STEPS:
+                    raise ValueError(
+                        f"no finite gradient in {skipped} steps in a row; see {config.output_dir}/rollouts.jsonl"
+                    )
+
+            # 7 weight sync
+            with clock("sync"):
+                sync(run)
+
+            metrics = rollout_metrics(run, groups)
+            metrics.update(
+                {
+                    k: v / totals["tokens"] if k.startswith(("sampling/", "entropy")) else v
+                    for k, v in stats.items()
+                },
+                grad_norm=grad_norm,
+                learning_rate=lr,
+                balance=balance,
+                skipped=skipped,
+                **{
+                    "sampling/sampling_logp_difference/max": run.all_max(difference),
+                    "rounds": run.all_max(rounds),
+                },
+                **clock.metrics(totals["tokens"] + totals["prompt_tokens"]),
+            )
+            if config.log_rollouts:
+                run.log_rollouts([row for group in groups for row in records(step + 1, group)])
+            if (
+                config.eval_steps and (step + 1) % config.eval_steps == 0
+            ) or step + 1 == config.max_steps:
+                metrics.update(evaluate(config, run))
+            run.log(step, metrics)
+            bar.set_postfix(run.postfix(metrics))
+            bar.update()
+            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+                run.save(step + 1)
+
+
+def run_sft(config: Config, run: Run) -> Path:
+    """Supervised fine-tuning (Eq. 1); the checkpoint of lowest validation loss lies in the folder returned."""
+    best, best_loss = Path(config.output_dir) / "checkpoint-best", math.inf
+    with run.progress(config.max_steps) as bar:
+        for step in range(run.first_step, config.max_steps):
+            clock = Clock()
+            groups = [expert_group(run, example) for example in run.batch(step)]
+            totals = count(config, run, groups)
+            stats = defaultdict(float)
+            with clock("update"):
+                for micro in micro_batches(config, run, groups):
+                    logps, _ = forward(config, run.model, micro)
+                    rows = gather_rows(micro, logps)
+                    loss, parts = spo.sft_loss(logps, rows.mask, num_tokens=totals["expert_tokens"])
+                    loss.backward()
+                    for name, value in {"loss": loss.detach(), **parts}.items():
+                        stats[name] += float(value)
+                grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+                lr = learning_rate_at(config, step)
+                run.optimizer_step(lr, grad_norm)
+            metrics = {**run.all_sum(stats), "grad_norm": grad_norm, "learning_rate": lr}
+            metrics.update(clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"]))
+            last = step + 1 == config.max_steps
+            if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
+                sync(run)
+                metrics.update(evaluate(config, run))
+                metrics["eval/loss"] = validation_loss(config, run)
+                if metrics["eval/loss"] < best_loss:
+                    best_loss = metrics["eval/loss"]
+                    modeling.save(run.model, run.tokenizer, best)
+            run.log(step, metrics)
+            bar.set_postfix(run.postfix(metrics))
+            bar.update()
+            if last or (step + 1) % config.save_steps == 0:
+                run.save(step + 1)
+    return best
+
+
+# ------------------------------------------------------------------------------------------ the loss of a micro-batch
+
+
+def policy_loss(
+    config: Config, rows: Rows, logps: Tensor, entropy: Tensor, balance: float, totals: dict
+) -> tuple[Tensor, dict]:
+    """The loss of one micro-batch under the method of `config`, and stats that add up; all (R, T) like `logps`.
+
+    balance  weight of the expert loss in this step
+    totals   token and response counts of the whole step: the denominators
+    """
+    on, off = ~rows.is_expert, rows.is_expert
+    experts = {"num_expert_tokens": totals["expert_tokens"]}
+    tokens = {"num_tokens": totals["tokens"]}
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    old = logps.detach()  # strictly on-policy: one update per batch of rollouts
+    rollouts = (logps[on], old[on], rows.advantages[on], rows.mask[on])
+    chosen = (logps[off], rows.mask[off])
+
+    if config.loss == "luffy":
+        loss, stats = baselines.luffy_loss(
+            logps,
+            old,
+            rows.advantages[:, 0],
+            rows.mask,
+            off,
+            num_tokens=totals["tokens"] + totals["expert_tokens"],
+        )
+    elif config.loss == "srft":
+        loss, stats = baselines.srft_loss(
+            logps, entropy, rows.advantages[:, 0], rows.correct, rows.mask, off,
+            num_tokens=totals["tokens"] + totals["expert_tokens"], **experts,
+        )  # fmt: skip
+    elif config.loss == "chord":
+        logps_on, old_on, advantages, mask = rollouts
+        loss, stats = baselines.chord_loss(
+            logps_on, old_on, advantages[:, 0], mask, *chosen, mu=balance, **tokens, **experts
+        )
+    elif config.loss == "grpo":
+        logps_on, old_on, advantages, mask = rollouts
+        loss, stats = grpo.grpo_loss(
+            logps_on, old_on, advantages[:, 0], mask, num_responses=totals["responses"], **clip
+        )
+    else:
+        weights = None
+        if config.tis_cap:
+            weights = grpo.truncated_importance_weights(
+                old[on], rows.sampler_logps[on], rows.mask[on], config.tis_cap
+            )
+        loss, stats = grpo.dapo_loss(*rollouts, weights=weights, **tokens, **clip)
+        if config.expert == "spo":
+            keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])
+            preference, parts = spo.spo_loss(
+                *chosen,
+                keep,
+                logps[on],
+                rows.advantages[on],
+                rows.mask[on],
+                beta=config.spo_beta,
+                **tokens,
+                **experts,
+            )
+        elif config.expert == "sft":
+            preference, parts = spo.sft_loss(*chosen, num_tokens=totals["expert_tokens"])
+        if config.expert != "none":
+            loss, stats = spo.toolupt_loss(preference, loss, balance), {**stats, **parts}
+
+    # entropy bonus on rollouts, reduced like the policy loss, outside the mix (spec section 5, A25)
+    on_entropy = torch.where(rows.mask[on], entropy[on], 0.0)
+    if config.loss == "grpo":
+        bonus = (on_entropy.sum(1) / rows.mask[on].sum(1).clamp(min=1)).sum() / totals["responses"]
+    else:
+        bonus = on_entropy.sum() / totals["tokens"]
+    loss = loss - config.entropy_coef * bonus
+    return loss, {**stats, "loss": loss.detach(), "entropy": on_entropy.detach().sum()}
+
+
+def balance_of(config: Config, step: int) -> float:
+    """The weight of the expert loss at `step`: the cycle of Eq. 23 or a constant."""
+    if config.balance != "cycle":
+        return float(config.balance)
+    return spo.balance_at(
+        step,
+        low=config.balance_low,
+        high=config.balance_high,
+        up=config.balance_up,
+        down=config.balance_down,
+    )
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """Linear warm-up from 0, then constant or a half cosine to 0."""
+    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    if config.lr_scheduler_type == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ------------------------------------------------------------------------------------------------ the steps' parts
+
+
+def roll_out(config: Config, run: Run, examples: list, position: int) -> list[Group]:
+    """Sample K responses for each example; request seeds depend on (seed, position, place in the batch) only."""
+    ids = [run.ids(example) for example in examples]
+    first = position * config.train_batch_size + run.rank * len(examples)
+    seeds = [
+        random.Random(f"{config.seed}/{first + i}").getrandbits(62) for i in range(len(examples))
+    ]
+    samples = run.engine.generate(
+        [prompt for prompt, _ in ids],
+        n=config.num_generations,
+        temperature=config.temperature,
+        max_tokens=config.max_completion_length,
+        seeds=seeds,
+    )
+    use_expert = config.expert != "none"
+    return [
+        Group(example, prompt, target, target if use_expert else [], seed, answers)
+        for example, (prompt, target), seed, answers in zip(examples, ids, seeds, samples)
+    ]
+
+
+def score(config: Config, group: Group) -> None:
+    """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of."""
+    target = group.example.target
+    group.outcomes = [rewards.outcome(sample.text, target) for sample in group.samples]
+    if config.reward == "binary":
+        group.rewards = [rewards.binary(sample.text, target) for sample in group.samples]
+    else:
+        group.rewards = [outcome.total for outcome in group.outcomes]
+    if config.overlong:
+        lengths = torch.tensor([len(sample.token_ids) for sample in group.samples])
+        cache = round(config.overlong * config.max_completion_length)
+        penalty = grpo.overlong_penalty(lengths, config.max_completion_length, cache)
+        group.rewards = [r + float(p) for r, p in zip(group.rewards, penalty)]
+
+
+def add_advantages(config: Config, group: Group) -> None:
+    """Fill a group's advantages, (K, T), or (K + 1, T) where the expert is a row of the group."""
+    K = len(group.samples)
+    ids, mask = pad([sample.token_ids for sample in group.samples])
+    scores = torch.tensor(group.rewards)
+    if config.advantage == "fgae":
+        is_call = (
+            group.example.kind == "tool_call"
+        )  # process rewards for tool calls only (spec A13c)
+        expert_ids, expert_mask = pad([group.target] * K)
+        expert_mask = expert_mask & is_call
+        if config.alignment == "lcs":
+            expert_mask[:, -1] = (
+                False  # a wrong answer must not earn the bound for its EOS (spec A13)
+            )
+        matched = fgae.matched_tokens(
+            ids, mask, expert_ids, expert_mask, alignment=config.alignment
+        )
+        group.token_rewards = fgae.token_rewards(scores, matched)
+        group.advantages = fgae.token_advantages(group.token_rewards, mask, K)
+        return
+    if config.expert == "group":  # the demonstration is scored like every other row
+        text = group.example.target
+        reward = (
+            rewards.binary(text, text)
+            if config.reward == "binary"
+            else rewards.outcome(text, text).total
+        )
+        scores = torch.cat([scores, torch.tensor([reward])])
+    advantages = grpo.group_advantages(scores, len(scores), std=config.advantage != "luffy")
+    group.advantages = advantages[:, None].expand(-1, ids.shape[1])
+
+
+def count(config: Config, run: Run, groups: list[Group]) -> dict:
+    """The denominators of a step, over all micro-batches and ranks, and the length of the answer tag (Eq. 19)."""
+    sizes = [len(sample.token_ids) for group in groups for sample in group.samples]
+    totals = run.all_sum(
+        {
+            "tokens": sum(sizes),
+            "responses": len(sizes),
+            "expert_tokens": sum(len(group.expert) for group in groups),
+            "prompt_tokens": sum(len(group.prompt) for group in groups),
+        }
+    )
+    return {**{name: int(value) for name, value in totals.items()}, "tag_length": run.tag_length}
+
+
+def micro_batches(config: Config, run: Run, groups: list[Group]) -> list[list[Group]]:
+    """Split groups into micro-batches within the token budget: the same number on every rank, of even lengths."""
+
+    def fill(bins):
+        parts = [[] for _ in range(bins)]
+        loads = [0] * bins
+        for group in sorted(groups, key=tokens_of, reverse=True):  # longest first into the emptiest
+            lightest = loads.index(min(loads))
+            parts[lightest].append(group)
+            loads[lightest] += tokens_of(group)
+        return parts, max(loads)
+
+    bins = 1
+    while bins < len(groups) and fill(bins)[1] > config.max_tokens_per_row:
+        bins += 1
+    return fill(int(run.all_max(bins)))[0]
+
+
+def tokens_of(group: Group) -> int:
+    """Tokens that a group adds to a packed row."""
+    return len(group.prompt) + sum(len(s.token_ids) for s in group.samples) + len(group.expert)
+
+
+def expert_group(run: Run, example: data.Example) -> Group:
+    """A group of the expert response alone: SFT's unit."""
+    prompt, target = run.ids(example)
+    return Group(example, prompt, target, target, seed=0, samples=[])
+
+
+def responses_of(group: Group) -> list[list[int]]:
+    """Token ids of the rollouts, then of the expert if the method has one."""
+    return [s.token_ids for s in group.samples] + [group.expert] * bool(group.expert)
+
+
+def forward(config: Config, model, micro: list[Group]) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (R, T) of all responses of a micro-batch, with gradient."""
+    if config.share_prefix:
+        row = packing.join([packing.pack(group.prompt, responses_of(group)) for group in micro])
+        return packing.response_logps(model, row, temperature=config.temperature)
+    parts = [
+        packing.padded_logps(
+            model, group.prompt, responses_of(group), temperature=config.temperature
+        )
+        for group in micro
+    ]
+    width = max(logps.shape[1] for logps, _ in parts)
+    widen = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    return torch.cat([widen(logps) for logps, _ in parts]), torch.cat(
+        [widen(entropy) for _, entropy in parts]
+    )
+
+
+def gather_rows(micro: list[Group], logps: Tensor) -> Rows:
+    """Everything but the log-probs that the losses need, on the device and in the shape (R, T) of `logps`."""
+    R, T = logps.shape
+    advantages, sampler_logps = torch.zeros(R, T), torch.zeros(R, T)
+    is_expert, is_answer, correct, lengths = [], [], [], []
+    for group in micro:
+        first, K = len(lengths), len(group.samples)
+        for k, sample in enumerate(group.samples):
+            sampler_logps[first + k, : len(sample.logps)] = torch.tensor(sample.logps)
+        if group.advantages is not None:
+            rows, width = group.advantages.shape
+            advantages[first : first + rows, : min(width, T)] = group.advantages[:, :T]
+            if (
+                rows > K and width < T
+            ):  # an expert longer than its rollouts has one advantage for all its tokens
+                advantages[first + K] = group.advantages[K, 0]
+        lengths += map(len, responses_of(group))
+        experts = len(lengths) - first - K
+        is_expert += [False] * K + [True] * experts
+        is_answer += [group.example.kind == "answer"] * (K + experts)
+        correct += [o.total == BEST for o in group.outcomes] + [True] * experts
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    flags = [torch.tensor(x, dtype=torch.bool) for x in (is_expert, is_answer, correct)]
+    return Rows(*(x.to(logps.device) for x in (mask, *flags, advantages, sampler_logps)))
+
+
+def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-pad token ids to (R, T), with their mask."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([i for row in rows for i in row], dtype=torch.long)
+    return ids, mask
+
+
+def keep_logps(micro: list[Group], logps: Tensor) -> None:
+    """Store the trainer's log-probs of each group's rollouts, for rollouts.jsonl."""
+    row = 0
+    for group in micro:
+        group.logps = logps.detach()[row : row + len(group.samples)].float().cpu()
+        row += len(responses_of(group))
+
+
+def sampling_difference(rows: Rows, logps: Tensor) -> tuple[dict, float]:
+    """|trainer - sampler| in nat over rollout tokens: the sum, which adds up, and the largest."""
+    on = rows.mask & ~rows.is_expert[:, None]
+    difference = (logps.detach() - rows.sampler_logps).abs()[on]
+    worst = float(difference.max()) if len(difference) else 0.0
+    return {"sampling/sampling_logp_difference/mean": difference.sum()}, worst
+
+
+def check_engine(config: Config, difference: float, step: int) -> None:
+    """Stop the run when engine and trainer disagree about the same tokens: they hold different models."""
+    if not difference <= config.max_logp_difference:
+        raise ValueError(
+            f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by {difference:.3f} nat on "
+            f"average (limit {config.max_logp_difference}): it samples from other weights, another tokenizer or other "
+            "sampling settings. Check the weight sync, or compare with --engine transformers"
+        )
+
+
+def sync(run: Run) -> None:
+    """Send the trainer's weights to the engine, one whole parameter at a time, and forget what it cached."""
+    run.engine.load_weights(modeling.full_tensors(run.model))
+    run.engine.wake()
+
+
+def evaluate(config: Config, run: Run) -> dict:
+    """Greedy exact match on the fixed evaluation subset, split over ranks; the engine must hold the weights."""
+    mine = run.eval_examples[run.rank :: run.world]
+    answers = run.engine.generate(
+        [run.ids(e)[0] for e in mine], n=1, temperature=0.0, max_tokens=config.max_completion_length
+    )
+    outcomes = [rewards.outcome(answer.text, e.target) for e, [answer] in zip(mine, answers)]
+    calls = [e.kind == "tool_call" for e in mine]
+    right = [o.total == BEST for o in outcomes]
+    sums = run.all_sum(
+        {
+            "n": len(mine),
+            "accuracy": sum(right),
+            "reward": sum(o.total for o in outcomes),
+            "n_calls": sum(calls),
+            "tool_calls": sum(r for r, call in zip(right, calls) if call),
+            "answers": sum(r for r, call in zip(right, calls) if not call),
+        }
+    )
+    n, n_calls = sums["n"], sums["n_calls"]
+    return {
+        "eval/accuracy": sums["accuracy"] / n,
+        "eval/reward": sums["reward"] / n,
+        "eval/tool_call_accuracy": sums["tool_calls"] / max(1, n_calls),
+        "eval/answer_accuracy": sums["answers"] / max(1, n - n_calls),
+    }
+
+
+def validation_loss(config: Config, run: Run) -> float:
+    """Token-mean loss (Eq. 1) on the evaluation subset."""
+    share = math.ceil(
+        len(run.eval_examples) / run.world
+    )  # equal on all ranks; the last may repeat an example
+    mine = [
+        run.eval_examples[(run.rank + i * run.world) % len(run.eval_examples)] for i in range(share)
+    ]
+    groups = [expert_group(run, example) for example in mine]
+    totals, loss = count(run, groups), 0.0
+    with torch.no_grad():
+        for micro in micro_batches(config, run, groups):
+            logps, _ = forward(config, run.model, micro)
+            loss += float(
+                spo.sft_loss(
+                    logps, gather_rows(micro, logps).mask, num_tokens=totals["expert_tokens"]
+                )[0]
+            )
+    return run.all_sum({"loss": loss})["loss"]
+
+
+def rollout_metrics(run: Run, groups: list[Group]) -> dict:
+    """Rewards and lengths of a step's rollouts, over all ranks."""
+    samples = [s for g in groups for s in g.samples]
+    spread = [
+        torch.tensor(g.rewards).std() if len(g.rewards) > 1 else torch.tensor(0.0) for g in groups
+    ]
+    outcomes = [o for g in groups for o in g.outcomes]
+    advantages = torch.cat(
+        [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
+    )
+    sums = run.all_sum(
+        {
+            "groups": len(groups),
+            "samples": len(samples),
+            "tokens": len(advantages),
+            "reward": sum(sum(g.rewards) for g in groups),
+            "reward_std": float(sum(spread)),
+            "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
+            "accuracy": sum(o.total == BEST for o in outcomes),
+            "format": sum(o.format for o in outcomes),
+            "completions/mean_length": len(advantages),
+            "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
+            "advantage/positive": float((advantages > 0).sum()),
+            "advantage/negative": float((advantages < 0).sum()),
+        }
+    )
+    per = {"reward_std": "groups", "frac_reward_zero_std": "groups"}
+    per.update({"advantage/positive": "tokens", "advantage/negative": "tokens"})
+    counts = {name: sums.pop(name) for name in ("groups", "samples", "tokens")}
+    return {name: value / counts[per.get(name, "samples")] for name, value in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- audit
+
+
+def records(step: int, group: Group) -> list[dict]:
+    """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
+    rounded = lambda values: [round(float(v), 6) for v in values]
+    rows = []
+    for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
+        n = len(sample.token_ids)
+        rows.append(
+            {
+                "step": step,
+                "id": group.example.id,
+                "k": k,
+                "seed": group.seed,
+                "kind": group.example.kind,
+                "target": group.example.target,
+                "target_ids": group.target,
+                "text": sample.text,
+                "token_ids": sample.token_ids,
+                "finish_reason": sample.finish_reason,
+                "outcome": asdict(outcome),
+                "reward": group.rewards[k],
+                "token_rewards": None
+                if group.token_rewards is None
+                else rounded(group.token_rewards[k, :n]),
+                "advantages": rounded(group.advantages[k, :n]),
+                "sampler_logps": rounded(sample.logps),
+                "logps": rounded(group.logps[k, :n]),
+            }
+        )
+    return rows
+
+
+def audit(out: Path) -> str:
+    """Recompute rewards, token rewards and advantages from rollouts.jsonl and compare with what was trained on.
+
+    Returns one line that says what was checked; ValueError naming the first line that differs.
+    """
+    with open(out / "metrics.jsonl") as file:
+        config = Config(**json.loads(next(file)))
+    checked, pending = 0, []
+    with open(out / "rollouts.jsonl") as file:
+        for number, line in enumerate(file, 1):
+            pending.append((number, json.loads(line)))
+            if len(pending) == config.num_generations:
+                _audit_group(config, pending, out)
+                checked, pending = checked + len(pending), []
+    if pending:
+        raise ValueError(
+            f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of {config.num_generations} lines"
+        )
+    return f"{checked} responses agree with their rewards, token rewards and advantages"
+
+
+def _audit_group(config: Config, lines: list[tuple[int, dict]], out: Path) -> None:
+    rows = [row for _, row in lines]
+    first = rows[0]
+    example = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
+    samples = [
+        rollout.Sample(r["token_ids"], r["sampler_logps"], r["text"], r["finish_reason"])
+        for r in rows
+    ]
+    expert = first["target_ids"] if config.expert != "none" else []
+    group = Group(example, [], first["target_ids"], expert, first["seed"], samples)
+    score(config, group)
+    add_advantages(config, group)
+    group.logps = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r["logps"]) for r in rows], batch_first=True
+    )
+    for (number, row), again in zip(lines, records(first["step"], group)):
+        for name, value in again.items():
+            if json.loads(json.dumps(value)) != row[name]:
+                raise ValueError(
+                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]}, recomputed {value}"
+                )
+
+
+# --------------------------------------------------------------------------------------------------------- the program
+
+
+def parse_args(argv: list[str]) -> Config:
+    """Config from the command line: defaults, then the preset of --algo, then flags; @FILE reads flags from a file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
+    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    parser.add_argument("--list", action="store_true", help="print the methods and stop")
+    for f in fields(Config):
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true")
+            parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false")
+        elif f.name == "algo":
+            parser.add_argument("--algo", choices=PRESETS)
+        elif f.type == list[str]:
+            parser.add_argument(f"--{f.name}", nargs="+")
+        else:
+            parser.add_argument(f"--{f.name}", type=f.type)
+    flags = vars(parser.parse_args(argv))
+    if flags.pop("list", False):
+        print(table())
+        sys.exit(0)
+    algo = flags.get("algo", Config.algo)
+    return Config(**{"output_dir": f"runs/{algo}", **PRESETS[algo], **flags})
+
+
+def table() -> str:
+    """The methods, one per line: name, what it is, and what differs from ToolUPT's row."""
+    width = max(map(len, PRESETS))
+    lines = []
+    for name, preset in PRESETS.items():
+        lines += [f"{name:{width}}  {SENTENCES[name]}"]
+        lines += [" " * width + "    " + " ".join(f"--{k} {v}" for k, v in preset.items())] * bool(
+            preset
+        )
+    return "\n".join(lines)
+
+
+def announce(config: Config, world: int) -> str:
+    """What is about to happen: every knob, the method in a sentence, tokens per step, the output folder."""
+    sampled = config.train_batch_size * config.num_generations
+    knobs = "\n".join(f"  {name} = {value}" for name, value in asdict(config).items())
+    return (
+        f"{knobs}\n{config.algo}: {SENTENCES[config.algo]}\n"
+        f"{world} rank(s); a step: {config.train_batch_size} prompts of up to {config.max_prompt_length} tokens, "
+        f"{sampled} responses of up to {config.max_completion_length}, "
+        f"at most {config.train_batch_size * config.max_prompt_length + sampled * config.max_completion_length:,} tokens\n"
+        f"output: {config.output_dir}"
+    )
+
+
+def init_distributed() -> None:
+    """Join torchrun's process group, or make one of a single rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+
+
+def train(config: Config) -> Run:
+    """Run the stages of `config`: SFT, RL, or RL from the best checkpoint of SFT with a fresh optimiser."""
+    if config.stages == "sft,rl":
+        own = {"max_steps": config.sft_max_steps, "learning_rate": config.sft_learning_rate}
+        first = replace(config, output_dir=f"{config.output_dir}/sft", **{**PRESETS["sft"], **own})
+        config = replace(config, stages="rl", model_name_or_path=str(train(first).best))
+    run = Run(config)
+    run.start()
+    sync(run)
+    loop = run_sft if config.stages == "sft" else run_rl
+    if run.first_step == 0:
+        run.log(-1, evaluate(config, run))
+    run.best = loop(config, run)
+    run.close()
+    return run
+
+
+def inspect(argv: list[str]) -> None:
+    """`train.py audit RUN` and `train.py show RUN --step N`."""
+    parser = argparse.ArgumentParser(prog="train.py")
+    parser.add_argument("command", choices=("audit", "show"))
+    parser.add_argument("run", type=Path, help="output folder of a run")
+    parser.add_argument("--step", type=int, default=1)
+    args = parser.parse_args(argv)
+    try:
+        print(audit(args.run) if args.command == "audit" else report.show(args.run, args.step))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; ends with exit code 2 and one line on a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["audit"], ["show"]):
+        return inspect(argv)
+    config = parse_args(argv)
+    init_distributed()
+    first = dist.get_rank() == 0
+    if first:
+        print(announce(config, dist.get_world_size()), flush=True)
+    try:
+        run = train(config)
+        if first:
+            print(report.summary(run.out, run.tokenizer))
+    except (ValueError, OSError, ImportError) as error:
+        print(
+            f"error: {error}" if first else f"rank {dist.get_rank()}: error: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
