@@ -38,6 +38,7 @@ import data
 import toy
 
 VOCABULARY = 1024
+ROPE_THETA = 1e6
 # Boilerplate that is one token each: the toy prompts are two to three times shorter for it.
 PHRASES = [
     "[Chat Short Memory]\n",
@@ -120,34 +121,49 @@ def new_model(tokenizer) -> Qwen2ForCausalLM:
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=9216,
-        rope_theta=10_000.0,
+        rope_theta=ROPE_THETA,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
     model = Qwen2ForCausalLM(config)
-    look_back(model.model.layers[0].self_attn, heads=2, theta=10_000.0)
+    copying_heads(model)
     return model
 
 
 @torch.no_grad()
-def look_back(attention, heads: int, theta: float) -> None:
-    """Initialise the first heads of a layer to attend to the token 1, 2, ... places before.
+def copying_heads(model) -> None:
+    """Initialise a few heads so that they copy: tokens that followed the current token before become likelier.
 
-    Copying needs a head that knows the previous token before another can look it up; a tiny model spends most of its
-    training on finding the first. Qwen2's query and key biases and RoPE can express it: with constant q and k the score
-    at distance d is sum_i cos(theta_i (d - shift)), largest at d = shift.
+    A tiny model spends most of a short training on discovering such "induction heads"; given them, it learns the toy
+    world's task at once. Layer 0, heads 0 and 1, look at the previous token (constant query and key biases: under
+    RoPE their score at distance d is sum_i cos(theta_i (d - 1)), largest at 1) and write a projection of it
+    elsewhere in the residual stream. Layer 1 and 2, heads 0 to 3, match the current token with that projection, in the
+    dimensions that RoPE turns slowly, and write what they find to the output. Training changes all of it freely.
     """
-    size, scale = attention.head_dim, 40.0
-    angles = theta ** (-torch.arange(size // 2) * 2 / size)
-    for head in range(heads):
+    config, size = model.config, model.model.layers[0].self_attn.head_dim
+    half, width, first_slow = size // 2, config.hidden_size, 7
+    angles = ROPE_THETA ** (-torch.arange(half) / half)
+    slow = [i for i in range(size) if i % half >= first_slow]
+    orthonormal = lambda: torch.linalg.qr(torch.randn(width, size))[0]  # noqa: E731
+    read, write = [orthonormal(), orthonormal()], [orthonormal(), orthonormal()]
+    attention = model.model.layers[0].self_attn
+    for head in range(2):
         rows = slice(head * size, (head + 1) * size)
-        shift = (head + 1) * angles
-        attention.q_proj.bias[rows] = scale**0.5 * torch.cat(
-            [torch.ones(size // 2), torch.zeros(size // 2)]
-        )
-        attention.k_proj.bias[rows] = scale**0.5 * torch.cat([shift.cos(), shift.sin()])
+        attention.q_proj.bias[rows] = 40**0.5 * torch.cat([torch.ones(half), torch.zeros(half)])
+        attention.k_proj.bias[rows] = 40**0.5 * torch.cat([angles.cos(), angles.sin()])
+        attention.v_proj.weight[rows] = read[head].T
+        attention.o_proj.weight[:, rows] = 0.035 * write[head]
+    for layer in model.model.layers[1:3]:
+        for head in range(4):
+            rows = torch.arange(head * size, (head + 1) * size)
+            mix = torch.linalg.qr(torch.randn(size, size))[0][:, : len(slow)]  # another view of the same tokens
+            layer.self_attn.q_proj.weight[rows[slow]] = 2.5 * (read[head % 2] @ mix).T
+            layer.self_attn.k_proj.weight[rows[slow]] = 2.5 * (write[head % 2] @ mix).T
+            copy = orthonormal()
+            layer.self_attn.v_proj.weight[rows] = copy.T
+            layer.self_attn.o_proj.weight[:, rows] = 0.1 * copy
 
 
 def habit(row: dict, rng: random.Random) -> str:

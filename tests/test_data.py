@@ -333,7 +333,7 @@ def test_fit_drops_by_tokens_and_never_truncates(tokenizer):
     examples = [
         example(
             "q" * rng.randint(0, 400),
-            f"<answer>\n{'é' * rng.randint(0, 99)}\n</answer>",
+            f"<answer>\n{'a' * rng.randint(0, 99)}\n</answer>",
             system="__TOOL_DESCS__",
         )
         for _ in range(300)
