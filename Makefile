@@ -1,8 +1,11 @@
 # Two commands: `make demo` trains on the embedded toy world, `make test` runs every test. Both install first if needed.
 .PHONY: demo test
 
+# one rank per GPU, at most two; two ranks on a machine without
+NPROC ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -eq 1 ] && echo 1 || echo 2)
+
 demo: .venv/installed
-	.venv/bin/torchrun --nproc_per_node=2 train.py --algo toolupt @recipes/demo.args
+	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q

@@ -25,7 +25,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
@@ -84,7 +84,7 @@ def load(
 def load_tokenizer(
     model_name_or_path: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; ValueError where the folder, the tokenizer or its chat template are missing."""
+    """The tokenizer of a model; ValueError where folder, tokenizer or chat template are missing."""
     _check_folder(str(model_name_or_path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -133,12 +133,9 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     their names: a sampler that is sent the embedding alone keeps its old LM head. Never a second
     copy of the model: a rank holds one whole weight more, unless the caller keeps them.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass without backward the root holds its bf16 copy
     base = _transformer(model)
     modules = dict(base.named_modules())
-    for name, tensor in base.state_dict().items():
+    for name, tensor in base.state_dict().items():  # FSDP2 reshards first: fp32, not the bf16 copy
         if ".lora_" in name:
             continue
         owner = name.removesuffix(".base_layer.weight")
@@ -188,7 +185,7 @@ def save(
     """
     path, base, first = Path(path).resolve(), _transformer(model), _is_first()
     shapes = _shapes(base)
-    _check_disk(path, sum(tensor.nbytes for tensor in shapes.values()))
+    check_disk(path, sum(tensor.nbytes for tensor in shapes.values()))
     temporary = path.with_name(f".{path.name}.incomplete")
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -273,7 +270,7 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _check_disk(path: Path, needed: int) -> None:
+def check_disk(path: Path, needed: int) -> None:
     """ValueError on all ranks where rank 0 has not `needed` bytes and 5 % more free at `path`."""
     folder = next(parent for parent in path.parents if parent.exists())
     free = [shutil.disk_usage(folder).free]

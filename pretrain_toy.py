@@ -8,7 +8,7 @@ model can do, and reinforcement learning has something to bring back. Only toy.p
 One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of one world attend to the
 shared tool list and to themselves (packing.py's layout, here with a dense mask), so the list is read once.
 
-    python pretrain_toy.py --minutes 40 --habit_minutes 4 --out toy_model
+    python pretrain_toy.py --minutes 28 --habit_minutes 4 --out toy_model
 """
 
 import argparse
@@ -146,7 +146,7 @@ def copying_heads(model) -> None:
     half, width, first_slow = size // 2, config.hidden_size, 7
     angles = ROPE_THETA ** (-torch.arange(half) / half)
     slow = [i for i in range(size) if i % half >= first_slow]
-    orthonormal = lambda: torch.linalg.qr(torch.randn(width, size))[0]  # noqa: E731
+    orthonormal = lambda: torch.linalg.qr(torch.randn(width, size))[0]
     read, write = [orthonormal(), orthonormal()], [orthonormal(), orthonormal()]
     attention = model.model.layers[0].self_attn
     for head in range(2):
@@ -158,9 +158,11 @@ def copying_heads(model) -> None:
     for layer in model.model.layers[1:3]:
         for head in range(4):
             rows = torch.arange(head * size, (head + 1) * size)
-            mix = torch.linalg.qr(torch.randn(size, size))[0][:, : len(slow)]  # another view of the same tokens
-            layer.self_attn.q_proj.weight[rows[slow]] = 2.5 * (read[head % 2] @ mix).T
-            layer.self_attn.k_proj.weight[rows[slow]] = 2.5 * (write[head % 2] @ mix).T
+            mix = torch.linalg.qr(torch.randn(size, size))[0][
+                :, : len(slow)
+            ]  # another view of the same tokens
+            layer.self_attn.q_proj.weight[rows[slow]] = 2 * (read[head % 2] @ mix).T
+            layer.self_attn.k_proj.weight[rows[slow]] = 2 * (write[head % 2] @ mix).T
             copy = orthonormal()
             layer.self_attn.v_proj.weight[rows] = copy.T
             layer.self_attn.o_proj.weight[:, rows] = 0.1 * copy
@@ -252,7 +254,7 @@ class Batches(torch.utils.data.IterableDataset):
         step = 500_000 * self.bad_habits
         while True:
             # short tool lists first: copying is learned sooner in a short context
-            max_tools = 6 if self.bad_habits else min(6, 1 + step // 100)
+            max_tools = 6 if self.bad_habits else min(6, 1 + step // 50)
             yield batch(self.tokenizer, step, self.worlds, self.bad_habits, max_tools)
             step += 1
 
@@ -317,7 +319,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=40, help="stage 1, clean targets")
+    parser.add_argument("--minutes", type=float, default=28, help="stage 1, clean targets")
     parser.add_argument("--habit_minutes", type=float, default=4, help="stage 2, bad habits")
     parser.add_argument("--worlds", type=int, default=4, help="tool lists per optimiser step")
     parser.add_argument("--out", type=Path, default=Path("toy_model"))

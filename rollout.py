@@ -119,17 +119,17 @@ def make_engine(
             "start with torchrun and a multiple of it"
         )
     on_cpu = not torch.cuda.is_available()
-    options = dict(
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        tensor_parallel_size=tensor_parallel_size,
-        dtype="float32" if on_cpu and dtype == "auto" else dtype,
-        logprobs_mode=logprobs_mode,
-        seed=seed,
-        enforce_eager=on_cpu if enforce_eager is None else enforce_eager,
-        enable_prefix_caching=True,
-        generation_config="vllm",
-    )
+    options = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
+        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+        "logprobs_mode": logprobs_mode,
+        "seed": seed,
+        "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
+        "enable_prefix_caching": True,
+        "generation_config": "vllm",
+    }
     if parallel:
         options["distributed_executor_backend"] = "external_launcher"
     if on_cpu:
@@ -261,9 +261,10 @@ class VLLMEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        self._owns_group = not dist.is_initialized()
         with _as_guest():
             LLM, self._params = _import_vllm()
+            if dist.is_initialized():
+                _keep_process_group()
             self.llm = LLM(model_path, use_tqdm_on_load=False, **options)
         self._ranks = options["tensor_parallel_size"]
         self._names = _parameter_names(model_path)
@@ -290,14 +291,10 @@ class VLLMEngine(Engine):
         self._wake("weights", "kv_cache")
 
     def close(self) -> None:
-        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
-
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-        destroy_model_parallel()
-        if self._owns_group:
-            destroy_distributed_environment()
         gc.collect()
+        torch.cuda.empty_cache()
 
     def _wake(self, *tags):
         tags = [tag for tag in tags if tag in self._asleep]  # waking what is awake maps it twice
@@ -540,6 +537,14 @@ def _import_vllm():
     return LLM, SamplingParams
 
 
+def _keep_process_group():
+    """Let EngineCore.shutdown destroy vLLM's groups without the trainer's default group."""
+    from vllm.distributed import destroy_model_parallel
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = destroy_model_parallel
+
+
 def _kv_bytes(model_path, tokens):
     """Bytes of `tokens` keys and values in float32, in whole blocks and one to spare."""
     config = AutoConfig.from_pretrained(model_path).get_text_config()
@@ -562,9 +567,12 @@ def _as_guest():
     variables = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
     stance = "default" if gpus else "force_eager"
     try:
-        with torch.random.fork_rng(gpus), torch.compiler.set_stance(stance):
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
-                yield
+        with (
+            torch.random.fork_rng(gpus),
+            torch.compiler.set_stance(stance),
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+        ):
+            yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])

@@ -93,6 +93,8 @@ class Run:
         self.optimizer = modeling.optimizer(
             self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
+        weights = sum(4 * parameter.numel() for parameter in self.model.parameters())
+        modeling.check_disk(self.out / "checkpoint", 4 * weights)  # model, and again with 2 moments
         self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
         self.metrics_file = self.rollouts_file = self.tracker = None
@@ -303,6 +305,8 @@ def check(config, world: int) -> None:
         "num_generations",
         "max_completion_length",
         "max_tokens_per_row",
+        "eval_size",
+        "save_steps",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
@@ -314,6 +318,12 @@ def check(config, world: int) -> None:
         raise ValueError(
             f"--temperature {config.temperature}: sampling for training needs a positive temperature"
         )
+    try:
+        balance = 0.0 if config.balance == "cycle" else float(config.balance)
+    except ValueError:
+        balance = math.nan
+    if not 0 <= balance <= 1:
+        raise ValueError(f"--balance {config.balance}: take cycle or a number in 0 .. 1")
     if config.train_batch_size % world:
         raise ValueError(
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "

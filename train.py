@@ -695,7 +695,7 @@ def validation_loss(config: Config, run: Run) -> float:
         run.eval_examples[(run.rank + i * run.world) % len(run.eval_examples)] for i in range(share)
     ]
     groups = [expert_group(run, example) for example in mine]
-    totals, loss = count(run, groups), 0.0
+    totals, loss = count(config, run, groups), 0.0
     with torch.no_grad():
         for micro in micro_batches(config, run, groups):
             logps, _ = forward(config, run.model, micro)

@@ -151,11 +151,11 @@ def test_greedy_takes_the_argmax(engine, model):
 
 
 def test_tokens_are_drawn_from_the_softmax(engine, model):
-    prompt, draws, temperature = prompts_of(20)[0], 2000, 1.5
+    prompt, draws, temperature = prompts_of(20)[0], 1000, 1.5
     (group,) = engine.generate([prompt], n=draws, temperature=temperature, max_tokens=1, seeds=[3])
     counts = Counter(sample.token_ids[0] for sample in group)
     p = (next_logits(model, prompt)[-1] / temperature).softmax(-1).tolist()
-    likely = [token for token, q in enumerate(p) if q * draws > 20]
+    likely = [token for token, q in enumerate(p) if q * draws > 10]
     assert len(likely) > 5
     for token in likely:
         sigma = math.sqrt(draws * p[token] * (1 - p[token]))
@@ -183,7 +183,7 @@ def test_top_p_keeps_the_nucleus_and_renormalises(engine, model):
 def test_a_seed_fixes_a_completion_whatever_stands_beside_it(engine):
     prompts = prompts_of(5, 90, 33, 64, 17, 100, 8, 40)
     sample = functools.partial(engine.generate, temperature=1.0, max_tokens=16)
-    ids = lambda groups: [[s.token_ids for s in group] for group in groups]  # noqa: E731
+    ids = lambda groups: [[s.token_ids for s in group] for group in groups]
     together = ids(sample(prompts, n=3, seeds=list(range(8))))
     assert ids(sample(prompts, n=3, seeds=list(range(8)))) == together
     assert ids(sample(prompts[::-1], n=3, seeds=list(range(8))[::-1])) == together[::-1]
@@ -199,9 +199,7 @@ def test_neighbouring_seeds_and_completions_share_no_sample(engine):
 
 def test_without_seeds_calls_differ_and_engines_of_one_seed_agree(folder):
     first, second = (make_engine("transformers", folder, max_model_len=MAX_LEN) for _ in range(2))
-    draw = lambda engine: engine.generate(  # noqa: E731
-        prompts_of(9), n=2, temperature=1.0, max_tokens=8
-    )
+    draw = lambda engine: engine.generate(prompts_of(9), n=2, temperature=1.0, max_tokens=8)
     a, b = draw(first), draw(first)
     assert a != b
     assert [draw(second), draw(second)] == [a, b]
@@ -226,14 +224,14 @@ def test_n_per_prompt_in_order_zero_included(engine, model):
 
 def test_a_response_ends_with_its_first_eos(engine):
     prompt, eos = prompts_of(10)[0], engine.tokenizer.eos_token_id
-    (group,) = engine.generate([prompt], n=64, temperature=2.0, max_tokens=150, seeds=[1])
+    (group,) = engine.generate([prompt], n=32, temperature=2.0, max_tokens=100, seeds=[1])
     assert {sample.finish_reason for sample in group} == {"stop", "length"}
     for sample in group:
         assert isinstance(sample, Sample)
-        assert len(sample.logps) == len(sample.token_ids) <= 150
+        assert len(sample.logps) == len(sample.token_ids) <= 100
         stopped = sample.finish_reason == "stop"
         assert sample.token_ids.count(eos) == stopped
-        assert stopped or len(sample.token_ids) == 150
+        assert stopped or len(sample.token_ids) == 100
         body = sample.token_ids[:-1] if stopped else sample.token_ids
         assert not stopped or sample.token_ids[-1] == eos
         assert sample.text == engine.tokenizer.decode(body, skip_special_tokens=False)
@@ -372,12 +370,10 @@ for size in (1, 2):
         "vllm", folder, max_model_len=128, max_num_seqs=16, tensor_parallel_size=size,
         logprobs_mode="raw_logprobs",
     )
-    draw = lambda: [
-        [[s.token_ids, s.logps] for s in group]
-        for group in engine.generate(
-            prompts, n=2, temperature=1.5, max_tokens=16, seeds=[10 * rank + i for i in range(len(prompts))]
-        )
-    ]
+    seeds = [10 * rank + i for i in range(len(prompts))]
+    def draw():
+        groups = engine.generate(prompts, n=2, temperature=1.5, max_tokens=16, seeds=seeds)
+        return [[[s.token_ids, s.logps] for s in group] for group in groups]
     before = draw()
     tensors = torch.load(out + "/new.pt")
     engine.load_weights(iter(tensors.items()))
@@ -404,12 +400,13 @@ def test_two_ranks_with_their_own_engine_then_with_one_together(folder, model, t
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(script), root, folder, str(tmp_path)],
+        check=False,
         capture_output=True,
         text=True,
         timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [len(report["prompts"]) for report in reports] == [3, 2]
     letter_b = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("B")

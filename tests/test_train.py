@@ -1,0 +1,935 @@
+"""train.py, run.py and report.py in one process: every row of the table against slow loops, and what users meet.
+
+The slow losses below are written from ToolUPT's equations and spec, one response and one token at a time, in float64
+over an ordinary transformers model; the fast side is the gradient that the loop of train.py hands to its optimiser.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import frozen
+import pytest
+import torch
+import torch.distributed as dist
+from frozen import LIMIT, TOY, K
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import model as modeling
+import report
+import rewards
+import run as run_module
+import train
+from run import Run
+
+REAL = Path(__file__).resolve().parent.parent.parent / "shared/data/train/toolrl_rlla"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RL_ROWS = [name for name in train.PRESETS if name != "sft"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    """A gloo group of one rank and one thread, gone after this file: other files start their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train.init_distributed()
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return frozen.tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------- every row against slow loops
+
+
+def slow_forward(model, prompt, response, temperature=0.8):
+    """log pi and entropy of each response token from one ordinary forward pass."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0] / temperature
+    logps, entropies = [], []
+    for t, token in enumerate(response):
+        log_p = torch.log_softmax(logits[len(prompt) + t - 1], 0)
+        logps.append(log_p[token])
+        entropies.append(-(log_p.exp() * log_p).sum())
+    return logps, entropies
+
+
+def slow_batch(model, tokenizer, asked, table, wanted, only_informative, temperature=0.8):
+    """What a step trains on: for each prompt its rollouts, its expert and their outcome rewards."""
+    by_prompt = {json.dumps(data.render(e, tokenizer)): e for e in frozen.examples()}
+    batch = []
+    for key in asked:
+        example, prompt = by_prompt[key], json.loads(key)
+        outcomes = [rewards.outcome(s.text, example.target).total for s in table[key]]
+        if only_informative and len(set(outcomes)) == 1:
+            continue
+        if len(batch) == wanted:
+            break
+        rows = []
+        for sample, outcome in zip(table[key], outcomes):
+            logps, entropies = slow_forward(model, prompt, sample.token_ids, temperature)
+            rows.append(
+                SimpleNamespace(
+                    ids=sample.token_ids, logps=logps, H=entropies, R=outcome, sampler=sample.logps
+                )
+            )
+        ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id]
+        logps, entropies = slow_forward(model, prompt, ids, temperature)
+        expert = SimpleNamespace(ids=ids, logps=logps, H=entropies, R=4.0)
+        batch.append(SimpleNamespace(kind=example.kind, rows=rows, expert=expert))
+    assert len(batch) == wanted
+    return batch
+
+
+def slow_group(values, std=True):
+    """Eq. 2: (R - mean) / (Bessel std + 1e-6), 0 where all are equal."""
+    mean = sum(values) / len(values)
+    if max(values) == min(values):
+        return [0.0] * len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return [(v - mean) / (spread + 1e-6) if std else v - mean for v in values]
+
+
+def slow_fgae(group):
+    """Eqs. 13-17: per row a list of token advantages."""
+    table = []
+    for row in group.rows:
+        table.append([])
+        for t, token in enumerate(row.ids):
+            right = (
+                group.kind == "tool_call"
+                and t < len(group.expert.ids)
+                and token == group.expert.ids[t]
+            )
+            table[-1].append(max(4.0 if right else -3.0, row.R))
+    values = [value for rewards_of_row in table for value in rewards_of_row]
+    if max(values) == min(values):
+        return [[0.0] * len(row) for row in table]
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    return [[(v - mean) / (spread + 1e-6) for v in row] for row in table]
+
+
+def slow_sequence(group, reward=lambda row: row.R):
+    """Eq. 2's advantage on every token of a row."""
+    advantages = slow_group([reward(row) for row in group.rows])
+    return [[A] * len(row.ids) for A, row in zip(advantages, group.rows)]
+
+
+def binary(row):
+    return 1.0 if row.R == 4 else 0.0
+
+
+def overlong(row):
+    """DAPO's soft penalty with L_max = LIMIT and a cache of a quarter of it."""
+    cache = LIMIT // 4
+    return row.R + min(0.0, max(-1.0, ((LIMIT - cache) - len(row.ids)) / cache))
+
+
+def ratio(logp):
+    return torch.exp(logp - logp.detach())
+
+
+def tokens_of(batch):
+    return sum(len(row.ids) for group in batch for row in group.rows)
+
+
+def expert_tokens_of(batch):
+    return sum(len(group.expert.ids) for group in batch)
+
+
+def slow_surrogate(batch, advantages_of, cap=None):
+    """Eq. 18: token mean of -A r; with `cap`, times min(pi / pi_sampler, cap)."""
+    total = 0.0
+    for group in batch:
+        for row, advantages in zip(group.rows, advantages_of(group)):
+            for logp, A, sampler in zip(row.logps, advantages, row.sampler):
+                weight = min(math.exp(logp.item() - sampler), cap) if cap else 1.0
+                total = total - weight * A * ratio(logp)
+    return total / tokens_of(batch)
+
+
+def slow_grpo(batch, _):
+    """Eq. 2: mean over responses of the mean over their tokens; binary reward."""
+    total, N = 0.0, sum(len(group.rows) for group in batch)
+    for group in batch:
+        for row, advantages in zip(group.rows, slow_sequence(group, binary)):
+            for logp, A in zip(row.logps, advantages):
+                total = total - A * ratio(logp) / len(row.ids) / N
+    return total
+
+
+def slow_spo(batch, advantages_of, tag_length):
+    """Eqs. 19-22 with beta 1 and the plus sign."""
+    chosen = rejected = 0.0
+    for group in batch:
+        for t, logp in enumerate(group.expert.logps):
+            p = math.exp(logp.item())
+            if group.kind == "tool_call" or t < tag_length:
+                chosen = chosen + p * (1 - p) * (1 - torch.sigmoid(logp))
+        for row, advantages in zip(group.rows, advantages_of(group)):
+            for logp, A in zip(row.logps, advantages):
+                p = math.exp(logp.item())
+                if A < 0:
+                    rejected = rejected + p * (1 - p) * (1 - torch.sigmoid(-logp))
+    return chosen / expert_tokens_of(batch) + rejected / tokens_of(batch)
+
+
+def slow_sft(batch, _=None):
+    """Eq. 1."""
+    return -sum(sum(group.expert.logps) for group in batch) / expert_tokens_of(batch)
+
+
+def slow_mix(preference, policy, balance=0.3):
+    """Eq. 23 at step 0 of a cycle that starts at balance_low = 0.3."""
+    return balance * preference + (1 - balance) * policy
+
+
+def slow_luffy(batch, _):
+    """LUFFY: A = R - mean over rollouts and expert; -A r on rollouts, -A p / (p + 0.1) on the expert."""
+    total = 0.0
+    for group in batch:
+        rows = [*group.rows, group.expert]
+        for row, A in zip(rows, slow_group([row.R for row in rows], std=False)):
+            for logp in row.logps:
+                p = torch.exp(logp)
+                total = total - A * (p / (p + 0.1) if row is group.expert else ratio(logp))
+    return total / (tokens_of(batch) + expert_tokens_of(batch))
+
+
+def slow_srft(batch, _):
+    """SRFT Eqs. 6-13, H the mean entropy of a row, detached."""
+    total, Z, Zx = 0.0, tokens_of(batch) + expert_tokens_of(batch), expert_tokens_of(batch)
+    for group in batch:
+        rows = [*group.rows, group.expert]
+        advantages = slow_group([row.R for row in rows])
+        for row, A in zip(rows, advantages):
+            H = sum(h.item() for h in row.H) / len(row.H)
+            for logp in row.logps:
+                if row is group.expert:
+                    total = total - 0.5 * math.exp(-H) * logp / Zx - A * torch.exp(logp) / Z
+                elif row.R == 4:
+                    total = total - 0.1 * math.exp(H) * logp / Z
+                else:
+                    total = total + logp / Z
+    return total
+
+
+def slow_chord(batch, _):
+    """CHORD-phi: 0.9 token-mean GRPO on the binary reward + 0.1 SFT with weights p (1 - p)."""
+    sft = 0.0
+    for group in batch:
+        for logp in group.expert.logps:
+            p = math.exp(logp.item())
+            sft = sft - p * (1 - p) * logp
+    policy = slow_surrogate(batch, lambda group: slow_sequence(group, binary))
+    return 0.9 * policy + 0.1 * sft / expert_tokens_of(batch)
+
+
+SLOW = {
+    "grpo": slow_grpo,
+    "dapo": lambda b, _: slow_surrogate(b, lambda group: slow_sequence(group, overlong)),
+    "dapo_star": lambda b, _: slow_surrogate(b, slow_sequence),
+    "fg_dapo_star": lambda b, _: slow_surrogate(b, slow_fgae),
+    "sft_dapo_star": lambda b, _: slow_surrogate(b, slow_sequence),
+    "sft_fg_dapo_star": lambda b, _: slow_surrogate(b, slow_fgae),
+    "luffy": slow_luffy,
+    "srft": slow_srft,
+    "chord": slow_chord,
+    "toolupt": lambda b, n: slow_mix(slow_spo(b, slow_fgae, n), slow_surrogate(b, slow_fgae)),
+    "toolupt_no_fgae": lambda b, n: slow_mix(
+        slow_spo(b, slow_sequence, n), slow_surrogate(b, slow_sequence)
+    ),
+    "toolupt_no_spo": lambda b, n: slow_mix(slow_sft(b), slow_surrogate(b, slow_fgae)),
+    "toolupt --tis_cap 2": lambda b, n: slow_mix(
+        slow_spo(b, slow_fgae, n), slow_surrogate(b, slow_fgae, cap=2.0)
+    ),
+}
+
+
+def slow_bonus(batch, sequence_mean):
+    """The entropy of the rollouts, reduced like the policy loss."""
+    rows = [row for group in batch for row in group.rows]
+    if sequence_mean:
+        return sum(sum(row.H) / len(row.H) for row in rows) / len(rows)
+    return sum(sum(row.H) for row in rows) / tokens_of(batch)
+
+
+def test_every_rl_row_has_a_slow_loss():
+    assert {name.split()[0] for name in SLOW} == set(RL_ROWS)
+
+
+@pytest.mark.parametrize("method", SLOW)
+def test_gradient_of_one_step_is_that_of_the_slow_loss(method, tiny, plain, tmp_path):
+    """Float32 and shared prompts against float64, one response at a time; and the run's own audit."""
+    config = train.parse_args(
+        ["--algo", *method.split(), "--stages", "rl", *frozen.flags(tiny, tmp_path)]
+    )
+    gradient, engine = frozen.one_step(config)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = copy.deepcopy(plain).double()
+    batch = slow_batch(
+        model, tokenizer, engine.asked, engine.table, 4, only_informative=method == "dapo"
+    )
+    tag_length = len(tokenizer("<answer>", add_special_tokens=False)["input_ids"])
+    loss = SLOW[method](batch, tag_length) - 0.05 * slow_bonus(batch, method == "grpo")
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert frozen.relative_difference(gradient, expected) < 1e-4
+
+    logged = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[2])
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert logged["entropy"] == pytest.approx(slow_bonus(batch, False).item(), rel=1e-4)
+    assert train.audit(tmp_path / "out").startswith("16 responses agree")
+
+
+def test_the_frozen_step_has_every_case(tiny):
+    """Calls and answers, mixed and equal groups, equal outcomes with unequal token rewards, capped TIS weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = frozen.examples()
+    table = list(frozen.answers(tokenizer, rows).values())
+    R = [[rewards.outcome(s.text, e.target).total for s in group] for e, group in zip(rows, table)]
+    tied = [len(set(group)) == 1 for group in R]
+    assert tied == [False, True, False, False, False, True]
+    assert {e.kind for e in rows} == {"tool_call", "answer"}
+    assert {4.0, -3.0} < {r for group in R for r in group}
+    assert any(s.token_ids[0] == data.target_ids(rows[1], tokenizer)[0] for s in table[1])
+    assert LIMIT * 3 / 4 < frozen.LONG < LIMIT  # the overlong penalty is at work
+
+
+def test_sft_gradient_is_that_of_equation_1(tiny, plain, tmp_path):
+    config = train.parse_args(["--algo", "sft", *frozen.flags(tiny, tmp_path)])
+    gradient, _ = frozen.one_step(config)
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny), copy.deepcopy(plain).double()
+    examples = Run(config).batch(0)
+    total, count = 0.0, 0
+    for example in examples:
+        prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
+        logps, _ = slow_forward(model, prompt, target)
+        total, count = total - sum(logps), count + len(target)
+    (total / count).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert frozen.relative_difference(gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["toolupt", "grpo", "luffy"])
+def test_gradient_does_not_depend_on_the_split_or_the_packing(method, tiny, tmp_path):
+    command = ["--algo", method, *frozen.flags(tiny, tmp_path)]
+    reference, _ = frozen.one_step(train.parse_args([*command, "--max_tokens_per_row", "100000"]))
+    for more in (
+        ["--max_tokens_per_row", "1"],
+        ["--max_tokens_per_row", "700", "--gradient_checkpointing"],
+        ["--max_tokens_per_row", "700", "--no_share_prefix"],
+    ):
+        gradient, _ = frozen.one_step(train.parse_args(command + more))
+        assert frozen.relative_difference(gradient, reference) < 1e-5, more
+
+
+def test_micro_batches_keep_every_group_and_the_budget(tiny, tmp_path):
+    config = train.parse_args(frozen.flags(tiny, tmp_path))
+    run = Run(config)
+    groups = [train.expert_group(run, example) for example in frozen.examples()]
+    sizes = [train.tokens_of(group) for group in groups]
+    for budget in (1, max(sizes), 2 * max(sizes), sum(sizes)):
+        config.max_tokens_per_row = budget
+        parts = train.micro_batches(config, run, groups)
+        assert sorted(id(g) for part in parts for g in part) == sorted(map(id, groups))
+        loads = [sum(map(train.tokens_of, part)) for part in parts]
+        assert all(load <= budget or len(p) == 1 for load, p in zip(loads, parts)), (budget, loads)
+    assert len(parts) == 1
+
+
+@pytest.mark.parametrize("method", ["grpo", "toolupt", "chord"])
+def test_entropy_bonus_has_a_gradient_of_its_own(method):
+    """Without advantages the loss is the bonus: -coef/N on rollout tokens, 0 on experts and padding."""
+    config = train.Config(**{**train.PRESETS[method], "entropy_coef": 0.5})
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    is_expert = torch.tensor([False, False, True])
+    flags = torch.zeros(3, dtype=torch.bool)
+    rows = train.Rows(mask, is_expert, flags, flags, torch.zeros(3, 3), torch.zeros(3, 3))
+    logps = torch.full((3, 3), -1.0, requires_grad=True)
+    entropy = torch.full((3, 3), 0.7, requires_grad=True)
+    totals = {"tokens": 4, "responses": 2, "expert_tokens": 2, "tag_length": 1}
+    loss, stats = train.policy_loss(config, rows, logps, entropy, 0.0, totals)
+    loss.backward()
+    per_row = [[1 / 6] * 3, [1 / 2, 0, 0], [0] * 3]
+    per_token = [[1 / 4] * 3, [1 / 4, 0, 0], [0] * 3]
+    expected = -0.5 * torch.tensor(per_row if method == "grpo" else per_token)
+    assert torch.allclose(entropy.grad, expected)
+    assert logps.grad.abs().max() == 0
+    assert float(stats["entropy"]) == pytest.approx(4 * 0.7)
+
+
+# --------------------------------------------------------------------------------------- schedules and data order
+
+
+def test_learning_rate_meets_the_oracles():
+    oracle = json.loads((Path(__file__).parent / "oracles/train.json").read_text())
+    for case in oracle["learning_rate"]:
+        config = train.Config(**case["config"])
+        for step, value in zip(case["steps"], case["values"]):
+            rate = train.learning_rate_at(config, step)
+            assert rate == pytest.approx(value, rel=1e-5, abs=1e-15), (case["id"], step)
+
+
+def test_learning_rate_of_toolupt_is_constant():
+    assert {train.learning_rate_at(train.Config(), step) for step in range(600)} == {1e-6}
+
+
+def test_balance_cycles_or_is_a_number():
+    config = train.Config()
+    for step in range(600):
+        phase = step % 300
+        rising = 0.02 + 0.28 * phase / 100
+        falling = 0.3 - 0.28 * (phase - 100) / 200
+        assert train.balance_of(config, step) == pytest.approx(min(rising, falling)), step
+    assert train.balance_of(train.Config(balance="0.25"), 77) == 0.25
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
+    def order(seed, world, position):
+        """Ids of one batch, by rank; a fresh object each time: nothing but (seed, step) is known."""
+        parts = []
+        for rank in range(world):
+            run = object.__new__(Run)
+            run.config = train.Config(seed=seed, train_batch_size=4)
+            run.examples, run.epoch = list(range(10)), (None, None)
+            run.rank, run.world = rank, world
+            parts.append(run.batch(position))
+        return parts
+
+    whole = [order(3, 1, step)[0] for step in range(5)]
+    for step in (4, 0, 2):  # in any order, on one, two or four ranks
+        for world in (2, 4):
+            parts = order(3, world, step)
+            assert [*chain(*parts)] == whole[step]
+            assert {len(part) for part in parts} == {4 // world}
+    stream = [*chain(*whole)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:] and stream[:10] != list(range(10))
+    assert [order(4, 1, step)[0] for step in range(5)] != whole
+
+
+def test_request_seeds_differ_by_prompt_and_step_only(tiny, tmp_path):
+    config = train.parse_args(frozen.flags(tiny, tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    run = Run(config)
+    run.engine = frozen.Frozen(frozen.answers(tokenizer, frozen.examples()))
+    seeds = {}
+    for position in (0, 1):
+        for world in (1, 2):
+            run.world = world
+            run_seeds = []
+            for run.rank in range(world):
+                groups = train.roll_out(config, run, run.batch(position), position)
+                run_seeds += [group.seed for group in groups]
+            seeds[position, world] = run_seeds
+    assert seeds[0, 1] == seeds[0, 2] and seeds[1, 1] == seeds[1, 2]
+    assert len({*seeds[0, 1], *seeds[1, 1]}) == 8
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_defaults_of_toolupt_are_table_7():
+    config = train.parse_args(["--algo", "toolupt"])
+    table_7 = {
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "train_batch_size": 256,
+        "num_generations": 8,
+        "max_steps": 600,
+        "temperature": 1.0,
+        "max_prompt_length": 8192,
+        "max_completion_length": 1024,
+        "entropy_coef": 3e-4,
+        "sft_learning_rate": 1e-5,
+        "sft_max_steps": 3000,
+        "model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
+    }
+    assert {name: getattr(config, name) for name in table_7} == table_7
+    sft = train.parse_args(["--algo", "sft"])
+    assert (sft.learning_rate, sft.lr_scheduler_type, sft.max_steps) == (1e-5, "cosine", 3000)
+
+
+def test_precedence_is_default_preset_flag():
+    assert train.parse_args([]).num_generations == 8
+    assert train.parse_args(["--algo", "luffy"]).num_generations == 7
+    assert train.parse_args(["--num_generations", "5", "--algo", "luffy"]).num_generations == 5
+    assert train.parse_args(["--algo", "luffy"]).output_dir == "runs/luffy"
+    assert train.parse_args(["--algo", "dapo", "--no_dynamic_sampling"]).dynamic_sampling is False
+    assert train.parse_args(["--train_file", "toy", "toy:hard-train"]).train_file[1:] == [
+        "toy:hard-train"
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--learning_rat", "1"], "--learning_rat"),
+        (["--algo", "toolup"], "toolup"),
+        (["--max_steps", "ten"], "--max_steps"),
+        (["@missing.args"], "missing.args"),
+    ],
+)
+def test_a_misspelt_flag_is_named(argv, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(argv)
+    assert stop.value.code != 0
+    assert named in capsys.readouterr().err
+
+
+def test_list_prints_every_row(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--list"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert {line.split()[0] for line in printed.splitlines() if line[0] != " "} == {*train.PRESETS}
+    assert train.PRESETS.keys() == train.SENTENCES.keys()
+
+
+def test_flags_from_a_file_with_comments(tmp_path):
+    file = tmp_path / "my.args"
+    file.write_text("# a comment\n--max_steps 7   # steps\n\n--train_file toy toy:valid\n")
+    config = train.parse_args([f"@{file}", "--seed", "3"])
+    assert (config.max_steps, config.train_file, config.seed) == (7, ["toy", "toy:valid"], 3)
+
+
+def test_announcement_says_what_will_happen():
+    text = train.announce(train.Config(), 8)
+    assert "learning_rate = 1e-06" in text and train.SENTENCES["toolupt"] in text
+    assert "8 rank(s)" in text and f"{256 * 8192 + 2048 * 1024:,} tokens" in text
+    assert "output: runs/toolupt" in text
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def refusal(call, *arguments) -> str:
+    """The one line that a user reads."""
+    with pytest.raises((ValueError, OSError, ImportError)) as error:
+        call(*arguments)
+    text = str(error.value)
+    assert text and "\n" not in text, text
+    return text
+
+
+@pytest.mark.parametrize(
+    "setting, world, named",
+    [
+        ({"stages": "rl,sft"}, 1, "--stages"),
+        ({"reward": "graded"}, 1, "--reward"),
+        ({"advantage": "gae"}, 1, "--advantage"),
+        ({"loss": "ppo"}, 1, "--loss"),
+        ({"expert": "always"}, 1, "--expert"),
+        ({"alignment": "fuzzy"}, 1, "--alignment"),
+        ({"lr_scheduler_type": "linear"}, 1, "--lr_scheduler_type"),
+        ({"engine": "sglang"}, 1, "--engine"),
+        ({"report_to": "mlflow"}, 1, "--report_to"),
+        ({"max_steps": 0}, 1, "--max_steps"),
+        ({"train_batch_size": 0}, 1, "--train_batch_size"),
+        ({"max_completion_length": 0}, 1, "--max_completion_length"),
+        ({"max_tokens_per_row": 0}, 1, "--max_tokens_per_row"),
+        ({"num_generations": 1}, 1, "--num_generations"),
+        ({"temperature": 0.0}, 1, "--temperature"),
+        ({"train_batch_size": 10}, 4, "--train_batch_size"),
+        ({"reward": "binary"}, 1, "--advantage"),
+        ({"balance": "often"}, 1, "--balance"),
+        ({"balance": "1.5"}, 1, "--balance"),
+        ({"save_steps": 0}, 1, "--save_steps"),
+        ({"eval_size": 0}, 1, "--eval_size"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_bad_settings_are_named(setting, world, named):
+    assert named in refusal(run_module.check, train.Config(**setting), world)
+
+
+@pytest.mark.parametrize("algo", train.PRESETS)
+def test_every_row_is_a_good_setting(algo):
+    run_module.check(train.parse_args(["--algo", algo]), 8)
+
+
+def broken_folder(tiny, tmp_path, *gone) -> Path:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    for name in gone:
+        for file in folder.glob(name):
+            file.unlink()
+    return folder
+
+
+def test_bad_data_is_named(tiny, tmp_path):
+    def refuse(file):
+        return refusal(Run, train.parse_args([*command, "--train_file", str(file)]))
+
+    command = frozen.flags(tiny, tmp_path)
+    assert "nowhere.json" in refuse("nowhere.json")
+    assert "nowhere.json" in refuse("xlam:nowhere.json")
+    assert "unknown" in refuse("toy:trian") and "trian" in refuse("toy:trian")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty.jsonl holds no rows" in refuse(empty)
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('[{"text": "hello"}]')
+    assert "wrong.json" in refuse(f"xlam:{wrong}")
+    refuse(wrong)
+    wrong.write_text("{not json")
+    assert "wrong.json" in refuse(wrong)
+    text = refusal(Run, train.parse_args([*command, "--max_prompt_length", "20"]))
+    assert "--max_prompt_length" in text
+    assert "--train_batch_size" in refusal(
+        Run, train.parse_args([*command, "--train_batch_size", "7"])
+    )
+
+
+def test_bad_models_are_named(tiny, tmp_path):
+    def refuse(folder):
+        return refusal(Run, train.parse_args([*command, "--model_name_or_path", str(folder)]))
+
+    command = frozen.flags(tiny, tmp_path)
+    assert "no such folder" in refuse(tmp_path / "gone")
+    assert "tokenizer" in refuse(broken_folder(tiny, tmp_path / "1", "tokenizer*"))
+    assert "chat template" in refuse(broken_folder(tiny, tmp_path / "2", "chat_template*"))
+    assert "no config.json" in refuse(broken_folder(tiny, tmp_path / "3", "config.json"))
+    assert "safetensors" in refuse(broken_folder(tiny, tmp_path / "4", "*.safetensors"))
+    text = refusal(Run, train.parse_args([*command, "--max_prompt_length", "9000"]))
+    assert "reads 4096 tokens" in text and "--max_prompt_length 9000" in text
+
+
+def test_missing_vllm_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--engine", "vllm"])
+    text = refusal(train.train, config)
+    assert "vllm" in text and "--engine transformers" in text
+
+
+def test_a_full_disk_stops_the_run_before_the_first_step(tiny, tmp_path, monkeypatch):
+    usage = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    asked = []
+    monkeypatch.setattr(train, "roll_out", lambda *a: asked.append(a))
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"eval/accuracy": 0.0})
+    text = refusal(train.train, train.parse_args(frozen.flags(tiny, tmp_path)))
+    assert "GB are free" in text and "--output_dir" in text
+    assert not asked, "training began before the disk was looked at"
+
+
+def test_resuming_from_nowhere_is_named(tiny, tmp_path):
+    command = frozen.flags(tiny, tmp_path)
+    text = refusal(
+        train.train,
+        train.parse_args([*command, "--resume_from_checkpoint", str(tmp_path / "checkpoint-5")]),
+    )
+    assert "checkpoint-5-state" in text
+
+
+# -------------------------------------------------------------------------------------- real rollouts of a tiny model
+
+
+def short_flags(tiny, folder, *more) -> list[str]:
+    """Real sampling of a random model: short prompts and responses, some examples with a right answer."""
+    rows = [
+        data.Example(f"short/{i}/0", [], [], f"say {i}", [], "<answer>\nno\n</answer>", "answer")
+        for i in range(8)
+    ]
+    rows = [data.Example(**{**vars(row), "system": "Tools: __TOOL_DESCS__"}) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_jsonl(rows, folder / "short.jsonl")
+    file = f"jsonl:{folder / 'short.jsonl'}"
+    text = f"""--algo toolupt --model_name_or_path {tiny} --train_file {file} --eval_file {file}
+    --output_dir {folder}/out --max_steps 2 --train_batch_size 4 --num_generations 2
+    --max_prompt_length 256 --max_completion_length 16 --engine transformers --eval_steps 0
+    --learning_rate 1e-3 --max_tokens_per_row 300 --no_gradient_checkpointing --save_steps 2"""
+    return [*text.split(), *map(str, more)]
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def noisy_rewards(monkeypatch):
+    """A random model earns -3 always; here even tokens earn more, so that there is something to learn."""
+    real = rewards.outcome
+
+    def outcome(text, target):
+        result = real(text, target)
+        return type(result)(**{**vars(result), "total": float(len(text) % 5) - 3})
+
+    monkeypatch.setattr(rewards, "outcome", outcome)
+
+
+def test_the_run_stops_when_the_engine_keeps_old_weights(tiny, tmp_path, monkeypatch):
+    real, calls = train.sync, []
+
+    def only_once(run):
+        if not calls:
+            real(run)
+        calls.append(run)
+
+    noisy_rewards(monkeypatch)
+    command = short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
+    run = train.train(train.parse_args(command))  # with the sync nothing is wrong
+    assert run is not None
+    monkeypatch.setattr(train, "sync", only_once)
+    text = refusal(train.train, train.parse_args(command))
+    assert "differ from the trainer's" in text and "weight sync" in text
+    assert re.match(r"step [1-9]\d*:", text), text
+
+
+def weights_of(run) -> dict:
+    return {name: tensor.clone() for name, tensor in modeling.full_tensors(run.model)}
+
+
+def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch):
+    real, bad, before = train.policy_loss, {0}, {}
+
+    def poisoned(config, rows, logps, *rest):
+        loss, stats = real(config, rows, logps, *rest)
+        return (loss * math.nan if len(before) in bad else loss), stats
+
+    original = Run.optimizer_step
+
+    def watched(run, *arguments):
+        step, weights = len(before), weights_of(run)
+        done = original(run, *arguments)
+        moved = any(not torch.equal(weights[n], w) for n, w in weights_of(run).items())
+        before[step] = moved
+        assert done == moved == (step not in bad)
+        return done
+
+    noisy_rewards(monkeypatch)
+    monkeypatch.setattr(train, "policy_loss", poisoned)
+    monkeypatch.setattr(Run, "optimizer_step", watched)
+    train.train(train.parse_args(short_flags(tiny, tmp_path / "1")))
+    assert before == {0: False, 1: True}
+    assert [row["skipped"] for row in metrics_of(tmp_path / "1/out")[2:]] == [1, 0]
+
+    before.clear()
+    bad |= {1, 2, 3}
+    command = short_flags(tiny, tmp_path / "2", "--max_steps", "9")
+    assert "no finite gradient in 3 steps" in refusal(train.train, train.parse_args(command))
+    assert len(before) == 3
+
+
+def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch):
+    """A random model's responses are all wrong: no group ever differs."""
+    real, batches = train.roll_out, []
+
+    def counted(config, run, examples, position):
+        batches.append((position, len(examples)))
+        return real(config, run, examples, position)
+
+    monkeypatch.setattr(train, "roll_out", counted)
+    command = [*short_flags(tiny, tmp_path), "--algo", "dapo"]
+    text = refusal(train.train, train.parse_args(command))
+    assert "10 rounds gave 0 of 4 prompts" in text
+    assert batches == [(position, 4) for position in range(10)]
+
+
+def test_dynamic_sampling_never_trains_on_a_short_batch(tiny, tmp_path):
+    """Of six frozen prompts four differ; every step has four of those, though a batch holds two or three."""
+    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "dapo", "--max_steps", "2"])
+    frozen.one_step(config)
+    lines = (tmp_path / "out/rollouts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for step in (1, 2):
+        totals = [row["outcome"]["total"] for row in rows if row["step"] == step]
+        groups = [totals[i : i + K] for i in range(0, len(totals), K)]
+        assert len(groups) == 4 and all(len(set(group)) > 1 for group in groups)
+    assert metrics_of(tmp_path / "out")[2]["rounds"] > 1
+
+
+def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
+    """Four steps in one go, and two, a new start and two more: the same metrics and weights, bit for bit."""
+    noisy_rewards(monkeypatch)
+
+    def go(folder, steps, *more):
+        steps = ["--max_steps", steps, "--eval_steps", "1"]
+        config = train.parse_args(short_flags(tiny, tmp_path / folder, *steps, *more))
+        train.train(config)
+        return tmp_path / folder / "out"
+
+    whole = go("whole", 4)
+    go("parts", 2, "--resume_from_checkpoint", "latest")  # nothing there: starts at 0
+    parts = go("parts", 4, "--resume_from_checkpoint", "latest")
+    weights = [
+        AutoModelForCausalLM.from_pretrained(out / "checkpoint-4").state_dict()
+        for out in (whole, parts)
+    ]
+    start = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in start)
+    assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+    timed = ("timing_s/", "perf/")
+    rows = [
+        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics_of(out)[1:]]
+        for out in (whole, parts)
+    ]
+    assert [row["step"] for row in rows[0]] == [0, 1, 2, 3, 4]
+    assert rows[0] == rows[1]
+    rollouts = [(out / "rollouts.jsonl").read_text() for out in (whole, parts)]
+    assert rollouts[0] == rollouts[1]
+
+    branch = go("branch", 4, "--resume_from_checkpoint", whole / "checkpoint-2")
+    again = AutoModelForCausalLM.from_pretrained(branch / "checkpoint-4").state_dict()
+    assert all(torch.equal(weights[0][name], again[name]) for name in start)
+
+
+def test_old_checkpoints_go(tiny, tmp_path):
+    command = short_flags(tiny, tmp_path, "--max_steps", "3", "--save_steps", "1")
+    train.train(train.parse_args([*command, "--save_total_limit", "2"]))
+    names = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{n}{x}" for n in (2, 3) for x in ("", "-state")}
+
+
+@pytest.mark.skipif(
+    not REAL.exists(), reason=f"{REAL} is not here: optional data beside the checkout"
+)
+def test_two_steps_on_real_data(tiny, tmp_path):
+    text = f"""--algo toolupt --model_name_or_path {tiny} --train_file {REAL}/test_from_parquet.json
+    --output_dir {tmp_path}/out --max_steps 2 --train_batch_size 2 --num_generations 2 --eval_size 1
+    --eval_fraction 0.1 --max_prompt_length 1500 --max_completion_length 100
+    --engine transformers --max_tokens_per_row 4000"""
+    train.train(train.parse_args(text.split()))
+    rows = metrics_of(tmp_path / "out")
+    assert [row["step"] for row in rows[1:]] == [0, 1, 2]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows[2:])
+    assert train.audit(tmp_path / "out").startswith("8 responses agree")
+
+
+# ------------------------------------------------------------------------------------------------ audit and report
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The output folder of a run of two frozen steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    frozen.one_step(train.parse_args([*frozen.flags(tiny, folder), "--max_steps", "2"]))
+    return folder / "out"
+
+
+def falsified(finished, tmp_path, change) -> tuple[Path, int]:
+    """A copy of a run with one line changed, and that line's number."""
+    out = tmp_path / "false"
+    shutil.copytree(finished, out)
+    lines = (out / "rollouts.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        row = json.loads(line)
+        if change(row):
+            lines[number - 1] = json.dumps(row)
+            (out / "rollouts.jsonl").write_text("\n".join(lines) + "\n")
+            return out, number
+    raise AssertionError("no line to falsify")
+
+
+def flip_reward(row):
+    row["reward"] += 0.001
+    return row["step"] == 2
+
+
+def flip_advantage(row):
+    if len(row["advantages"]) > 5:
+        row["advantages"][5] += 1e-6
+    return len(row["advantages"]) > 5
+
+
+def flip_text(row):
+    """One letter of a right call's arguments."""
+    place = row["text"].find('": ') - 1
+    row["text"] = row["text"][:place] + "~" + row["text"][place + 1 :]
+    return row["kind"] == "tool_call" and row["outcome"]["total"] == 4
+
+
+def flip_token(row):
+    """A token that was the expert's."""
+    row["token_ids"][0] += 1
+    return row["kind"] == "tool_call" and row["outcome"]["total"] == 3.5
+
+
+@pytest.mark.parametrize("change", [flip_reward, flip_advantage, flip_text, flip_token])
+def test_audit_finds_a_changed_line(finished, tmp_path, change):
+    assert train.audit(finished).startswith("32 responses agree")
+    out, number = falsified(finished, tmp_path, change)
+    with pytest.raises(ValueError, match=r"rollouts\.jsonl line (\d+): ") as error:
+        train.audit(out)
+    found = int(re.search(r"line (\d+):", str(error.value))[1])
+    assert (found - 1) // K == (number - 1) // K  # an advantage depends on its whole group
+    assert change in (flip_token, flip_text) or found == number
+
+
+def test_audit_finds_a_missing_line(finished, tmp_path):
+    out = tmp_path / "short"
+    shutil.copytree(finished, out)
+    lines = (out / "rollouts.jsonl").read_text().splitlines()
+    (out / "rollouts.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match=f"{K - 1} of {K} lines"):
+        train.audit(out)
+
+
+def test_show_colours_tokens_by_advantage(finished, capsys):
+    train.main(["show", str(finished), "--step", "2"])
+    text = capsys.readouterr().out
+    assert text.count("step 2 ") == 4 * K and "step 1 " not in text
+    assert "\033[30;48;5;" in text and "expert: <" in text
+    with pytest.raises(ValueError, match="no step 9"):
+        report.show(finished, 9)
+    train.main(["audit", str(finished)])
+    assert "32 responses agree" in capsys.readouterr().out
+
+
+def test_colours_follow_sign_and_size():
+    tokenizer = SimpleNamespace(decode=lambda ids: f"t{ids[0]}\n" if ids[0] == 3 else f"t{ids[0]}")
+    row = {
+        "step": 1, "id": "x", "k": 0, "reward": 1.0, "target": "<answer>", "token_ids": [0, 1, 2, 3],
+        "advantages": [2.0, 0.1, 0.0, -2.0],
+    }  # fmt: skip
+    shades = report.SHADES
+    paint = lambda shade, text: f"\033[30;48;5;{shade}m{text}\033[0m"
+    body = report.coloured(row, tokenizer).split("\n", 1)[1]
+    strong, weak, red = shades[1][-1], shades[1][0], shades[-1][-1]
+    assert (
+        body == f"{paint(strong, 't0')}{paint(weak, 't1')}t2{paint(red, 't3')}\n\nexpert: <answer>"
+    )
+    assert "t0" in report.coloured({**row, "advantages": [0.0] * 4}, tokenizer)
+
+
+def test_summary_and_picture(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    rows = metrics_of(out)
+    rows[1]["eval/accuracy"], rows[-1]["eval/accuracy"] = 0.25, 0.5
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.summary(out, AutoTokenizer.from_pretrained(TOY))
+    assert "25.0% before, 50.0% after" in text
+    for name in ("metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
+        assert str(out / name) in text
+    assert "\033[30;48;5;" in text
+    picture = (out / "learning_curve.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_tensorboard_is_optional(tmp_path, monkeypatch):
+    assert report.tracker("none", tmp_path, {}) is None
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="--report_to wandb"):
+        report.tracker("wandb", tmp_path, {})
