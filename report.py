@@ -89,7 +89,7 @@ def learning_curve(out: Path) -> Path:
             (name, "rollouts", "-"),
             (f"eval/{name}", "held-out, greedy", "o--"),
         ):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points), style, label=label, alpha=0.9)
         axis.set(title=title, xlabel="step")
@@ -101,6 +101,13 @@ def learning_curve(out: Path) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def lowest(out: Path, name: str) -> float:
+    """The lowest value of a metric so far; infinity before the first."""
+    path = out / "metrics.jsonl"
+    rows = list(_lines(path))[1:] if path.exists() else []
+    return min((row[name] for row in rows if row.get(name) is not None), default=float("inf"))
 
 
 def tracker(kind: str, out: Path, config: dict) -> Callable[[dict, int], None] | None:

@@ -33,6 +33,8 @@ import model as modeling
 import report
 import rollout
 
+SKIPPED_STEPS = 3  # steps in a row without a finite gradient before the run stops
+
 
 class Clock:
     """Seconds spent in the parts of a step."""
@@ -69,7 +71,7 @@ class Run:
         )
         self.tag_length = data.tag_length(self.tokenizer)
         check_context(config)
-        self.first_step, self.epoch = 0, (None, None)
+        self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
 
     def start(self) -> None:
         """Load engine, model and optimiser: what takes time and memory."""
@@ -99,10 +101,9 @@ class Run:
         self.resume()
         self.metrics_file = self.rollouts_file = self.tracker = None
         if self.rank == 0:
-            mode = "a" if self.first_step else "w"
-            self.metrics_file = open(self.out / "metrics.jsonl", mode)
+            self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
             if config.log_rollouts and "rl" in config.stages:
-                self.rollouts_file = open(self.out / "rollouts.jsonl", mode)
+                self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
             if not self.first_step:
                 self.write(self.metrics_file, asdict(config))
             self.tracker = report.tracker(config.report_to, self.out, asdict(config))
@@ -144,15 +145,23 @@ class Run:
 
     # the optimiser
 
-    def optimizer_step(self, lr: float, grad_norm: float) -> bool:
-        """Update the weights, unless the gradient is not finite; forget the gradient either way."""
-        finite = math.isfinite(grad_norm)
-        if finite:
+    def optimizer_step(self, lr: float, grad_norm: float) -> int:
+        """Update the weights, unless the gradient is not finite; return how many steps in a row were skipped.
+
+        ValueError when that happens SKIPPED_STEPS times in a row. The gradient is forgotten either way.
+        """
+        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        if self.skipped == 0:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+        elif self.skipped == SKIPPED_STEPS:
+            raise ValueError(
+                f"no finite gradient in {self.skipped} steps in a row; see the last responses in "
+                f"{self.out}/rollouts.jsonl, and lower --learning_rate"
+            )
         self.optimizer.zero_grad()
-        return finite
+        return self.skipped
 
     # records
 
@@ -186,7 +195,8 @@ class Run:
         """One line of metrics.jsonl, and the tracker of --report_to."""
         if self.rank > 0:
             return
-        self.write(self.metrics_file, {"step": step + 1, **metrics})
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.write(self.metrics_file, {"step": step + 1, **finite})  # NaN is not JSON
         if self.tracker:
             self.tracker(metrics, step + 1)
 
@@ -240,6 +250,18 @@ class Run:
         for file in (self.metrics_file, self.rollouts_file):
             if file:
                 file.close()
+
+
+def open_records(path: Path, step: int):
+    """Open a .jsonl file for appending, without the lines of steps after `step`: those will be run again."""
+    kept = path.with_name(f".{path.name}.kept")
+    with open(kept, "w") as new:
+        if step and path.exists():
+            with open(path) as old:  # a crash may have cut the last line
+                whole = (line for line in old if line.endswith("\n"))
+                new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
+    kept.rename(path)
+    return open(path, "a")
 
 
 def saved_steps(out: Path) -> list[int]:
@@ -329,6 +351,19 @@ def check(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    fits = {"dapo": ("none", "spo", "sft"), "grpo": ("none",), "chord": ("sft",)}.get(
+        config.loss, ("group",)
+    )
+    if "rl" in config.stages and config.expert not in fits:
+        raise ValueError(
+            f"--loss {config.loss} takes --expert {' or '.join(fits)}, not {config.expert}"
+        )
+    for name, on in (
+        ("advantage fgae", config.advantage == "fgae"),
+        ("tis_cap", config.tis_cap > 0),
+    ):
+        if "rl" in config.stages and on and config.loss != "dapo":
+            raise ValueError(f"--{name} needs --loss dapo, a mean over tokens; not {config.loss}")
     if config.advantage == "fgae" and config.reward == "binary":
         raise ValueError(
             "--advantage fgae builds on the outcome reward in [-3, 4]: drop --reward binary"

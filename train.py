@@ -179,7 +179,6 @@ SENTENCES = {
 }
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
-SKIPPED_STEPS = 3  # steps in a row without a finite gradient before the run stops
 
 
 @dataclass
@@ -216,7 +215,6 @@ class Rows:
 
 def run_rl(config: Config, run: Run) -> None:
     """Reinforcement learning, with or without experts: every row of PRESETS but the SFT stage."""
-    skipped = 0
     with run.progress(config.max_steps) as bar:
         for step in range(run.first_step, config.max_steps):
             clock = Clock()
@@ -275,11 +273,7 @@ def run_rl(config: Config, run: Run) -> None:
                 # 6 optimiser step
                 lr = learning_rate_at(config, step)
                 grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                skipped = 0 if run.optimizer_step(lr, grad_norm) else skipped + 1
-                if skipped == SKIPPED_STEPS:
-                    raise ValueError(
-                        f"no finite gradient in {skipped} steps in a row; see {config.output_dir}/rollouts.jsonl"
-                    )
+                skipped = run.optimizer_step(lr, grad_norm)
 
             # 7 weight sync
             with clock("sync"):
@@ -316,7 +310,10 @@ def run_rl(config: Config, run: Run) -> None:
 
 def run_sft(config: Config, run: Run) -> Path:
     """Supervised fine-tuning (Eq. 1); the checkpoint of lowest validation loss lies in the folder returned."""
-    best, best_loss = Path(config.output_dir) / "checkpoint-best", math.inf
+    best, best_loss = (
+        Path(config.output_dir) / "checkpoint-best",
+        report.lowest(run.out, "eval/loss"),
+    )
     with run.progress(config.max_steps) as bar:
         for step in range(run.first_step, config.max_steps):
             clock = Clock()
@@ -333,8 +330,13 @@ def run_sft(config: Config, run: Run) -> Path:
                         stats[name] += float(value)
                 grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                 lr = learning_rate_at(config, step)
-                run.optimizer_step(lr, grad_norm)
-            metrics = {**run.all_sum(stats), "grad_norm": grad_norm, "learning_rate": lr}
+                skipped = run.optimizer_step(lr, grad_norm)
+            metrics = {
+                **run.all_sum(stats),
+                "skipped": skipped,
+                "grad_norm": grad_norm,
+                "learning_rate": lr,
+            }
             metrics.update(clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"]))
             last = step + 1 == config.max_steps
             if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
