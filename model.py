@@ -62,7 +62,7 @@ def load(
             trust_remote_code=trust_remote_code,
         )
     except OSError as error:
-        raise ValueError(f"{model_name_or_path}: {str(error).splitlines()[0]}") from error
+        raise _not_loaded(model_name_or_path, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -91,7 +91,7 @@ def load_tokenizer(
             model_name_or_path, trust_remote_code=trust_remote_code
         )
     except OSError as error:
-        raise ValueError(f"{model_name_or_path}: {str(error).splitlines()[0]}") from error
+        raise _not_loaded(model_name_or_path, error) from error
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{model_name_or_path}: the tokenizer has no chat template; take an instruct model, or "
@@ -227,6 +227,13 @@ def _check_folder(name: str) -> None:
     }.items():
         if not any(True for pattern in patterns for _ in path.glob(pattern)):
             raise ValueError(f"{name}: no {what} in this folder; write it with save_pretrained")
+
+
+def _not_loaded(name: str | Path, error: OSError) -> ValueError:
+    why = str(error).splitlines()[0]
+    return ValueError(
+        f"{name}: {why} Give a folder on this machine, e.g. toy_model, or check the name"
+    )
 
 
 def _with_lora(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:

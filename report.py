@@ -22,14 +22,13 @@ def summary(out: Path, tokenizer) -> str:
     steps = list(_lines(out / "metrics.jsonl"))[1:]
     scores = [row for row in steps if "eval/accuracy" in row]
     before, after = scores[0]["eval/accuracy"], scores[-1]["eval/accuracy"]
-    checkpoints = sorted(
-        (p for p in out.glob("checkpoint-*") if (p / "config.json").exists()),
-        key=lambda p: p.stat().st_mtime,
-    )
+    folders = [path for path in out.glob("checkpoint-*") if (path / "config.json").exists()]
+    order = lambda path: (path.name.endswith("best"), path.stat().st_mtime)
+    newest = max(folders, key=order, default="none")
     lines = [
         "",
         f"exact-match accuracy on held-out examples: {before:.1%} before, {after:.1%} after",
-        f"checkpoint   {checkpoints[-1] if checkpoints else '-'}",
+        f"checkpoint   {newest}",
         f"metrics      {out / 'metrics.jsonl'}",
     ]
     if (out / "rollouts.jsonl").exists():

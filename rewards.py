@@ -107,7 +107,9 @@ def outcome(
         name = _names(calls, wanted.calls) if calls else 0.0
         param = _params(calls, wanted.calls) if calls else 0.0
     score = weights[0] * syntax + weights[1] * name + weights[2] * param
-    correct = 6 * (score / sum(weights)) - 3  # Eq. 11; the division keeps round-off out: 3 is 3
+    correct = (
+        6 * (score / (weights[0] + weights[1] + weights[2])) - 3
+    )  # Eq. 11; the division keeps round-off out: 3 is 3
     format = _format(response, wanted.kind)
     return Outcome(format, syntax, name, param, correct, total=format + correct)  # Eq. 12
 

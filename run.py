@@ -104,7 +104,7 @@ class Run:
             self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
             if config.log_rollouts and "rl" in config.stages:
                 self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
-            if not self.first_step:
+            if self.metrics_file.tell() == 0:
                 self.write(self.metrics_file, asdict(config))
             self.tracker = report.tracker(config.report_to, self.out, asdict(config))
 
@@ -142,6 +142,10 @@ class Run:
         tensor = torch.tensor([float(value)], dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
+
+    def lowest(self, name: str) -> float:
+        """The lowest value of a metric so far, on all ranks; infinity before the first."""
+        return -self.all_max(-report.lowest(self.out, name))
 
     # the optimiser
 
@@ -219,9 +223,7 @@ class Run:
         )
         limit = self.config.save_total_limit
         if self.rank == 0 and limit:
-            for old in saved_steps(self.out)[:-limit]:
-                for folder in (f"checkpoint-{old}", f"checkpoint-{old}-state"):
-                    shutil.rmtree(self.out / folder)
+            remove(self.out, saved_steps(self.out)[:-limit])
 
     def resume(self) -> None:
         """Take step, weights and optimiser from --resume_from_checkpoint; data and seeds follow from the step."""
@@ -243,6 +245,12 @@ class Run:
             self.model, self.optimizer, model_state_dict=weights, optim_state_dict=moments
         )
         self.first_step = int(folder.name.removeprefix("checkpoint-"))
+        later = [step for step in steps if step > self.first_step]
+        if self.rank == 0 and later:
+            print(
+                f"going on after step {self.first_step}: checkpoints of later steps {later} are deleted"
+            )
+            remove(self.out, later)
 
     def close(self) -> None:
         """Free the engine and close the records."""
@@ -271,6 +279,13 @@ def saved_steps(out: Path) -> list[int]:
     )
 
 
+def remove(out: Path, steps: list[int]) -> None:
+    """Delete the checkpoints of these steps."""
+    for step in steps:
+        for folder in (f"checkpoint-{step}-state", f"checkpoint-{step}"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+
+
 def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
     """Training examples and the fixed evaluation subset; what is too long is dropped, counted and said."""
     examples = [
@@ -280,7 +295,7 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
         held_out = [
             e for source in config.eval_file for e in data.load_source(source, seed=config.seed)
         ]
-    elif all(source.startswith("toy") for source in config.train_file):
+    elif all(source.partition(":")[0] == "toy" for source in config.train_file):
         level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
         held_out = data.load("toy", level)
     else:
@@ -329,12 +344,26 @@ def check(config, world: int) -> None:
         "max_tokens_per_row",
         "eval_size",
         "save_steps",
+        "balance_up",
+        "balance_down",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
     if "rl" in config.stages and config.num_generations < 2:
         raise ValueError(
             "--num_generations 1: a group advantage compares responses; take at least 2"
+        )
+    if config.tis_cap < 0:
+        raise ValueError(f"--tis_cap {config.tis_cap}: take 0 (off) or a positive cap, 2 is usual")
+    if not 0 <= config.balance_low <= config.balance_high <= 1:
+        raise ValueError("--balance_low and --balance_high: take 0 <= low <= high <= 1")
+    if not 0 <= config.overlong <= 1:
+        raise ValueError(
+            f"--overlong {config.overlong}: a share of --max_completion_length, 0 .. 1"
+        )
+    if config.overlong and config.advantage == "fgae":
+        raise ValueError(
+            "--overlong has no effect under --advantage fgae (Eq. 14): drop one of them"
         )
     if config.temperature <= 0:
         raise ValueError(

@@ -106,7 +106,7 @@ class Config:
     balance_up: int = 100  # steps
     balance_down: int = 200  # steps
     tis_cap: float = 0.0  # truncated importance sampling, 2 is usual; 0: off, as in the paper
-    # two-stage rows: the SFT stage in front
+    # two-stage rows: the SFT stage in front; its schedule is the row sft's
     sft_max_steps: int = 3000  # ToolUPT Table 7
     sft_learning_rate: float = 1e-5  # ToolUPT Table 7
     # machine
@@ -157,7 +157,7 @@ PRESETS = {
     "sft_fg_dapo_star": {**_FG_DAPO_STAR, "stages": "sft,rl"},
     "luffy": {"advantage": "luffy", "loss": "luffy", "expert": "group", "balance": "0", "num_generations": 7},
     "srft": {"advantage": "group", "loss": "srft", "expert": "group", "balance": "0", "num_generations": 7},
-    "chord": {"advantage": "group", "loss": "chord", "expert": "sft", "balance": "0.1", "reward": "binary", "clip_high": 0.2},
+    "chord": {"advantage": "group", "loss": "chord", "expert": "sft", "balance": "0.1", "reward": "binary"},
     "toolupt": {},
     "toolupt_no_fgae": {"advantage": "group"},
     "toolupt_no_spo": {"expert": "sft"},
@@ -235,11 +235,7 @@ def run_rl(config: Config, run: Run) -> None:
                     for group in new:
                         score(config, group)
                 if config.dynamic_sampling:
-                    new = [
-                        g
-                        for g in new
-                        if max(o.total for o in g.outcomes) > min(o.total for o in g.outcomes)
-                    ]
+                    new = informative(new)
                 groups += new
                 rounds += 1
             groups = groups[:wanted]
@@ -256,7 +252,7 @@ def run_rl(config: Config, run: Run) -> None:
             stats, difference = defaultdict(float), 0.0
             with clock("update"):
                 for micro in micro_batches(config, run, groups):
-                    logps, entropy = forward(config, run.model, micro)
+                    logps, entropy = forward(config, run.model, micro, config.temperature)
                     rows = gather_rows(micro, logps)
                     loss, parts = policy_loss(config, rows, logps, entropy, balance, totals)
                     loss.backward()
@@ -266,9 +262,10 @@ def run_rl(config: Config, run: Run) -> None:
                         stats[name] += float(value)
                     keep_logps(micro, logps)
                 stats = run.all_sum(stats)
-                check_engine(
-                    config, stats["sampling/sampling_logp_difference/mean"] / totals["tokens"], step
-                )
+                if config.log_rollouts:
+                    run.log_rollouts([r for group in groups for r in records(step + 1, group)])
+                apart = stats["sampling/sampling_logp_difference/mean"] / totals["tokens"]
+                check_engine(config, apart, step + 1)
 
                 # 6 optimiser step
                 lr = learning_rate_at(config, step)
@@ -293,10 +290,10 @@ def run_rl(config: Config, run: Run) -> None:
                     "sampling/sampling_logp_difference/max": run.all_max(difference),
                     "rounds": run.all_max(rounds),
                 },
-                **clock.metrics(totals["tokens"] + totals["prompt_tokens"]),
+                **clock.metrics(
+                    totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
+                ),
             )
-            if config.log_rollouts:
-                run.log_rollouts([row for group in groups for row in records(step + 1, group)])
             if (
                 config.eval_steps and (step + 1) % config.eval_steps == 0
             ) or step + 1 == config.max_steps:
@@ -312,17 +309,18 @@ def run_sft(config: Config, run: Run) -> Path:
     """Supervised fine-tuning (Eq. 1); the checkpoint of lowest validation loss lies in the folder returned."""
     best, best_loss = (
         Path(config.output_dir) / "checkpoint-best",
-        report.lowest(run.out, "eval/loss"),
+        run.lowest("eval/loss"),
     )
     with run.progress(config.max_steps) as bar:
         for step in range(run.first_step, config.max_steps):
             clock = Clock()
+            run.engine.sleep()
             groups = [expert_group(run, example) for example in run.batch(step)]
             totals = count(config, run, groups)
             stats = defaultdict(float)
             with clock("update"):
                 for micro in micro_batches(config, run, groups):
-                    logps, _ = forward(config, run.model, micro)
+                    logps, _ = forward(config, run.model, micro, temperature=1.0)
                     rows = gather_rows(micro, logps)
                     loss, parts = spo.sft_loss(logps, rows.mask, num_tokens=totals["expert_tokens"])
                     loss.backward()
@@ -342,6 +340,7 @@ def run_sft(config: Config, run: Run) -> Path:
             if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
                 sync(run)
                 metrics.update(evaluate(config, run))
+                run.engine.sleep()
                 metrics["eval/loss"] = validation_loss(config, run)
                 if metrics["eval/loss"] < best_loss:
                     best_loss = metrics["eval/loss"]
@@ -494,6 +493,13 @@ def score(config: Config, group: Group) -> None:
         group.rewards = [r + float(p) for r, p in zip(group.rewards, penalty)]
 
 
+def informative(groups: list[Group]) -> list[Group]:
+    """The groups whose unshaped outcome rewards differ: DAPO's dynamic sampling keeps these."""
+    totals = torch.tensor([outcome.total for group in groups for outcome in group.outcomes])
+    keep = grpo.informative_groups(totals, len(groups[0].outcomes))
+    return [group for group, kept in zip(groups, keep.tolist()) if kept]
+
+
 def add_advantages(config: Config, group: Group) -> None:
     """Fill a group's advantages, (K, T), or (K + 1, T) where the expert is a row of the group."""
     K = len(group.samples)
@@ -553,6 +559,8 @@ def micro_batches(config: Config, run: Run, groups: list[Group]) -> list[list[Gr
             loads[lightest] += tokens_of(group)
         return parts, max(loads)
 
+    if not config.share_prefix:
+        return [[group] for group in groups]
     bins = 1
     while bins < len(groups) and fill(bins)[1] > config.max_tokens_per_row:
         bins += 1
@@ -575,22 +583,13 @@ def responses_of(group: Group) -> list[list[int]]:
     return [s.token_ids for s in group.samples] + [group.expert] * bool(group.expert)
 
 
-def forward(config: Config, model, micro: list[Group]) -> tuple[Tensor, Tensor]:
+def forward(config: Config, model, micro: list[Group], temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (R, T) of all responses of a micro-batch, with gradient."""
     if config.share_prefix:
         row = packing.join([packing.pack(group.prompt, responses_of(group)) for group in micro])
-        return packing.response_logps(model, row, temperature=config.temperature)
-    parts = [
-        packing.padded_logps(
-            model, group.prompt, responses_of(group), temperature=config.temperature
-        )
-        for group in micro
-    ]
-    width = max(logps.shape[1] for logps, _ in parts)
-    widen = lambda x: torch.nn.functional.pad(x, (0, width - x.shape[1]))
-    return torch.cat([widen(logps) for logps, _ in parts]), torch.cat(
-        [widen(entropy) for _, entropy in parts]
-    )
+        return packing.response_logps(model, row, temperature=temperature)
+    [group] = micro
+    return packing.padded_logps(model, group.prompt, responses_of(group), temperature=temperature)
 
 
 def gather_rows(micro: list[Group], logps: Tensor) -> Rows:
@@ -604,11 +603,7 @@ def gather_rows(micro: list[Group], logps: Tensor) -> Rows:
             sampler_logps[first + k, : len(sample.logps)] = torch.tensor(sample.logps)
         if group.advantages is not None:
             rows, width = group.advantages.shape
-            advantages[first : first + rows, : min(width, T)] = group.advantages[:, :T]
-            if (
-                rows > K and width < T
-            ):  # an expert longer than its rollouts has one advantage for all its tokens
-                advantages[first + K] = group.advantages[K, 0]
+            advantages[first : first + rows, :width] = group.advantages
         lengths += map(len, responses_of(group))
         experts = len(lengths) - first - K
         is_expert += [False] * K + [True] * experts
@@ -646,7 +641,7 @@ def sampling_difference(rows: Rows, logps: Tensor) -> tuple[dict, float]:
 
 def check_engine(config: Config, difference: float, step: int) -> None:
     """Stop the run when engine and trainer disagree about the same tokens: they hold different models."""
-    if not difference <= config.max_logp_difference:
+    if difference > config.max_logp_difference:
         raise ValueError(
             f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by {difference:.3f} nat on "
             f"average (limit {config.max_logp_difference}): it samples from other weights, another tokenizer or other "
@@ -700,7 +695,7 @@ def validation_loss(config: Config, run: Run) -> float:
     totals, loss = count(config, run, groups), 0.0
     with torch.no_grad():
         for micro in micro_batches(config, run, groups):
-            logps, _ = forward(config, run.model, micro)
+            logps, _ = forward(config, run.model, micro, temperature=1.0)
             loss += float(
                 spo.sft_loss(
                     logps, gather_rows(micro, logps).mask, num_tokens=totals["expert_tokens"]
@@ -893,8 +888,15 @@ def train(config: Config) -> Run:
     """Run the stages of `config`: SFT, RL, or RL from the best checkpoint of SFT with a fresh optimiser."""
     if config.stages == "sft,rl":
         own = {"max_steps": config.sft_max_steps, "learning_rate": config.sft_learning_rate}
-        first = replace(config, output_dir=f"{config.output_dir}/sft", **{**PRESETS["sft"], **own})
-        config = replace(config, stages="rl", model_name_or_path=str(train(first).best))
+        own |= {"output_dir": f"{config.output_dir}/sft"}
+        first = replace(config, **{**PRESETS["sft"], **own})
+        where = config.resume_from_checkpoint  # a path belongs to the stage whose folder it lies in
+        if where not in ("", "latest"):
+            in_rl = Path(where).resolve().parent == Path(config.output_dir).resolve()
+            first = replace(first, resume_from_checkpoint="latest" if in_rl else where)
+            config = replace(config, resume_from_checkpoint=where if in_rl else "")
+        best = train(first).best
+        config = replace(config, stages="rl", model_name_or_path=str(best))
     run = Run(config)
     run.start()
     sync(run)

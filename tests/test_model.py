@@ -80,7 +80,7 @@ def randomise_adapters(network):
     generator = torch.Generator().manual_seed(3)
     for name, parameter in network.named_parameters():
         if "lora_" in name:
-            parameter.data.normal_(generator=generator)
+            parameter.data.normal_(std=0.1, generator=generator)  # larger ones saturate
 
 
 def gradients(network):

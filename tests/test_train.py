@@ -325,7 +325,7 @@ def test_sft_gradient_is_that_of_equation_1(tiny, plain, tmp_path):
     total, count = 0.0, 0
     for example in examples:
         prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
-        logps, _ = slow_forward(model, prompt, target)
+        logps, _ = slow_forward(model, prompt, target, temperature=1.0)
         total, count = total - sum(logps), count + len(target)
     (total / count).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
@@ -712,11 +712,11 @@ def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch
 
     def watched(run, *arguments):
         step, weights = len(before), weights_of(run)
-        done = original(run, *arguments)
+        skipped = original(run, *arguments)
         moved = any(not torch.equal(weights[n], w) for n, w in weights_of(run).items())
         before[step] = moved
-        assert done == moved == (step not in bad)
-        return done
+        assert (skipped == 0) == moved == (step not in bad)
+        return skipped
 
     noisy_rewards(monkeypatch)
     monkeypatch.setattr(train, "policy_loss", poisoned)
@@ -729,7 +729,7 @@ def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch
     bad |= {1, 2, 3}
     command = short_flags(tiny, tmp_path / "2", "--max_steps", "9")
     assert "no finite gradient in 3 steps" in refusal(train.train, train.parse_args(command))
-    assert len(before) == 3
+    assert before == {0: False, 1: False}  # the third raises
 
 
 def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch):
