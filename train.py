@@ -902,7 +902,13 @@ def train(config: Config) -> Run:
     sync(run)
     loop = run_sft if config.stages == "sft" else run_rl
     if run.first_step == 0:
-        run.log(-1, evaluate(config, run))
+        before = evaluate(config, run)
+        run.log(-1, before)
+        if run.rank == 0:
+            n, accuracy = len(run.eval_examples), before["eval/accuracy"]
+            print(
+                f"before training: {accuracy:.1%} exact match on {n} held-out examples", flush=True
+            )
     run.best = loop(config, run)
     run.close()
     return run
