@@ -66,11 +66,11 @@ class Run:
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
+        check_context(config)
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
         self.tag_length = data.tag_length(self.tokenizer)
-        check_context(config)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
 
     def start(self) -> None:

@@ -98,7 +98,7 @@ def corrupt(row: dict, rng: random.Random) -> str:
     Calls lose an argument, get a wrong value, another tool's name, lose a call, or become an answer;
     an answer becomes a call of some tool with whatever the query offers.
     """
-    split, tools = row["id"].split("-")[1].split("/")[0] if row.get("id") else "train", row["tools"]
+    split, tools = row["id"].split("-")[1], row["tools"]
     if row["kind"] == "answer":
         tool = rng.choice(tools)
         names = tool["parameters"]["required"] or list(tool["parameters"]["properties"])[:1]

@@ -262,12 +262,14 @@ def run_rl(config: Config, run: Run) -> None:
                         stats[name] += float(value)
                     keep_logps(micro, logps)
                 stats = run.all_sum(stats)
-                if config.log_rollouts:
+            if config.log_rollouts:
+                with clock("records"):
                     run.log_rollouts([r for group in groups for r in records(step + 1, group)])
-                apart = stats["sampling/sampling_logp_difference/mean"] / totals["tokens"]
-                check_engine(config, apart, step + 1)
+            apart = stats["sampling/sampling_logp_difference/mean"] / totals["tokens"]
+            check_engine(config, apart, step + 1)
 
-                # 6 optimiser step
+            # 6 optimiser step
+            with clock("update"):
                 lr = learning_rate_at(config, step)
                 grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                 skipped = run.optimizer_step(lr, grad_norm)
@@ -294,14 +296,13 @@ def run_rl(config: Config, run: Run) -> None:
                     totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
                 ),
             )
-            if (
-                config.eval_steps and (step + 1) % config.eval_steps == 0
-            ) or step + 1 == config.max_steps:
+            last = step + 1 == config.max_steps
+            if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
                 metrics.update(evaluate(config, run))
             run.log(step, metrics)
             bar.set_postfix(run.postfix(metrics))
             bar.update()
-            if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+            if last or (step + 1) % config.save_steps == 0:
                 run.save(step + 1)
 
 
