@@ -26,9 +26,33 @@ __TOOL_DESCS__
 Call every tool that can run now: <tool_call>one json object, or a list</tool_call>
 If no tool fits, a required parameter is missing, or all is done: <answer>text</answer>"""
 
-VERBS = ["find", "book", "get", "send", "list", "open", "check", "order", "cancel", "update", "move", "rate"]
+VERBS = [
+    "find",
+    "book",
+    "get",
+    "send",
+    "list",
+    "open",
+    "check",
+    "order",
+    "cancel",
+    "update",
+    "move",
+    "rate",
+]
 PARAMETERS = {
-    "string": ["city", "name", "title", "color", "owner", "street", "brand", "team", "guest", "topic"],
+    "string": [
+        "city",
+        "name",
+        "title",
+        "color",
+        "owner",
+        "street",
+        "brand",
+        "team",
+        "guest",
+        "topic",
+    ],
     "integer": ["count", "size", "year", "level", "floor", "age", "days", "seats"],
     "number": ["price", "weight", "height", "speed", "score", "width"],
     "enum": ["mode", "kind", "unit", "style"],

@@ -50,26 +50,19 @@ import spo
 from run import Clock, Run
 
 
+# fmt: off
 @dataclass
 class Config:
     """Every knob, its unit and its source. Order of precedence: this default, PRESETS[algo], command line."""
 
     algo: str = "toolupt"  # a row of PRESETS
     # model and data
-    model_name_or_path: str = (
-        "Qwen/Qwen2.5-7B-Instruct"  # ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B
-    )
+    model_name_or_path: str = "Qwen/Qwen2.5-7B-Instruct"  # ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B
     trust_remote_code: bool = False  # run Python code that comes with a model folder
-    train_file: list[str] = field(
-        default_factory=lambda: ["toy"]
-    )  # NAME, FILE or NAME:FILE each (data.py)
-    eval_file: list[str] = field(
-        default_factory=list
-    )  # likewise; empty: toy's test world, or a split of train_file
+    train_file: list[str] = field(default_factory=lambda: ["toy"])  # NAME, FILE or NAME:FILE each (data.py)
+    eval_file: list[str] = field(default_factory=list)  # likewise; empty: toy's test world, or a split of train_file
     eval_fraction: float = 0.02  # ours: share of train_file held out when eval_file is empty
-    max_prompt_length: int = (
-        8192  # tokens; ToolUPT Table 7; longer examples are dropped and counted
-    )
+    max_prompt_length: int = 8192  # tokens; ToolUPT Table 7; longer examples are dropped and counted
     max_completion_length: int = 1024  # tokens; ToolUPT Table 7
     output_dir: str = "runs/toolupt"  # metrics.jsonl, rollouts.jsonl, checkpoints, pictures
     seed: int = 0  # data order and request seeds are functions of (seed, step)
@@ -90,9 +83,7 @@ class Config:
     reward: str = "outcome"  # outcome: Eq. 12 in [-3, 4]; binary: 1 when completely right
     advantage: str = "fgae"  # fgae: per token, Eqs. 13-17; group: per response, Eq. 2; luffy: no std, expert in the group
     loss: str = "dapo"  # grpo: sequence mean, Eq. 2; dapo: token mean, Eq. 18; luffy | srft | chord: baselines.py
-    expert: str = (
-        "spo"  # none; spo: Eq. 22; sft: Eq. 1; group: the expert is one more row of the group
-    )
+    expert: str = "spo"  # none; spo: Eq. 22; sft: Eq. 1; group: the expert is one more row of the group
     balance: str = "cycle"  # weight of the expert loss: cycle (Eq. 23, below) or a number
     clip_low: float = 0.2  # DAPO section 4.1; no effect on-policy
     clip_high: float = 0.28  # DAPO section 4.1; no effect on-policy
@@ -111,9 +102,7 @@ class Config:
     sft_learning_rate: float = 1e-5  # ToolUPT Table 7
     # machine
     engine: str = "vllm"  # vllm | transformers
-    vllm_gpu_memory_utilization: float = (
-        0.5  # share of a GPU's memory for vLLM's weights and KV cache
-    )
+    vllm_gpu_memory_utilization: float = 0.5  # share of a GPU's memory for vLLM's weights and KV cache
     vllm_tensor_parallel_size: int = 1
     max_num_seqs: int = 256  # responses that vLLM decodes together, per rank
     max_tokens_per_row: int = 16384  # budget of a micro-batch: prompts counted once (packing.py)
@@ -124,16 +113,11 @@ class Config:
     eval_size: int = 512  # examples of eval_file, a fixed subset
     save_steps: int = 100  # steps between checkpoints; the last step is always saved
     save_total_limit: int = 2  # older checkpoints are deleted; 0: keep all
-    resume_from_checkpoint: str = (
-        ""  # latest, or RUN/checkpoint-STEP: go on with its step, weights and optimiser
-    )
-    log_rollouts: bool = (
-        True  # write every response with its rewards and advantages to rollouts.jsonl
-    )
-    max_logp_difference: float = (
-        0.1  # nat; engine and trainer further apart on average: the run stops
-    )
+    resume_from_checkpoint: str = ""  # latest, or RUN/checkpoint-STEP: go on with its step, weights and optimiser
+    log_rollouts: bool = True  # write every response with its rewards and advantages to rollouts.jsonl
+    max_logp_difference: float = 0.1  # nat; engine and trainer further apart on average: the run stops
     report_to: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
+# fmt: on
 
 
 # ToolUPT's Table 1 and Figure 4. A row says what differs from Config's defaults, which are the row `toolupt`.

@@ -57,7 +57,9 @@ def test_every_value_of_a_call_can_be_read_in_the_prompt():
     for row in toy.generate("test", 500):
         if row["kind"] != "tool_call":
             continue
-        prompt = " ".join([row["query"], *(t for _, t in row["history"]), *(o for _, o in row["steps"])])
+        prompt = " ".join(
+            [row["query"], *(t for _, t in row["history"]), *(o for _, o in row["steps"])]
+        )
         optional_defaults = [v for call in calls_of(row["target"]) for v in call["params"].values()]
         assert all(str(v) in prompt for v in optional_defaults), row
 
