@@ -12,16 +12,19 @@ Log-probs are in packing.py. Where a process group exists, all ranks call `shard
 `clip_grad_norm` and `save` together.
 """
 
+import copy
 import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,26 +44,34 @@ def load(
     *,
     lora_rank: int = 0,
     lora_alpha: int = 32,
+    quant: str = "none",
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model with fp32 weights on the CPU, without dropout, and its tokenizer.
 
+    Weights that adapters freeze are bfloat16 where there is a GPU, or NF4 (QLoRA).
+
     model_name_or_path      folder written by save_pretrained, or a name on the Hugging Face Hub
     lora_rank               0: all weights are trained; r > 0: adapters of rank r on every linear
                             layer but the LM head
     lora_alpha              adapters are scaled by lora_alpha / lora_rank
+    quant                   "4bit": the frozen linear layers in NF4 with double quantisation
+                            (bitsandbytes), on this rank's device; needs lora_rank
     gradient_checkpointing  layers compute their activations again in the backward pass
 
     ValueError where the folder, its weights, its tokenizer or the chat template are missing.
     """
     tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if lora_rank > 0 and on_gpu else torch.float32
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            **_quantised(quant, lora_rank, dtype),
         )
     except OSError as error:
         raise _not_loaded(model_name_or_path, error) from error
@@ -117,6 +129,8 @@ def shard(
         mesh = init_device_mesh(device, (dist.get_world_size(),))
     if compute_dtype is None:
         compute_dtype = torch.float32 if mesh.device_type == "cpu" else torch.bfloat16
+    if _is_quantised(model):  # whole on every rank; clip_grad_norm adds the adapters' gradients
+        return _replicated(model)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in (*_transformer(model).get_decoder().layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -135,18 +149,26 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     base = _transformer(model)
     modules = dict(base.named_modules())
+    originals = _originals(base) if _is_quantised(model) else {}
     for name, tensor in base.state_dict().items():  # FSDP2 reshards first: fp32, not the bf16 copy
-        if ".lora_" in name:
+        if ".lora_" in name or ".base_layer.weight." in name:  # adapters; bitsandbytes' constants
             continue
         owner = name.removesuffix(".base_layer.weight")
         if owner != name:
-            yield owner + ".weight", _full(tensor) + _lora_update(modules[owner])
+            whole = originals[owner + ".weight"]() if originals else _full(tensor)
+            yield owner + ".weight", whole.float() + _lora_update(modules[owner])
         else:
-            yield name.replace(".base_layer.", "."), _full(tensor)
+            yield name.replace(".base_layer.", "."), _full(tensor).float()
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """Norm of the whole gradient, a scalar, before it is scaled to at most `max_norm`."""
+    if _is_quantised(model) and dist.is_initialized():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
     return _full(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
 
 
@@ -178,6 +200,8 @@ def save(
 ) -> None:
     """Writes a plain save_pretrained folder, adapters merged, fp32; rank 0 writes, all ranks call.
 
+    Adapters lie beside it, in the folder `adapter`, in peft's format.
+
     path            appears when it is complete, and replaces an older folder of that name
     max_shard_size  of a safetensors file; rank 0 holds as much on the CPU
 
@@ -205,9 +229,12 @@ def save(
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
-        base.config.save_pretrained(temporary)
+        _plain_config(base).save_pretrained(temporary)
         base.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+    if hasattr(model, "peft_config"):
+        _save_adapter(model, temporary / "adapter")
+    if first:
         _replace(path, temporary)
     if dist.is_initialized():
         dist.barrier()
@@ -245,6 +272,69 @@ def _with_lora(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
     return get_peft_model(model, config)
 
 
+def _quantised(quant: str, lora_rank: int, compute_dtype: torch.dtype) -> dict:
+    """Arguments of from_pretrained that load the linear layers in NF4; none for "none"."""
+    if quant == "none":
+        return {}
+    if quant != "4bit":
+        raise ValueError(f"--quant {quant}: choose none or 4bit")
+    if lora_rank == 0:
+        raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
+    try:
+        import bitsandbytes  # noqa: F401  transformers' own message names no remedy
+    except ImportError as error:
+        raise ImportError(f"--quant 4bit: {error}; pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": nf4, "device_map": {"": device}}
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return getattr(_transformer(model), "is_quantized", False)
+
+
+def _replicated(model: nn.Module) -> nn.Module:
+    """The model, its adapters equal on all ranks."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            dist.broadcast(parameter.data, src=0)
+    return model
+
+
+def _originals(base: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """Name -> reader of the un-quantised weights on disk: merging into NF4 would keep its error."""
+    folder = Path(base.name_or_path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base.name_or_path, local_files_only=True))
+    device = next(base.parameters()).device
+    readers = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = safe_open(file, "pt", device=str(device))
+        readers |= {name: partial(tensors.get_tensor, name) for name in tensors.keys()}  # noqa: SIM118
+    return readers
+
+
+def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the merged model, without a word of quantisation."""
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _save_adapter(model: nn.Module, folder: Path) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json on rank 0; all ranks call."""
+    state = {name: _full(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    if _is_first():
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
 def _transformer(model: nn.Module) -> PreTrainedModel:
     """The transformers model, out of its LoRA wrapper if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -262,15 +352,19 @@ def _lora_update(layer: nn.Module, adapter: str = "default") -> Tensor:
 
 
 def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save` writes, without data: tied weights once, no adapters."""
+    """What `save` writes, without data: tied weights once, no adapters, nothing quantised."""
     once = {name for name, _ in (*base.named_parameters(), *base.named_buffers())}
-    return {
-        name.replace(".base_layer.", "."): torch.empty(
-            tensor.shape, dtype=tensor.dtype, device="meta"
-        )
-        for name, tensor in base.state_dict().items()
-        if name in once and ".lora_" not in name
-    }
+    shapes = {}
+    for name, tensor in base.state_dict().items():
+        if name not in once or ".lora_" in name:
+            continue
+        owner, shape = name.removesuffix(".base_layer.weight"), tensor.shape
+        if owner != name:  # NF4 packs two weights in a byte
+            layer = base.get_submodule(owner)
+            shape = (layer.out_features, layer.in_features)
+        name = name.replace(".base_layer.", ".")
+        shapes[name] = torch.empty(shape, dtype=torch.float32, device="meta")
+    return shapes
 
 
 def _is_first() -> bool:
