@@ -355,6 +355,11 @@ def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:
     return "medium"
 
 
+def sizes(example: Example) -> tuple[int, int, int]:
+    """Return what `difficulty` looks at: tools, characters of their JSON, calls of the target."""
+    return len(example.tools), len(_dumps(example.tools)), _num_calls(example)
+
+
 def select_complex(
     perplexities: list[float], is_call: list[bool] | None, fraction: float = 0.1
 ) -> list[int]:
@@ -381,9 +386,9 @@ def statistics(rows: int, examples: list[Example], drops: Counter, tokenizer=Non
     """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
     kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
     for example in examples:
-        calls = _num_calls(example)
+        tools, chars, calls = sizes(example)
         kinds[("answer", "single call")[calls] if calls < 2 else "parallel calls"] += 1
-        stages[difficulty(len(example.tools), len(_dumps(example.tools)), calls)] += 1
+        stages[difficulty(tools, chars, calls)] += 1
         if tokenizer:
             prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
         else:

@@ -160,7 +160,7 @@ class Engine:
         *,
         n: int | list[int],
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | list[int],
         seeds: list[int] | None = None,
         top_p: float = 1.0,
         stop_token_ids: list[int] | None = None,
@@ -171,7 +171,7 @@ class Engine:
         prompts         token ids, none empty
         n               completions per prompt, one number or one per prompt, 0 allowed
         temperature     0 decodes greedily
-        max_tokens      of a response, the EOS included
+        max_tokens      of a response, the EOS included; one number or one per prompt
         seeds           one per prompt; None draws them from the engine's own seed
         top_p           in (0, 1]
         stop_token_ids  end a response beside the tokenizer's EOS
@@ -179,17 +179,20 @@ class Engine:
         ValueError if a prompt and max_tokens together exceed max_model_len.
         """
         counts = [n] * len(prompts) if isinstance(n, int) else n
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         seeds = [self._seeds.getrandbits(62) for _ in prompts] if seeds is None else seeds
         assert len(counts) == len(seeds) == len(prompts), (len(counts), len(seeds), len(prompts))
-        assert temperature >= 0 and 0 < top_p <= 1 and max_tokens > 0, (temperature, top_p)
-        self._check_lengths(prompts, max_tokens)
+        assert len(limits) == len(prompts), (len(limits), len(prompts))
+        assert temperature >= 0 and 0 < top_p <= 1, (temperature, top_p)
+        assert min(limits, default=1) > 0, limits
+        self._check_lengths(prompts, limits)
         stops = {self.tokenizer.eos_token_id, *(stop_token_ids or [])} - {None}
         samples = iter(
             self._complete(
                 [prompt for prompt, count in zip(prompts, counts) for _ in range(count)],
                 [_derived_seed(s, k) for s, count in zip(seeds, counts) for k in range(count)],
                 float(temperature),
-                max_tokens,
+                [limit for limit, count in zip(limits, counts) for _ in range(count)],
                 float(top_p),
                 sorted(stops),
                 progress,
@@ -206,7 +209,7 @@ class Engine:
         letters  each summed over all tokens that spell it, with or without white space around it
         ValueError if a letter has no token, or a prompt leaves no room for one more.
         """
-        self._check_lengths(prompts, 1)
+        self._check_lengths(prompts, [1] * len(prompts))
         if letters not in self._letters:
             self._letters[letters] = _letter_tokens(self.tokenizer, letters)
         tokens = self._letters[letters]
@@ -236,12 +239,12 @@ class Engine:
     def close(self) -> None:
         """Release the model."""
 
-    def _check_lengths(self, prompts, max_tokens):
-        for i, prompt in enumerate(prompts):
+    def _check_lengths(self, prompts, limits):
+        for i, (prompt, limit) in enumerate(zip(prompts, limits)):
             assert len(prompt) > 0, f"prompt {i} is empty"
-            if len(prompt) + max_tokens > self.max_model_len:
+            if len(prompt) + limit > self.max_model_len:
                 raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and max_tokens is {max_tokens}, together "
+                    f"prompt {i} has {len(prompt)} tokens and max_tokens is {limit}, together "
                     f"more than max_model_len={self.max_model_len}: raise it, or drop the prompt"
                 )
 
@@ -302,19 +305,19 @@ class VLLMEngine(Engine):
             self.llm.wake_up(tags)
             self._asleep -= set(tags)
 
-    def _complete(self, prompts, seeds, temperature, max_tokens, top_p, stops, progress):
+    def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
         params = [
             self._params(
                 seed=seed,
                 temperature=temperature,
                 top_p=top_p,
-                max_tokens=max_tokens,
+                max_tokens=limit,
                 stop_token_ids=stops,
                 ignore_eos=True,  # it is one of stops
                 logprobs=0,  # those of the sampled token only
                 detokenize=False,
             )
-            for seed in seeds
+            for seed, limit in zip(seeds, limits)
         ]
         return [
             self._sample(
@@ -392,13 +395,13 @@ class TransformersEngine(Engine):
     def close(self) -> None:
         del self.model
 
-    def _complete(self, prompts, seeds, temperature, max_tokens, top_p, stops, progress):
+    def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
         samples = [None] * len(prompts)
         show = progress if callable(progress) else tqdm
         with show(total=len(prompts), disable=not progress) as bar:
             for rows in self._batches(prompts):
-                batch = [prompts[i] for i in rows], [seeds[i] for i in rows]
-                decoded = self._decode(*batch, temperature, max_tokens, top_p, stops)
+                batch = [[part[i] for i in rows] for part in (prompts, seeds, limits)]
+                decoded = self._decode(*batch, temperature, top_p, stops)
                 for i, (token_ids, logps) in zip(rows, decoded):
                     reason = "stop" if token_ids[-1] in stops else "length"
                     samples[i] = self._sample(token_ids, logps, reason)
@@ -438,19 +441,22 @@ class TransformersEngine(Engine):
         )
         return out.logits[:, -1].float(), out.past_key_values
 
-    def _decode(self, prompts, seeds, temperature, max_tokens, top_p, stops):
+    def _decode(self, prompts, seeds, limits, temperature, top_p, stops):
         """[(token_ids, logps)] of one batch; a finished row is carried along and ignored."""
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
         rows = [([], []) for _ in prompts]
+        ended = lambda ids, limit: len(ids) == limit or (ids and ids[-1] in stops)
         (ids, mask), cache = self._left_padded(prompts), None
-        for _ in range(max_tokens):
+        while True:
             logits, cache = self._forward(ids, mask, cache)
             ids, logps = _next_tokens(logits, temperature, top_p, generators, self.raw)
-            for (row_ids, row_logps), token, logp in zip(rows, ids.tolist(), logps.tolist()):
-                if not (row_ids and row_ids[-1] in stops):
+            for (row_ids, row_logps), limit, token, logp in zip(
+                rows, limits, ids.tolist(), logps.tolist()
+            ):
+                if not ended(row_ids, limit):
                     row_ids.append(token)
                     row_logps.append(logp)
-            if all(row_ids[-1] in stops for row_ids, _ in rows):
+            if all(ended(row_ids, limit) for (row_ids, _), limit in zip(rows, limits)):
                 break
             ids = ids[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)

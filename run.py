@@ -7,6 +7,8 @@ run.all_sum, all_max, optimizer_step, log, log_rollouts, save
 
 output_dir/metrics.jsonl            first line the config, then a line per step (step 0: before training)
 output_dir/rollouts.jsonl           a line per response with all that it was trained on (train.records)
+output_dir/pairs.jsonl              iTool: a line per preference pair; searches.jsonl: a line per iteration
+output_dir/trees-ITERATION.jsonl    iTool: the search trees, for `python mcts.py show`
 output_dir/checkpoint-STEP          a plain save_pretrained folder
 output_dir/checkpoint-STEP-state    sharded weights and optimiser state, for resuming
 """
@@ -16,7 +18,7 @@ import math
 import random
 import shutil
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,16 +26,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 from transformers import AutoConfig
 
 import data
+import itool
 import model as modeling
 import report
 import rollout
 
 SKIPPED_STEPS = 3  # steps in a row without a finite gradient before the run stops
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
 
 
 class Clock:
@@ -79,15 +87,20 @@ class Run:
         self.engine = rollout.make_engine(
             config.engine,
             config.model_name_or_path,
-            max_model_len=config.max_prompt_length + config.max_completion_length,
+            max_model_len=self.longest(),
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=config.vllm_gpu_memory_utilization,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
+            logprobs_mode="raw_logprobs" if config.stages == "itool" else "processed_logprobs",
             seed=config.seed,
         )
         self.engine.sleep()
+        torch.manual_seed(config.seed)  # adapters start at random, equal on all ranks
         self.model, _ = modeling.load(
             config.model_name_or_path,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            quant=config.quant,
             gradient_checkpointing=config.gradient_checkpointing,
             trust_remote_code=config.trust_remote_code,
         )
@@ -100,6 +113,10 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.resume()
         self.metrics_file = self.rollouts_file = self.tracker = None
+        self.searches = {}
+        if config.stages == "itool":
+            self.searches = read_searches(self.out, self.first_step)
+            dist.barrier()
         if self.rank == 0:
             self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
             if config.log_rollouts and "rl" in config.stages:
@@ -110,19 +127,23 @@ class Run:
 
     # data
 
-    def batch(self, position: int) -> list[data.Example]:
-        """This rank's examples of batch number `position`: each epoch is a shuffle by (seed, epoch)."""
-        size, n = self.config.train_batch_size, len(self.examples)
+    def batch(self, position: int, examples: list | None = None) -> list[data.Example]:
+        """This rank's examples of batch number `position`: each epoch is a shuffle by (seed, epoch).
+
+        examples  what to draw from; None: all training examples
+        """
+        examples = self.examples if examples is None else examples
+        size, n = self.config.train_batch_size, len(examples)
         mine = []
         for i in range(
             position * size + self.rank * size // self.world,
             position * size + (self.rank + 1) * size // self.world,
         ):
-            if self.epoch[0] != i // n:
+            if self.epoch[0] != (i // n, n):
                 order = list(range(n))
                 random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
-                self.epoch = (i // n, order)
-            mine.append(self.examples[self.epoch[1][i % n]])
+                self.epoch = ((i // n, n), order)
+            mine.append(examples[self.epoch[1][i % n]])
         return mine
 
     def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
@@ -142,6 +163,25 @@ class Run:
         tensor = torch.tensor([float(value)], dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
+
+    def all_count(self, counts: dict) -> Counter:
+        """Counts of all ranks, added up; ranks may know different names."""
+        return sum(map(Counter, self.all_gather([dict(counts)])), Counter())
+
+    def all_gather(self, rows: list) -> list:
+        """The lists of all ranks, one after the other, on every rank."""
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def share(self, n: int) -> list[int]:
+        """This rank's indices out of n, equally many on all ranks: the last may be a repeat."""
+        return [(self.rank + i * self.world) % n for i in range(math.ceil(n / self.world))]
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            tqdm.write(text)
 
     def lowest(self, name: str) -> float:
         """The lowest value of a metric so far, on all ranks; infinity before the first."""
@@ -167,15 +207,64 @@ class Run:
         self.optimizer.zero_grad()
         return self.skipped
 
+    def restart_optimizer(self) -> None:
+        """Forget the moments: a stage or iteration begins."""
+        self.optimizer.state.clear()
+
+    # iTool
+
+    def searcher(self, seed: str) -> itool.Searcher:
+        """The tree search of this run's engine."""
+        config = self.config
+        return itool.Searcher(
+            self.engine,
+            self.tokenizer,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_completion_length,
+            self_evaluation=config.self_evaluation if config.mcts else "none",
+            seed=seed,
+        )
+
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the engine will see."""
+        config = self.config
+        longest = config.max_prompt_length + config.max_completion_length
+        if config.stages != "itool" or not config.mcts or config.self_evaluation == "none":
+            return longest
+        question = itool.question(self.tokenizer, config.self_evaluation, "", "")
+        return max(longest, len(question) + 2 * config.max_completion_length + 1)
+
+    def search_of(self, iteration: int) -> tuple[dict, list[dict]] | None:
+        """Summary and pairs of a search that an interrupted run has finished, else None."""
+        return self.searches.get(iteration)
+
+    def log_search(self, summary: dict, pairs: list[dict]) -> None:
+        """Append to pairs.jsonl, then to searches.jsonl, which tells that the pairs are whole."""
+        if self.rank == 0:
+            for name, rows in (("pairs.jsonl", pairs), ("searches.jsonl", [summary])):
+                with open(self.out / name, "a") as file:
+                    for row in rows:
+                        self.write(file, row)
+        dist.barrier()
+
+    def log_trees(self, iteration: int, trees: list[dict]) -> None:
+        """Write the trees of all ranks to trees-ITERATION.jsonl."""
+        trees = self.all_gather(trees)
+        if self.rank == 0 and trees:
+            with open(self.out / f"trees-{iteration}.jsonl", "w") as file:
+                for tree in trees:
+                    self.write(file, tree)
+
     # records
 
     @contextmanager
-    def progress(self, total: int):
-        """A bar over steps on rank 0."""
+    def progress(self, total: int, first: int = 0, what: str = ""):
+        """A bar over steps on rank 0, from `first` or the step that the run resumed at."""
         with tqdm(
             total=total,
-            initial=self.first_step,
-            desc=self.config.algo,
+            initial=min(total, max(first, self.first_step)) if not what or first else first,
+            desc=what or self.config.algo,
             disable=self.rank > 0,
             dynamic_ncols=True,
         ) as bar:
@@ -216,7 +305,7 @@ class Run:
         """Write checkpoint-STEP, a plain model folder, and checkpoint-STEP-state, what resuming needs (DCP)."""
         self.out.mkdir(parents=True, exist_ok=True)
         modeling.save(self.model, self.tokenizer, self.out / f"checkpoint-{step}")
-        weights, moments = get_state_dict(self.model, self.optimizer)
+        weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED)
         checkpoint.save(
             {"model": weights, "optimizer": moments},
             checkpoint_id=self.out / f"checkpoint-{step}-state",
@@ -239,10 +328,14 @@ class Run:
             raise ValueError(
                 f"--resume_from_checkpoint {where}: no optimiser state in {state}; choose among {steps}"
             )
-        weights, moments = get_state_dict(self.model, self.optimizer)
+        weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED)
         checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
         set_state_dict(
-            self.model, self.optimizer, model_state_dict=weights, optim_state_dict=moments
+            self.model,
+            self.optimizer,
+            model_state_dict=weights,
+            optim_state_dict=moments,
+            options=TRAINED,
         )
         self.first_step = int(folder.name.removeprefix("checkpoint-"))
         later = [step for step in steps if step > self.first_step]
@@ -258,6 +351,33 @@ class Run:
         for file in (self.metrics_file, self.rollouts_file):
             if file:
                 file.close()
+
+
+def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
+    """Iteration -> summary and pairs of the searches made before `step`; the later ones are forgotten.
+
+    Call it on all ranks, then a barrier: rank 0 rewrites the two files.
+    """
+    kept = {}
+    for name in ("searches.jsonl", "pairs.jsonl"):
+        path = out / name
+        lines = path.read_text().split("\n")[:-1] if step and path.exists() else []
+        kept[name] = [json.loads(line) for line in lines]  # a crash may have cut the last line
+    searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
+    found = {
+        i: (row, [p for p in kept["pairs.jsonl"] if p["iteration"] == i])
+        for i, row in searches.items()
+    }
+    dist.barrier()  # all have read
+    if dist.get_rank() == 0:
+        for name, rows in (
+            ("searches.jsonl", list(searches.values())),
+            ("pairs.jsonl", [pair for _, pairs in found.values() for pair in pairs]),
+        ):
+            new = out / f".{name}.kept"
+            new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            new.rename(out / name)
+    return found
 
 
 def open_records(path: Path, step: int):
@@ -326,10 +446,12 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
 def check(config, world: int) -> None:
     """Refuse settings that cannot work, before anything is loaded."""
     choices = {
-        "stages": ("rl", "sft", "sft,rl"), "reward": ("outcome", "binary"), "advantage": ("fgae", "group", "luffy"),
+        "stages": ("rl", "sft", "sft,rl", "itool", "warmup", "warmup,itool"), "reward": ("outcome", "binary"), "advantage": ("fgae", "group", "luffy"),
         "loss": ("dapo", "grpo", "luffy", "srft", "chord"), "expert": ("none", "spo", "sft", "group"),
         "alignment": ("positional", "lcs"), "lr_scheduler_type": ("constant", "cosine"),
-        "engine": ("vllm", "transformers"), "report_to": ("none", "tensorboard", "wandb"),
+        "split": ("difficulty", "even", "none"), "buffer_rank": ("stratified", "global"),
+        "preference": ("simpo", "dpo", "ipo", "orpo"), "self_evaluation": itool.SELF_EVALUATION,
+        "quant": ("none", "4bit"), "engine": ("vllm", "transformers"), "report_to": ("none", "tensorboard", "wandb"),
     }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -380,6 +502,8 @@ def check(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if "itool" in config.stages:
+        check_itool(config)
     fits = {"dapo": ("none", "spo", "sft"), "grpo": ("none",), "chord": ("sft",)}.get(
         config.loss, ("group",)
     )
@@ -396,6 +520,27 @@ def check(config, world: int) -> None:
     if config.advantage == "fgae" and config.reward == "binary":
         raise ValueError(
             "--advantage fgae builds on the outcome reward in [-3, 4]: drop --reward binary"
+        )
+
+
+def check_itool(config) -> None:
+    """Refuse settings of iTool that cannot work."""
+    for name in ("pool_fraction", "buffer_fraction", "top_p"):
+        if not 0 < getattr(config, name) <= 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: take a share above 0, at most 1")
+    for name in ("iterations", "preference_epochs", "warmup_epochs"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if not 0 <= config.held_out_pairs < 1:
+        raise ValueError(f"--held_out_pairs {config.held_out_pairs}: a share, 0 .. below 1")
+    if config.mcts_width < 2:
+        raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
+    if len(config.warmup_learning_rates) != 3:
+        raise ValueError("--warmup_learning_rates: give three, for easy, medium and hard")
+    if config.vllm_tensor_parallel_size > 1:
+        raise ValueError(
+            "--vllm_tensor_parallel_size: each rank searches its own trees; take 1, or --quant 4bit "
+            "and a lower --vllm_gpu_memory_utilization where memory is short"
         )
 
 

@@ -1,13 +1,15 @@
-"""Post-train a language model for tool use: ToolUPT, the rows it is compared with, and their ablations.
+"""Post-train a language model for tool use: ToolUPT, the rows it is compared with, their ablations, and iTool.
 
     torchrun --nproc_per_node=8 train.py --algo toolupt --train_file xlam:xlam.json toolace:data.json ...
     torchrun --nproc_per_node=2 train.py --algo toolupt @recipes/demo.args     the embedded toy world, on a laptop
+    torchrun --nproc_per_node=8 train.py --algo itool --train_file toolace:data.json ...
     python train.py --list                      the methods, one row each
     python train.py audit RUN                   recompute what a run was trained on from its rollouts.jsonl
     python train.py show RUN --step N           responses of a step, tokens coloured by advantage
 
-One file, top to bottom: the knobs (Config), the methods (PRESETS), the two loops (run_rl, run_sft), the loss of a
-micro-batch (policy_loss), then the parts they name. The mathematics lies in grpo.py, fgae.py, spo.py and baselines.py.
+One file, top to bottom: the knobs (Config), the methods (PRESETS), the three loops (run_rl, run_sft, run_itool), the losses
+of a micro-batch (policy_loss, preference_loss), then the parts they name. The mathematics lies in grpo.py, fgae.py, spo.py,
+baselines.py, mcts.py and simpo.py.
 
 run_rl, one step:
     1 sample a batch    prompts are a function of (seed, step)
@@ -17,6 +19,13 @@ run_rl, one step:
     5 loss              forward and backward over micro-batches, each prompt read once (Eqs. 18-23)
     6 optimiser step    AdamW on fp32 master weights
     7 weight sync       the new weights go to vLLM
+
+run_itool, one iteration, after an easy-to-hard warm-up (run_sft):
+    1 replay buffer     the examples of highest perplexity (iTool Eq. 4)
+    2 search            a tree of fragments for each, by the policy itself (Eqs. 5-9)
+    3 pairs             best against worst step of each state (Appendix B.1)
+    4 optimise          SimPO on the steps (Eqs. 10, 11), or DPO, IPO, ORPO
+    5 weight sync       the policy of the next iteration
 
 Ranks split the prompts of a step. Every denominator is counted over all micro-batches and ranks before the first
 backward pass, and gradients are summed, so the result does not depend on the split.
@@ -29,9 +38,10 @@ import os
 import random
 import socket
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -41,11 +51,14 @@ import baselines
 import data
 import fgae
 import grpo
+import itool
+import mcts
 import model as modeling
 import packing
 import report
 import rewards
 import rollout
+import simpo
 import spo
 from run import Clock, Run
 
@@ -79,7 +92,7 @@ class Config:
     max_grad_norm: float = 1.0  # veRL's default
     entropy_coef: float = 3e-4  # ToolUPT Table 7; added outside the mix of Eq. 23 (spec A25)
     # the method: what the rows of PRESETS differ in
-    stages: str = "rl"  # rl | sft | sft,rl
+    stages: str = "rl"  # rl | sft | sft,rl | itool | warmup,itool
     reward: str = "outcome"  # outcome: Eq. 12 in [-3, 4]; binary: 1 when completely right
     advantage: str = "fgae"  # fgae: per token, Eqs. 13-17; group: per response, Eq. 2; luffy: no std, expert in the group
     loss: str = "dapo"  # grpo: sequence mean, Eq. 2; dapo: token mean, Eq. 18; luffy | srft | chord: baselines.py
@@ -100,6 +113,41 @@ class Config:
     # two-stage rows: the SFT stage in front; its schedule is the row sft's
     sft_max_steps: int = 3000  # ToolUPT Table 7
     sft_learning_rate: float = 1e-5  # ToolUPT Table 7
+    # adapters
+    lora_rank: int = 0  # 0: all weights are trained; iTool Table 7: 16
+    lora_alpha: int = 32  # iTool Table 7
+    quant: str = "none"  # none | 4bit: frozen weights in NF4 (QLoRA); iTool's is 4bit, for want of memory
+    # iTool's warm-up
+    warmup: bool = True  # --no_warmup: iterations start from the base model (Figure 6)
+    split: str = "difficulty"  # stages: difficulty (section 3.1) | even (three equal parts) | none (one: base SFT)
+    warmup_learning_rates: list[float] = field(default_factory=lambda: [5e-5, 2e-5, 1e-5])  # easy, medium, hard; Table 6
+    warmup_epochs: int = 3  # per stage; Table 6
+    # iTool's replay buffer, search and preference optimisation
+    iterations: int = 3  # Figure 7: best at about three
+    pool_fraction: float = 0.5  # random share of the training examples; section 4.1
+    buffer_fraction: float = 0.1  # of the pool, of highest perplexity; section 3.2
+    buffer_rank: str = "stratified"  # stratified: calls and answers ranked apart (spec 10) | global
+    mcts: bool = True  # --no_mcts: best and worst of four samples, no search (Figure 6)
+    mcts_depth: int = 3  # fragments per path, the last one free; Table 7
+    mcts_width: int = 3  # children per node; Table 7
+    mcts_simulation: int = 2  # roll-out steps after an expansion; Table 7
+    mcts_iterations: int = 5  # select-expand-backup rounds per tree; Table 7
+    mcts_c: float = 1.0  # exploration; Table 7
+    mcts_discount: float = 1.0  # gamma of Eq. 9; Xie et al.: the paper gives no value
+    max_similarity: float = 0.95  # Appendix B.1, as the next two
+    min_gap: float = 0.1
+    min_q: float = 0.3
+    top_p: float = 1.0  # of the search's samples
+    self_evaluation: str = "paper"  # paper: Table 10 | cache: its fixed text first, cheaper | none: outcome only
+    preference: str = "simpo"  # simpo | dpo | ipo | orpo
+    preference_epochs: int = 2  # per iteration; Table 9
+    simpo_beta: float = 2.5  # Table 9, as the next five
+    simpo_margin: float = 0.5
+    dpo_beta: float = 0.1
+    ipo_tau: float = 0.1
+    ipo_mean: bool = False  # mean over tokens, as TRL; Table 9 prints sums
+    orpo_lam: float = 0.1
+    held_out_pairs: float = 0.1  # ours: share of trees whose pairs are measured, not trained on
     # machine
     engine: str = "vllm"  # vllm | transformers
     vllm_gpu_memory_utilization: float = 0.5  # share of a GPU's memory for vLLM's weights and KV cache
@@ -145,7 +193,14 @@ PRESETS = {
     "toolupt": {},
     "toolupt_no_fgae": {"advantage": "group"},
     "toolupt_no_spo": {"expert": "sft"},
+    "itool": {
+        "stages": "warmup,itool", "expert": "none", "balance": "0", "advantage": "group", "lora_rank": 16,
+        "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "train_file": ["toolace"], "eval_fraction": 0.1,
+        "train_batch_size": 64, "temperature": 1.5, "max_completion_length": 512, "learning_rate": 1e-6,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.0, "entropy_coef": 0.0,
+    },
 }  # fmt: skip
+TABLE_9 = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # iTool's learning rates
 SENTENCES = {
     "sft": "imitates the expert responses (Eq. 1)",
     "grpo": "binary reward, group advantages, mean over sequences (Eq. 2)",
@@ -160,6 +215,7 @@ SENTENCES = {
     "toolupt": "FG-DAPO and selective preference optimisation, mixed by a cyclic weight (Eq. 23)",
     "toolupt_no_fgae": "ToolUPT with sequence-level advantages (Figure 4, left)",
     "toolupt_no_spo": "ToolUPT with a plain SFT loss for SPO (Figure 4, right)",
+    "itool": "easy-to-hard warm-up, then iterations of tree search on hard examples and SimPO (iTool)",
 }
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
@@ -180,6 +236,7 @@ class Group:
     token_rewards: Tensor | None = None  # (K, T), fgae only
     advantages: Tensor | None = None  # (K + experts in the group, T)
     logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
+    idle: bool = False  # a repeat that only keeps the ranks in step
 
 
 @dataclass
@@ -291,51 +348,112 @@ def run_rl(config: Config, run: Run) -> None:
 
 
 def run_sft(config: Config, run: Run) -> Path:
-    """Supervised fine-tuning (Eq. 1); the checkpoint of lowest validation loss lies in the folder returned."""
-    best, best_loss = (
-        Path(config.output_dir) / "checkpoint-best",
-        run.lowest("eval/loss"),
-    )
-    with run.progress(config.max_steps) as bar:
-        for step in range(run.first_step, config.max_steps):
-            clock = Clock()
-            run.engine.sleep()
-            groups = [expert_group(run, example) for example in run.batch(step)]
-            totals = count(config, run, groups)
-            stats = defaultdict(float)
-            with clock("update"):
-                for micro in micro_batches(config, run, groups):
-                    logps, _ = forward(config, run.model, micro, temperature=1.0)
-                    rows = gather_rows(micro, logps)
-                    loss, parts = spo.sft_loss(logps, rows.mask, num_tokens=totals["expert_tokens"])
-                    loss.backward()
-                    for name, value in {"loss": loss.detach(), **parts}.items():
-                        stats[name] += float(value)
-                grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                lr = learning_rate_at(config, step)
-                skipped = run.optimizer_step(lr, grad_norm)
-            metrics = {
-                **run.all_sum(stats),
-                "skipped": skipped,
-                "grad_norm": grad_norm,
-                "learning_rate": lr,
-            }
-            metrics.update(clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"]))
-            last = step + 1 == config.max_steps
-            if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
-                sync(run)
-                metrics.update(evaluate(config, run))
+    """Supervised fine-tuning (Eq. 1), in stages; the checkpoint of lowest validation loss lies in the folder returned."""
+    best, best_loss = Path(config.output_dir) / "checkpoint-best", run.lowest("eval/loss")
+    stages = sft_stages(config, run)
+    end = 0  # of the stage
+    with run.progress(sum(stage.steps for stage in stages)) as bar:
+        for stage in stages:
+            start, end = end, end + stage.steps
+            for step in range(max(start, run.first_step), end):
+                clock = Clock()
+                if step == start:
+                    run.restart_optimizer()
                 run.engine.sleep()
-                metrics["eval/loss"] = validation_loss(config, run)
-                if metrics["eval/loss"] < best_loss:
-                    best_loss = metrics["eval/loss"]
-                    modeling.save(run.model, run.tokenizer, best)
-            run.log(step, metrics)
-            bar.set_postfix(run.postfix(metrics))
-            bar.update()
-            if last or (step + 1) % config.save_steps == 0:
-                run.save(step + 1)
+                batch = run.batch(step - start, stage.examples)
+                groups = [expert_group(run, example) for example in batch]
+                totals = count(config, run, groups)
+                stats = defaultdict(float)
+                with clock("update"):
+                    for micro in micro_batches(config, run, groups):
+                        logps, _ = forward(config, run.model, micro, temperature=1.0)
+                        mask = gather_rows(micro, logps).mask
+                        loss, parts = spo.sft_loss(logps, mask, num_tokens=totals["expert_tokens"])
+                        loss.backward()
+                        for name, value in {"loss": loss.detach(), **parts}.items():
+                            stats[name] += float(value)
+                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+                    lr = learning_rate_at(config, step - start, stage.steps, stage.learning_rate)
+                    skipped = run.optimizer_step(lr, grad_norm)
+                metrics = {
+                    **run.all_sum(stats),
+                    "skipped": skipped,
+                    "grad_norm": grad_norm,
+                    "learning_rate": lr,
+                }
+                metrics.update(clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"]))
+                last = step + 1 == end
+                if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
+                    sync(run)
+                    metrics.update(evaluate(config, run))
+                    run.engine.sleep()
+                    metrics["eval/loss"] = validation_loss(config, run)
+                    if metrics["eval/loss"] < best_loss:
+                        best_loss = metrics["eval/loss"]
+                        modeling.save(run.model, run.tokenizer, best)
+                run.log(step, metrics)
+                bar.set_postfix(run.postfix(metrics), stage=stage.name)
+                bar.update()
+                if last or (step + 1) % config.save_steps == 0:
+                    run.save(step + 1)
     return best
+
+
+def run_itool(config: Config, run: Run) -> None:
+    """iTool's iterations (section 3.2): hard examples, tree search, preference pairs, preference optimisation."""
+    pool, ungraded = itool.pool_of(
+        run.examples, config.pool_fraction, config.buffer_fraction, config.seed
+    )
+    run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
+    end = 0  # optimiser steps up to and with the iteration
+    for iteration in range(1, config.iterations + 1):
+        # 1 replay buffer, 2 search, 3 pairs
+        found = run.search_of(iteration)  # of an interrupted run
+        if found is None:
+            found = find_pairs(config, run, pool, iteration, end)
+            run.log_search(*found)
+        summary, pairs = found
+        run.say(itool.summary(summary))
+        trained = [pair for pair in pairs if not pair["held_out"]]
+        held_out = [pair for pair in pairs if pair["held_out"]]
+
+        # 4 optimise
+        start, steps = (
+            end,
+            math.ceil(config.preference_epochs * len(trained) / config.train_batch_size),
+        )
+        end += steps
+        run.engine.sleep()
+        with run.progress(end, start, f"iteration {iteration}, {config.preference}") as bar:
+            for step in range(max(start, run.first_step), end):
+                clock = Clock()
+                if step == start:
+                    run.restart_optimizer()
+                with clock("update"):
+                    stats = preference_gradient(
+                        config, run, pair_batch(config, trained, iteration, step - start)
+                    )
+                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+                    lr = learning_rate_at(config, step - start, steps, config.learning_rate)
+                    skipped = run.optimizer_step(lr, grad_norm)
+                metrics = {**stats, "iteration": iteration, "skipped": skipped}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics(0)}
+                last = step + 1 == end
+                if last:  # 5 weight sync
+                    metrics.update(held_out_metrics(config, run, held_out))
+                    sync(run)
+                    metrics.update(evaluate(config, run))
+                run.log(step, metrics)
+                bar.set_postfix(run.postfix(metrics))
+                bar.update()
+                if last or (step + 1) % config.save_steps == 0:
+                    run.save(step + 1)
+        if end > start and run.first_step < end:
+            accuracy = metrics["eval/accuracy"]
+            run.say(f"after iteration {iteration}: {accuracy:.1%} exact match on held-out examples")
+    if end == 0:
+        run.say("no iteration found a pair: the model is saved as it was")
+        run.save(0)
 
 
 # ------------------------------------------------------------------------------------------ the loss of a micro-batch
@@ -415,6 +533,25 @@ def policy_loss(
     return loss, {**stats, "loss": loss.detach(), "entropy": on_entropy.detach().sum()}
 
 
+def preference_loss(
+    config: Config, chosen: Tensor, rejected: Tensor, masks: tuple, refs: tuple, num_pairs: int
+) -> tuple[Tensor, dict]:
+    """The loss of one micro-batch of pairs under --preference (iTool Eqs. 10, 11, Table 9), and its stats.
+
+    chosen, rejected  (N, T) log-probs of the steps;  masks  (N, T) of the two;  refs  (N,) summed reference log-probs of the two
+    """
+    rows = (chosen, masks[0], rejected, masks[1])
+    if config.preference == "simpo":
+        scale = {"beta": config.simpo_beta, "margin": config.simpo_margin}
+        return simpo.simpo_loss(*rows, **scale, num_pairs=num_pairs)
+    if config.preference == "dpo":
+        return simpo.dpo_loss(*rows, *refs, beta=config.dpo_beta, num_pairs=num_pairs)
+    if config.preference == "ipo":
+        scale = {"tau": config.ipo_tau, "average": config.ipo_mean}
+        return simpo.ipo_loss(*rows, *refs, **scale, num_pairs=num_pairs)
+    return simpo.orpo_loss(*rows, lam=config.orpo_lam, num_pairs=num_pairs)
+
+
 def balance_of(config: Config, step: int) -> float:
     """The weight of the expert loss at `step`: the cycle of Eq. 23 or a constant."""
     if config.balance != "cycle":
@@ -428,15 +565,22 @@ def balance_of(config: Config, step: int) -> float:
     )
 
 
-def learning_rate_at(config: Config, step: int) -> float:
-    """Linear warm-up from 0, then constant or a half cosine to 0."""
-    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+def learning_rate_at(
+    config: Config, step: int, steps: int | None = None, peak: float | None = None
+) -> float:
+    """Linear warm-up from 0, then constant or a half cosine to 0.
+
+    steps, peak  of the stage that `step` belongs to; None: max_steps and learning_rate of the config
+    """
+    steps = config.max_steps if steps is None else steps
+    peak = config.learning_rate if peak is None else peak
+    warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return peak * step / warmup
     if config.lr_scheduler_type == "constant":
-        return config.learning_rate
-    progress = (step - warmup) / max(1, config.max_steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ------------------------------------------------------------------------------------------------ the steps' parts
@@ -689,6 +833,203 @@ def validation_loss(config: Config, run: Run) -> float:
     return run.all_sum({"loss": loss})["loss"]
 
 
+# ------------------------------------------------------------------------------------------------ SFT's and iTool's parts
+
+
+@dataclass
+class Stage:
+    """A part of SFT with examples, schedule and optimiser state of its own."""
+
+    name: str
+    examples: list
+    steps: int
+    learning_rate: float
+
+
+def sft_stages(config: Config, run: Run) -> list[Stage]:
+    """SFT's one stage, or iTool's warm-up from easy to hard (section 3.1)."""
+    if config.stages == "sft":
+        return [Stage("sft", run.examples, config.max_steps, config.learning_rate)]
+    parts = itool.stages_of(run.examples, config.split)
+    rates = config.warmup_learning_rates[-len(parts) :]
+    steps = lambda part: math.ceil(config.warmup_epochs * len(part) / config.train_batch_size)
+    stages = [Stage(*x, steps(x[1]), rate) for x, rate in zip(parts.items(), rates)]
+    for stage in stages:
+        run.say(
+            f"warm-up, {stage.name}: {len(stage.examples)} examples, {stage.steps} steps, learning rate {stage.learning_rate}"
+        )
+    return [stage for stage in stages if stage.steps]
+
+
+def find_pairs(
+    config: Config, run: Run, pool: list, iteration: int, step: int
+) -> tuple[dict, list[dict]]:
+    """One iteration's search: a line of searches.jsonl, and the lines of pairs.jsonl, equal on all ranks."""
+    clock = Clock()
+    run.engine.sleep()
+    with clock("perplexity"):
+        values = perplexities(config, run, pool)
+        calls = [example.kind == "tool_call" for example in pool]
+        strata = calls if config.buffer_rank == "stratified" else None
+        chosen = [pool[i] for i in data.select_complex(values, strata, config.buffer_fraction)]
+    sync(run)
+    mine = chosen[run.rank :: run.world]
+    prompts = [run.ids(example)[0] for example in mine]
+    searcher = run.searcher(f"{config.seed}/{iteration}")
+    limits = search_config(config)
+    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
+        if config.mcts:
+            trees = searcher.search(mine, prompts, limits, lambda done: bar.update(done - bar.n))
+            found = [itool.pair_rows(*x, limits) for x in zip(trees, mine)]
+        else:
+            trees, found = [], searcher.sampled_pairs(mine, prompts)
+            bar.update(len(mine))
+    run.engine.sleep()
+    drops, pairs = Counter(), []
+    for example, (rows, dropped) in zip(mine, found):
+        drops.update(dropped)
+        held_out = itool.is_held_out(example, config.held_out_pairs, config.seed)
+        pairs += [{"iteration": iteration, "held_out": held_out, **row} for row in rows]
+    saved = [
+        mcts.tree_to_dict(
+            tree, limits, iteration=iteration, id=e.id, query=e.query, target=e.target
+        )
+        for tree, e in zip(trees, mine)
+    ]
+    run.log_trees(iteration, saved)
+    pairs = run.all_gather(pairs)
+    with clock("reference"):
+        add_references(config, run, pairs)
+    check_engine(config, engine_difference(pairs), step)
+    stats, drops = run.all_count(searcher.stats), run.all_count(drops)
+    held_out = sum(pair["held_out"] for pair in pairs)
+    mean = lambda kind: (
+        sum(v for v, c in zip(values, calls) if c is kind) / max(1, calls.count(kind))
+    )
+    summary = {"iteration": iteration, "step": step, "pool": len(pool), "trees": len(chosen)}
+    summary |= {"perplexity/calls": mean(True), "perplexity/answers": mean(False)}
+    summary |= {"pairs": len(pairs) - held_out, "held_out": held_out, "dropped": dict(drops)}
+    summary |= {name: stats[name] for name in itool.COUNTS}
+    summary["option_mass"] = stats["option_mass"] / max(1, stats["evaluations"])
+    summary |= held_out_metrics(config, run, [pair for pair in pairs if pair["held_out"]])
+    return summary | clock.metrics(0), pairs
+
+
+def search_config(config: Config) -> mcts.SearchConfig:
+    """Table 7's limits as the search wants them."""
+    return mcts.SearchConfig(
+        depth=config.mcts_depth, width=config.mcts_width, simulation=config.mcts_simulation,
+        iterations=config.mcts_iterations, c=config.mcts_c, discount=config.mcts_discount,
+        max_similarity=config.max_similarity, min_gap=config.min_gap, min_q=config.min_q,
+    )  # fmt: skip
+
+
+def perplexities(config: Config, run: Run, examples: list) -> list[float]:
+    """Perplexity of each expert response (iTool Eq. 4) under the current weights, on every rank."""
+    values = {}
+    mine = run.share(len(examples))
+    with run.progress(len(mine), 0, "perplexity") as bar, torch.no_grad():
+        for start in range(0, len(mine), config.train_batch_size):
+            part = mine[start : start + config.train_batch_size]
+            groups = [expert_group(run, examples[i]) for i in part]
+            index = {id(group): i for group, i in zip(groups, part)}
+            for micro in micro_batches(config, run, groups):
+                logps, _ = forward(config, run.model, micro, temperature=1.0)
+                found = simpo.perplexity(logps, gather_rows(micro, logps).mask).tolist()
+                values.update(zip([index[id(group)] for group in micro], found))
+            bar.update(len(part))
+    values = dict(run.all_gather(list(values.items())))
+    return [values[i] for i in range(len(examples))]
+
+
+def pair_group(pair: dict, idle: bool = False) -> Group:
+    """A pair as a group: its state is the prompt, the two steps are the responses."""
+    steps = [rollout.Sample(pair[side], [], "", "") for side in ("chosen_ids", "rejected_ids")]
+    return Group(None, pair["prefix_ids"], [], [], 0, steps, idle=idle)
+
+
+def pair_batch(config: Config, pairs: list[dict], iteration: int, position: int) -> list[dict]:
+    """Batch number `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
+    order = []
+    for epoch in range(config.preference_epochs):
+        shuffled = list(range(len(pairs)))
+        random.Random(f"pairs/{config.seed}/{iteration}/{epoch}").shuffle(shuffled)
+        order += shuffled
+    size = config.train_batch_size
+    return [pairs[i] for i in order[position * size : (position + 1) * size]]
+
+
+def preference_gradient(config: Config, run: Run, pairs: list[dict], train: bool = True) -> dict:
+    """Backward passes of a batch of pairs, split over ranks; its loss and stats. train=False: the stats alone."""
+    mine, stats = run.share(len(pairs)), defaultdict(float)
+    own = len(range(run.rank, len(pairs), run.world))
+    groups = [pair_group(pairs[i], idle=n >= own) for n, i in enumerate(mine)]
+    of = {id(group): pairs[i] for group, i in zip(groups, mine)}
+    with torch.set_grad_enabled(train):
+        for micro in micro_batches(config, run, groups):
+            logps, _ = forward(config, run.model, micro, temperature=1.0)
+            loss = 0.0 * logps.sum()
+            real = [n for n, group in enumerate(micro) if not group.idle]
+            if real:
+                chosen, rejected, *masks = sides(micro, logps, real)
+                refs = [
+                    torch.tensor([of[id(micro[n])][name] for n in real], device=logps.device)
+                    for name in ("chosen_ref", "rejected_ref")
+                ]
+                value, parts = preference_loss(config, chosen, rejected, masks, refs, len(pairs))
+                loss = loss + value
+                for name, part in {"loss": value.detach(), **parts}.items():
+                    stats[name] += float(part)
+            if train:
+                loss.backward()
+    names = sorted(set().union(*run.all_gather([list(stats)])))
+    return run.all_sum({name: stats[name] for name in names})
+
+
+def sides(micro: list[Group], logps: Tensor, which: list[int]) -> tuple:
+    """Log-probs and masks of the chosen and of the rejected steps of the pairs `which`: four of (N, T)."""
+    lengths = torch.tensor([[len(s.token_ids) for s in micro[n].samples] for n in which])
+    masks = torch.arange(logps.shape[1]) < lengths[..., None]
+    rows = logps.view(len(micro), 2, -1)[which]
+    masks = masks.to(logps.device)
+    return rows[:, 0], rows[:, 1], masks[:, 0], masks[:, 1]
+
+
+def add_references(config: Config, run: Run, pairs: list[dict]) -> None:
+    """Fill each pair's chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
+    mine, sums = run.share(len(pairs)), []
+    groups = [pair_group(pairs[i]) for i in mine]
+    index = {id(group): i for group, i in zip(groups, mine)}
+    with torch.no_grad():
+        for micro in micro_batches(config, run, groups) if groups else []:
+            logps, _ = forward(config, run.model, micro, temperature=1.0)
+            totals = logps.float().sum(1).view(-1, 2).tolist()
+            sums += [(index[id(group)], total) for group, total in zip(micro, totals)]
+    for i, (chosen, rejected) in run.all_gather(sums):
+        pairs[i] |= {"chosen_ref": chosen, "rejected_ref": rejected}
+
+
+def engine_difference(pairs: list[dict]) -> float:
+    """Mean |trainer - engine| of the steps' mean log-probs, nat per token: the same weights give 0."""
+    apart = [
+        abs(math.log(pair[f"{side}_p"]) - pair[f"{side}_ref"] / len(pair[f"{side}_ids"]))
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+    return sum(apart) / max(1, len(apart))
+
+
+def held_out_metrics(config: Config, run: Run, pairs: list[dict]) -> dict:
+    """Preference margin and accuracy on pairs that were not trained on; nothing where there are none."""
+    if not pairs:
+        return {}
+    stats = preference_gradient(config, run, pairs, train=False)
+    return {f"eval/{name}": stats[name] for name in ("rewards/margins", "rewards/accuracies")}
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+
 def rollout_metrics(run: Run, groups: list[Group]) -> dict:
     """Rewards and lengths of a step's rollouts, over all ranks."""
     samples = [s for g in groups for s in g.samples]
@@ -816,8 +1157,8 @@ def parse_args(argv: list[str]) -> Config:
             parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false")
         elif f.name == "algo":
             parser.add_argument("--algo", choices=PRESETS)
-        elif f.type == list[str]:
-            parser.add_argument(f"--{f.name}", nargs="+")
+        elif f.type in (list[str], list[float]):
+            parser.add_argument(f"--{f.name}", nargs="+", type=get_args(f.type)[0])
         else:
             parser.add_argument(f"--{f.name}", type=f.type)
     flags = vars(parser.parse_args(argv))
@@ -825,7 +1166,10 @@ def parse_args(argv: list[str]) -> Config:
         print(table())
         sys.exit(0)
     algo = flags.get("algo", Config.algo)
-    return Config(**{"output_dir": f"runs/{algo}", **PRESETS[algo], **flags})
+    own = {"output_dir": f"runs/{algo}", **PRESETS[algo]}
+    if algo == "itool":
+        own["learning_rate"] = TABLE_9.get(flags.get("preference", "simpo"), 0.0)
+    return Config(**{**own, **flags})
 
 
 def table() -> str:
@@ -870,22 +1214,27 @@ def init_distributed() -> None:
 
 
 def train(config: Config) -> Run:
-    """Run the stages of `config`: SFT, RL, or RL from the best checkpoint of SFT with a fresh optimiser."""
-    if config.stages == "sft,rl":
-        own = {"max_steps": config.sft_max_steps, "learning_rate": config.sft_learning_rate}
-        own |= {"output_dir": f"{config.output_dir}/sft"}
-        first = replace(config, **{**PRESETS["sft"], **own})
+    """Run the stages of `config`; a second stage starts from the first one's best checkpoint, with a fresh optimiser."""
+    if config.stages == "warmup,itool" and not config.warmup:
+        config = replace(config, stages="itool")
+    name, _, rest = config.stages.partition(",")
+    if rest:
+        own = {"stages": name, "output_dir": f"{config.output_dir}/{name}"}
+        if name == "sft":
+            own = {**PRESETS["sft"], **own, "max_steps": config.sft_max_steps}
+            own |= {"learning_rate": config.sft_learning_rate}
+        first = replace(config, **own)
         where = config.resume_from_checkpoint  # a path belongs to the stage whose folder it lies in
         if where not in ("", "latest"):
-            in_rl = Path(where).resolve().parent == Path(config.output_dir).resolve()
-            first = replace(first, resume_from_checkpoint="latest" if in_rl else where)
-            config = replace(config, resume_from_checkpoint=where if in_rl else "")
+            in_rest = Path(where).resolve().parent == Path(config.output_dir).resolve()
+            first = replace(first, resume_from_checkpoint="latest" if in_rest else where)
+            config = replace(config, resume_from_checkpoint=where if in_rest else "")
         best = train(first).best
-        config = replace(config, stages="rl", model_name_or_path=str(best))
+        config = replace(config, stages=rest, model_name_or_path=str(best))
     run = Run(config)
     run.start()
     sync(run)
-    loop = run_sft if config.stages == "sft" else run_rl
+    loop = {"rl": run_rl, "sft": run_sft, "warmup": run_sft, "itool": run_itool}[config.stages]
     if run.first_step == 0:
         before = evaluate(config, run)
         run.log(-1, before)

@@ -221,6 +221,16 @@ def test_n_per_prompt_in_order_zero_included(engine, model):
     assert engine.generate([], n=4, temperature=1.0, max_tokens=8) == []
     assert engine.generate(prompts, n=0, temperature=1.0, max_tokens=8) == [[], [], [], []]
 
+def test_a_limit_per_prompt_cuts_the_same_draw(engine):
+    """A shorter limit gives the first tokens of what a longer one gives, and says that it cut."""
+    prompts, seeds, limits = prompts_of(50, 6, 28, 12), [1, 2, 3, 4], [1, 4, 9, 16]
+    sample = functools.partial(engine.generate, prompts, n=2, temperature=1.0, seeds=seeds)
+    for limit, long, short in zip(limits, sample(max_tokens=16), sample(max_tokens=limits)):
+        for whole, cut in zip(long, short):
+            assert cut.token_ids == whole.token_ids[:limit]
+            if len(whole.token_ids) > limit:
+                assert cut.finish_reason == "length"
+
 
 def test_a_response_ends_with_its_first_eos(engine):
     prompt, eos = prompts_of(10)[0], engine.tokenizer.eos_token_id
