@@ -502,6 +502,8 @@ def check(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if config.quant != "none" and config.lora_rank == 0:
+        raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
     if "itool" in config.stages:
         check_itool(config)
     fits = {"dapo": ("none", "spo", "sft"), "grpo": ("none",), "chord": ("sft",)}.get(

@@ -221,6 +221,7 @@ def test_n_per_prompt_in_order_zero_included(engine, model):
     assert engine.generate([], n=4, temperature=1.0, max_tokens=8) == []
     assert engine.generate(prompts, n=0, temperature=1.0, max_tokens=8) == [[], [], [], []]
 
+
 def test_a_limit_per_prompt_cuts_the_same_draw(engine):
     """A shorter limit gives the first tokens of what a longer one gives, and says that it cut."""
     prompts, seeds, limits = prompts_of(50, 6, 28, 12), [1, 2, 3, 4], [1, 4, 9, 16]

@@ -32,7 +32,7 @@ from run import Run
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared/data/train/toolrl_rlla"
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-RL_ROWS = [name for name in train.PRESETS if name != "sft"]
+RL_ROWS = [name for name, row in train.PRESETS.items() if "rl" in row.get("stages", "rl")]
 
 
 @pytest.fixture(scope="module", autouse=True)

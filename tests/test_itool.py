@@ -1,0 +1,546 @@
+"""iTool's loop: stages, pool, search by an engine, pairs, the gradient of a step, and whole runs with their resumption."""
+
+import itertools
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+
+import frozen
+import pytest
+import torch
+import torch.nn.functional as F
+from test_whole_runs import launch, needs_vllm, rows_of, weights_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import itool
+import mcts
+import model as modeling
+import rewards
+import rollout
+import run as run_module
+import toy
+import train
+
+REPO = frozen.REPO
+TABLE_7 = mcts.SearchConfig()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return frozen.tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(frozen.TOY)
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[data.Example]:
+    return [data.Example(**row) for row in toy.generate("train", 60, max_tools=2)]
+
+
+# ---- stages, pool ----
+
+
+def test_stages_are_difficulty_s_and_lose_nothing(examples):
+    parts = itool.stages_of(examples, "difficulty")
+    assert list(parts) == ["easy", "medium", "hard"]
+    for stage, part in parts.items():
+        for e in part:
+            tools = "\n".join(json.dumps(t, ensure_ascii=False) for t in e.tools)
+            calls = 0
+            if e.kind == "tool_call":
+                inner = json.loads(e.target.split(">", 1)[1].rsplit("<", 1)[0])
+                calls = len(inner) if isinstance(inner, list) else 1
+            assert data.difficulty(len(e.tools), len(tools), calls) == stage
+    assert sorted(e.id for part in parts.values() for e in part) == sorted(e.id for e in examples)
+    assert itool.stages_of(examples, "none") == {"all": examples}
+
+
+def test_even_stages_are_thirds_by_rank(examples):
+    parts = list(itool.stages_of(examples, "even").values())
+    assert [len(part) for part in parts] == [20, 20, 20]
+    key = lambda e: (len(e.tools) >= 4, data.sizes(e)[1], data.sizes(e)[2])
+    for easier, harder in itertools.pairwise(parts):
+        assert max(map(key, easier)) <= min(map(key, harder))
+    assert sorted(e.id for part in parts for e in part) == sorted(e.id for e in examples)
+
+
+def test_pool_is_a_random_half_without_what_cannot_be_graded(examples):
+    broken = data.Example("bad", [], [], "q", [], "[f(1]", "tool_call")
+    pool, ungraded = itool.pool_of([*examples, *[broken] * 4], 0.5, 0.1, seed=0)
+    assert len(pool) + ungraded == 32 and 0 < ungraded <= 4 and broken not in pool
+    order = [e.id for e in examples]
+    assert [order.index(e.id) for e in pool] == sorted(order.index(e.id) for e in pool)
+    other, _ = itool.pool_of(examples, 0.5, 0.1, seed=1)
+    assert {e.id for e in other} != {e.id for e in pool}
+
+
+def test_a_pool_too_small_for_its_tenth_is_refused(examples):
+    with pytest.raises(ValueError, match=r"10% of a pool of 9 examples.*--buffer_fraction"):
+        itool.pool_of(examples[:18], 0.5, 0.1, seed=0)
+
+
+# ---- the search by an engine ----
+
+
+class Scripted:
+    """An engine that writes what a table says: the k-th draw after a response so far; it counts its calls.
+
+    The k-th draw continues the k-th text of `texts` that starts with the response so far, else the first one.
+    """
+
+    def __init__(self, tokenizer, prompts: list[list[int]], texts: list[str], end: bool = True):
+        self.tokenizer, self.prompts, self.end = tokenizer, prompts, end
+        encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.lists = [[*encode(text), *[tokenizer.eos_token_id] * end] for text in texts]
+        self.calls, self.seeds, self.questions = Counter(), [], []
+
+    def generate(self, prompts, *, n, max_tokens, seeds, **_):
+        self.calls["generate"] += 1
+        self.seeds += seeds
+        groups = []
+        for state, count, limit in zip(prompts, n, max_tokens):
+            root = next(p for p in self.prompts if state[: len(p)] == p)
+            done = state[len(root) :]
+            fitting = [ids for ids in self.lists if ids[: len(done)] == done] or self.lists[:1]
+            groups.append([])
+            for k in range(count):
+                ids = fitting[k % len(fitting)][len(done) :][:limit]
+                reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
+                groups[-1].append(rollout.Sample(ids, [-0.1 * (1 + k)] * len(ids), "", reason))
+        return groups
+
+    def option_probs(self, prompts):
+        self.calls["option_probs"] += 1
+        self.questions += [self.tokenizer.decode(p) for p in prompts]
+        return [dict.fromkeys("ABCD", 0.1) for _ in prompts]
+
+
+CALL = '<tool_call>\n{"name": "car.find", "params": {"city": "Rome", "size": %s, "year": 7}}\n</tool_call>'
+TEXTS = [
+    CALL % 3,
+    CALL % 4,
+    '<tool_call>\n{"name": "car.get", "params": {}}\n</tool_call>',
+    "I cannot.",
+]
+
+
+def searched(tokenizer, *, texts=TEXTS, copies=1, end=True, limits=TABLE_7, **options):
+    example = data.Example("x/1", [], [], "q", [], CALL % 3, "tool_call")
+    examples = [data.Example(**{**vars(example), "id": f"x/{i}"}) for i in range(copies)]
+    prompts = [[100 + i, 200, 300] for i in range(copies)]
+    engine = Scripted(tokenizer, prompts, texts, end)
+    searcher = itool.Searcher(engine, tokenizer, max_tokens=128, **options)
+    return searcher, searcher.search(examples, prompts, limits), engine, examples
+
+
+def nodes_of(root):
+    yield root
+    for child in root.children:
+        yield from nodes_of(child)
+
+
+def test_nodes_hold_the_sampled_tokens(tokenizer):
+    """Paths are the scripted responses, cut as mcts.split_tokens cuts them; the last level takes the rest."""
+    _, [root], engine, _ = searched(tokenizer)
+    ends = [node for node in nodes_of(root) if node.terminal]
+    assert ends
+    for node in ends:
+        ids = node.state_ids[3:]
+        assert ids in engine.lists
+        groups = mcts.split_tokens([tokenizer.decode([i]) for i in ids[:-1]] + [""])
+        sizes = [len(group) for group in groups]
+        steps = [len(step.token_ids) for step in node.path[1:]]
+        whole = sizes[: len(steps) - 1]
+        assert steps == [*whole, sum(sizes) - sum(whole)] or steps == sizes
+        assert node.state_text == tokenizer.decode(ids[:-1])
+
+
+def test_outcomes_are_those_of_error_type(tokenizer):
+    _, [root], _, [example] = searched(tokenizer)
+    seen = set()
+    for node in nodes_of(root):
+        if node is root:
+            continue
+        right = rewards.error_type(node.state_text, example.target) is None
+        expected = 0.0 if not node.terminal else (1.0 if right else -1.0)
+        assert node.O == expected
+        seen.add(expected)
+    assert seen == {0.0, 1.0, -1.0}
+
+
+def test_a_model_that_never_ends_gets_minus_one_and_is_counted(tokenizer):
+    searcher, [root], _, _ = searched(tokenizer, texts=["and so on, " * 200], end=False)
+    ends = [node for node in nodes_of(root) if node.terminal]
+    assert ends and all(node.O == -1 and node.reason == "length" for node in ends)
+    assert all(len(node.state_ids) - 3 <= 128 for node in nodes_of(root))
+    assert searcher.stats["ends_over_length"] == searcher.stats["ends"] > 0
+    rows, _ = itool.pair_rows(
+        root, data.Example("x", [], [], "q", [], CALL % 3, "tool_call"), TABLE_7
+    )
+    assert rows == []
+
+
+def test_a_tail_is_one_of_the_draws(tokenizer):
+    """Every expansion below a cut sample draws one sample less, and none is lost."""
+    searcher, [root], _, _ = searched(tokenizer)
+    with_tail = [n for n in nodes_of(root) if n.children and n.tail is not None]
+    assert with_tail
+    stats = searcher.stats
+    assert stats["tails_used"] == len(with_tail)
+    assert stats["samples"] == 3 * stats["expansions"] - stats["tails_used"]
+    for node in with_tail:
+        rest = node.tail.token_ids
+        assert any(child.token_ids == rest[: len(child.token_ids)] for child in node.children)
+
+
+def test_one_call_of_each_kind_per_wave_whatever_the_number_of_trees(tokenizer):
+    _, _, alone, _ = searched(tokenizer)
+    _, roots, many, _ = searched(tokenizer, copies=5)
+    assert many.calls == alone.calls
+    assert len({json.dumps([n.Q for n in nodes_of(root)]) for root in roots}) == 1
+
+
+def test_a_state_is_graded_once(tokenizer):
+    searcher, roots, engine, _ = searched(tokenizer, copies=2)
+    states = {(id(n.path[0]), n.state_text) for root in roots for n in nodes_of(root) if n.parent}
+    assert len(engine.questions) == len(states) == searcher.stats["evaluations"]
+
+
+def test_seeds_differ_by_node_example_and_iteration(tokenizer):
+    _, _, first, _ = searched(tokenizer, copies=3, seed="0/1")
+    _, _, again, _ = searched(tokenizer, copies=3, seed="0/1")
+    _, _, later, _ = searched(tokenizer, copies=3, seed="0/2")
+    assert len(set(first.seeds)) == len(first.seeds)
+    assert first.seeds == again.seeds and not set(first.seeds) & set(later.seeds)
+
+
+@pytest.mark.parametrize("order", ["paper", "cache"])
+def test_the_question_is_table_10_s(tokenizer, order):
+    text = tokenizer.decode(itool.question(tokenizer, order, "THE TARGET", "THE RESPONSE"))
+    for line in mcts.EVAL_PROMPT["user"].splitlines():
+        line = line.replace("{gt_ans}", "THE TARGET").replace("{response}", "THE RESPONSE")
+        assert line in text
+    assert text.endswith("The option of overall quality is (")
+    early = text.index("THE TARGET") < text.index("Evaluation Criteria")
+    assert early == (order == "paper")
+
+
+def test_without_self_evaluation_c_is_zero_and_nobody_is_asked(tokenizer):
+    _, [root], engine, _ = searched(tokenizer, self_evaluation="none")
+    assert engine.calls["option_probs"] == 0 and all(node.C == 0 for node in nodes_of(root))
+
+
+def test_search_over_a_real_engine_keeps_its_log_probs(tiny, tokenizer, examples):
+    """Priors are exp of the mean log-prob at temperature 1 of the model's own forward pass."""
+    engine = rollout.make_engine(
+        "transformers", str(tiny), max_model_len=2048, logprobs_mode="raw_logprobs"
+    )
+    searcher = itool.Searcher(engine, tokenizer, max_tokens=24, seed=3)
+    prompts = [data.render(e, tokenizer) for e in examples[:3]]
+    roots = searcher.search(examples[:3], prompts, TABLE_7)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    checked = 0
+    for root in roots:
+        assert root.N == TABLE_7.iterations
+        for node in nodes_of(root):
+            if node.parent is None:
+                continue
+            ids = torch.tensor(node.state_ids)
+            with torch.no_grad():
+                logps = plain(ids[None]).logits[0].log_softmax(-1)
+            n = len(node.token_ids)
+            own = [float(logps[i - 1, ids[i]]) for i in range(len(ids) - n, len(ids))]
+            assert math.isclose(node.prior, math.exp(sum(own) / n), rel_tol=1e-4)
+            assert -2 <= node.C <= 1
+            checked += 1
+    assert checked > 10
+
+
+# ---- pairs ----
+
+
+def test_pair_rows_are_the_kept_pairs(tokenizer):
+    _, [root], _, [example] = searched(tokenizer)
+    rows, drops = itool.pair_rows(root, example, TABLE_7)
+    kept = mcts.preference_pairs(root, TABLE_7)
+    assert len(rows) == len(kept) > 0
+    for row, pair in zip(rows, kept):
+        assert row["prefix_ids"] == pair.node.state_ids
+        assert row["prefix_ids"] + row["chosen_ids"] == pair.chosen.state_ids
+        assert row["prefix_ids"] + row["rejected_ids"] == pair.rejected.state_ids
+        assert row["chosen_Q"] - row["rejected_Q"] >= 0.1 and row["chosen_Q"] >= 0.3
+    dropped = [pair.dropped_by for pair in mcts.all_pairs(root, TABLE_7) if pair.dropped_by]
+    assert sum(drops.values()) == sum(map(len, dropped))
+
+
+def test_the_pair_without_a_search_is_best_against_worst_mean():
+    example = data.Example("x", [], [], "q", [], "<answer>a</answer>", "answer")
+    sample = lambda text, *logps: rollout.Sample([1] * len(logps), list(logps), text, "stop")
+    samples = [
+        sample("a", -1.0, -1.0),
+        sample("b", -3.0),
+        sample("c", -0.2, -0.4),
+        sample("d", -3.0),
+    ]
+    [row], _ = itool.sampled_pair(example, [9], samples)
+    assert (row["chosen"], row["rejected"]) == ("c", "d")  # ties: the last is rejected
+    assert math.isclose(row["chosen_p"], math.exp(-0.3))
+    assert itool.sampled_pair(example, [9], [sample("a", -1.0), sample("a", -2.0)])[0] == []
+
+
+def test_every_epoch_trains_on_every_pair_once():
+    config = train.parse_args(
+        ["--algo", "itool", "--train_batch_size", "4", "--preference_epochs", "3"]
+    )
+    pairs = list(range(7))
+    batches = [train.pair_batch(config, pairs, 1, i) for i in range(math.ceil(21 / 4))]
+    flat = [pair for batch in batches for pair in batch]
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 1]
+    for epoch in range(3):
+        assert sorted(flat[7 * epoch : 7 * epoch + 7]) == pairs
+    assert batches == [train.pair_batch(config, pairs, 1, i) for i in range(6)]
+    assert [train.pair_batch(config, pairs, 2, i) for i in range(6)] != batches
+
+
+# ---- the gradient of a step ----
+
+SLOW = {  # iTool Table 9, one pair; M mean and S summed log-probs, r reference sums
+    "simpo": lambda Mw, Ml, Sw, Sl, rw, rl: -F.logsigmoid(2.5 * Mw - 2.5 * Ml - 0.5),
+    "dpo": lambda Mw, Ml, Sw, Sl, rw, rl: -F.logsigmoid(0.1 * (Sw - rw) - 0.1 * (Sl - rl)),
+    "ipo": lambda Mw, Ml, Sw, Sl, rw, rl: ((Sw - rw) - (Sl - rl) - 1 / 0.2) ** 2,
+    "orpo": lambda Mw, Ml, Sw, Sl, rw, rl: (
+        -Mw - 0.1 * F.logsigmoid((Mw - torch.log(1 - Mw.exp())) - (Ml - torch.log(1 - Ml.exp())))
+    ),
+}
+
+
+def some_pairs(tokenizer, examples, n: int) -> list[dict]:
+    rng = random.Random(5)
+    words = lambda: [rng.randrange(100, len(tokenizer)) for _ in range(rng.randrange(1, 9))]
+    return [
+        {"prefix_ids": data.render(e, tokenizer)[:60], "chosen_ids": words(), "rejected_ids": words(),
+         "chosen_ref": rng.uniform(-30, -5), "rejected_ref": rng.uniform(-30, -5)}
+        for e in examples[:n]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preference", SLOW)
+@pytest.mark.parametrize("budget", [100, 100_000])
+def test_gradient_of_a_batch_of_pairs_is_that_of_a_slow_loop(
+    preference, budget, tiny, tokenizer, examples, tmp_path
+):
+    """Packed rows in float32, some per micro-batch, against one unpacked response at a time in float64."""
+    more = ["--algo", "itool", "--preference", preference, "--max_tokens_per_row", budget]
+    config = train.parse_args([*frozen.flags(tiny, tmp_path), *map(str, more), "--no_warmup"])
+    run = OneRank(tiny, config)
+    pairs = some_pairs(tokenizer, examples, 5)
+    stats = train.preference_gradient(config, run, pairs)
+    actual = {name: p.grad for name, p in run.model.named_parameters()}
+
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    total = 0
+    for pair in pairs:
+        means, sums = [], []
+        for side in ("chosen_ids", "rejected_ids"):
+            prompt, step = pair["prefix_ids"], pair[side]
+            logps = plain(torch.tensor([prompt + step])).logits[0].log_softmax(-1)
+            own = [logps[len(prompt) + i - 1, token] for i, token in enumerate(step)]
+            sums.append(sum(own))
+            means.append(sum(own) / len(own))
+        total = (
+            total + SLOW[preference](*means, *sums, pair["chosen_ref"], pair["rejected_ref"]) / 5
+        )
+    total.backward()
+    assert math.isclose(stats["loss"], float(total.detach()), rel_tol=1e-4)
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    assert frozen.relative_difference(actual, expected) < 2e-4
+
+
+class OneRank:
+    """What the parts of the loop need of a Run, on one rank without a process group."""
+
+    rank, world = 0, 1
+
+    def __init__(self, folder: Path, config):
+        self.model, self.tokenizer = modeling.load(folder)
+        self.config = config
+
+    share = run_module.Run.share
+    progress = run_module.Run.progress
+    ids = run_module.Run.ids
+    first_step = tag_length = 0
+    all_gather = staticmethod(lambda rows: rows)
+    all_sum = staticmethod(lambda values: {k: float(v) for k, v in values.items()})
+    all_max = staticmethod(float)
+
+
+def test_perplexities_are_those_of_a_slow_loop(tiny, tokenizer, examples, tmp_path):
+    """Eq. 4: exp of minus the mean log-prob of the target's tokens, EOS included."""
+    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool"])
+    actual = train.perplexities(config, OneRank(tiny, config), examples[:7])
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    for example, value in zip(examples, actual):
+        prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
+        with torch.no_grad():
+            logps = plain(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+        nll = [-float(logps[len(prompt) + i - 1, token]) for i, token in enumerate(target)]
+        assert math.isclose(value, math.exp(sum(nll) / len(nll)), rel_tol=1e-4)
+
+
+def test_learning_rates_are_table_6_s_and_9_s():
+    """The oracle's cosine schedule; stages' rates; DPO and ORPO have their own."""
+    values = [
+        0.0,
+        3.333333333333e-07,
+        6.666666666667e-07,
+        1e-06,
+        9.949107209405e-07,
+        9.797464868072e-07,
+    ]
+    config = train.parse_args(["--algo", "itool"])
+    for step, value in enumerate(values):
+        assert math.isclose(train.learning_rate_at(config, step, 25, 1e-6), value, rel_tol=1e-9)
+    assert math.isclose(
+        train.learning_rate_at(config, 24, 25, 1e-6), 5.089279059534e-09, rel_tol=1e-9
+    )
+    assert config.warmup_learning_rates == [5e-5, 2e-5, 1e-5] and config.learning_rate == 1e-6
+    assert train.parse_args(["--algo", "itool", "--preference", "dpo"]).learning_rate == 3e-7
+    own = ["--algo", "itool", "--preference", "dpo", "--learning_rate", "2e-7"]
+    assert train.parse_args(own).learning_rate == 2e-7
+
+
+# ---- whole runs ----
+
+
+def command(out, *more) -> list[str]:
+    file = out.parent / "examples.jsonl"
+    if not file.exists():
+        data.write_jsonl(data.load("toy", "train")[:96], file)
+    text = f"""train.py --algo itool --model_name_or_path {frozen.TOY} --train_file {file} --eval_file toy:test
+    --output_dir {out} --train_batch_size 8 --warmup_epochs 1 --warmup_learning_rates 1e-3 1e-3 1e-3 --iterations 2
+    --pool_fraction 1 --buffer_fraction 0.25 --learning_rate 1e-3 --max_prompt_length 1024 --max_completion_length 96
+    --eval_size 16 --eval_steps 0 --no_gradient_checkpointing --held_out_pairs 0.3"""
+    return [*text.split(), *map(str, more)]
+
+
+@needs_vllm
+def test_itool_on_two_ranks_with_vllm(tmp_path):
+    """Warm-up and two iterations with real search: files, counts, a margin that rises on held-out pairs."""
+    out = tmp_path / "out"
+    done = launch(*command(out), ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for text in ("warm-up, easy:", "warm-up, hard:", "iteration 1:", "after iteration 2:"):
+        assert text in done.stdout + done.stderr
+
+    warmup = rows_of(out / "warmup" / "metrics.jsonl")[1:]
+    assert warmup[-1]["eval/loss"] < warmup[1]["loss"]
+    searches, pairs = rows_of(out / "searches.jsonl"), rows_of(out / "pairs.jsonl")
+    assert [row["iteration"] for row in searches] == [1, 2]
+    for row in searches:
+        mine = [pair for pair in pairs if pair["iteration"] == row["iteration"]]
+        assert len(mine) == row["pairs"] + row["held_out"] and row["pairs"] > 0
+        assert row["trees"] == len(rows_of(out / f"trees-{row['iteration']}.jsonl"))
+
+    _, _, *steps = rows_of(out / "metrics.jsonl")
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    for row in searches:
+        last = [step for step in steps if step["iteration"] == row["iteration"]][-1]
+        assert 0 <= last["eval/accuracy"] <= 1
+        if row["held_out"]:
+            assert last["eval/rewards/margins"] > row["eval/rewards/margins"]
+    assert any(row["held_out"] for row in searches)
+
+    folder = out / f"checkpoint-{len(steps)}"
+    before, after = weights_of(out / "warmup" / "checkpoint-best"), weights_of(folder)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(
+        out / "warmup" / "checkpoint-best", dtype=torch.float32
+    )
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+    assert all(torch.allclose(merged[name], after[name], atol=1e-6) for name in after)
+
+    shown = launch("mcts.py", "show", out / "trees-1.jsonl", "--svg", out / "trees.svg")
+    assert shown.returncode == 0 and "pairs" in shown.stdout
+    assert (out / "trees.svg").read_text().startswith("<svg")
+
+
+def itool_alone(out, *more):
+    return launch(
+        *command(
+            out,
+            "--engine",
+            "transformers",
+            "--no_warmup",
+            "--save_steps",
+            1,
+            "--save_total_limit",
+            0,
+            *more,
+        )
+    )
+
+
+def test_a_run_that_was_cut_inside_an_iteration_goes_on(tmp_path):
+    """Resumed after any step, with the search's pairs on disk or made again: the same metrics and weights."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = itool_alone(whole)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = rows_of(whole / "metrics.jsonl")[2:]
+    inside = (
+        next(i for i, row in enumerate(steps, 1) if row["iteration"] == 2) + 1
+    )  # iteration 2's second step
+    assert inside < len(steps), "iteration 2 is too short for this test"
+    import shutil
+
+    shutil.copytree(whole, cut)
+    for step in range(inside + 1, len(steps) + 1):
+        for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
+            shutil.rmtree(cut / name)
+    done = itool_alone(cut, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = rows_of(cut / "metrics.jsonl")[2:]
+    assert [row["step"] for row in again] == [row["step"] for row in steps]
+    for a, b in zip(again, steps):
+        for name in ("loss", "grad_norm", "rewards/margins"):
+            assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=1e-7), (a["step"], name)
+    last = f"checkpoint-{len(steps)}"
+    a, b = weights_of(whole / last), weights_of(cut / last)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+    assert len(rows_of(cut / "pairs.jsonl")) == len(rows_of(whole / "pairs.jsonl"))
+
+
+def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
+    out = tmp_path / "out"
+    done = itool_alone(out, "--min_q", 9, "--iterations", 1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = done.stdout + done.stderr
+    assert "no pair to train on" in text and "accept_q" in text and "saved as it was" in text
+    before, after = weights_of(frozen.TOY), weights_of(out / "checkpoint-0")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mcts_width", "1"], "a pair compares two steps"),
+        (["--buffer_fraction", "0"], "--buffer_fraction"),
+        (["--preference", "ppo"], "--preference ppo"),
+        (["--vllm_tensor_parallel_size", "2"], "each rank searches its own trees"),
+        (["--quant", "8bit"], "--quant 8bit"),
+        (["--quant", "4bit", "--lora_rank", "0"], "--lora_rank"),
+        (["--warmup_learning_rates", "1e-5"], "give three"),
+        (["--iterations", "0"], "--iterations 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(flags, message, tiny, tmp_path):
+    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool", *flags])
+    with pytest.raises(ValueError, match=message):
+        run_module.check(config, 1)
