@@ -192,41 +192,46 @@ def shared_prefix_attention(
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
     shared_prefix.calls += 1
     n, out = query.shape[1] // key.shape[1], []
-    for rows, prompt, mask in shared_prefix.segments:
-        q, k, v = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+    q, k, v = (x.split(shared_prefix.sizes, 2) for x in (query, key, value))
+    for i, (prompt, mask) in enumerate(shared_prefix.segments):
         if mask is None:
-            out.append(sdpa(q, k, v, is_causal=True, scale=scaling, enable_gqa=n > 1))
+            out.append(sdpa(q[i], k[i], v[i], is_causal=True, scale=scaling, enable_gqa=n > 1))
             continue
-        # CUDA has no fast masked kernel for grouped queries: repeat the shared heads
-        k, v = (torch.cat([x[:, :, prompt], x[:, :, rows]], 2) for x in (key, value))
-        k, v = (x.repeat_interleave(n, 1) for x in (k, v))
-        out.append(sdpa(q, k, v, mask, scale=scaling))
+        # the n heads that share keys become n times the rows: no kernel needs to repeat keys
+        rows = q[i].unflatten(1, (-1, n)).flatten(2, 3)
+        keys, values = (torch.cat([x[prompt], x[i]], 2) for x in (k, v))
+        rows = sdpa(rows, keys, values, mask.repeat(n, 1), scale=scaling)
+        out.append(rows.unflatten(2, (n, -1)).flatten(1, 2))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
 class _Plan:
     """How `shared_prefix_attention` walks a row; made once per forward pass, read by every layer.
 
-    segments  (rows, prompt, mask). mask None: `rows` is causal within itself. Otherwise `rows` are
-              neighbouring responses with keys [prompt | rows] and a (rows, keys) bool mask. As many
-              go together as the prompt is long: few calls, at most twice the keys that are needed,
-              and no L x L mask
+    sizes     tokens of the pieces that the row is cut into
+    segments  per piece (prompt, mask). mask None: the piece is causal within itself. Otherwise it
+              is a block of neighbouring responses with keys [piece number `prompt` | itself] and
+              a (tokens, keys) bool mask. A block is at most a quarter as long as its prompt: few
+              calls, hardly a key too many, and no L x L mask
     longest   tokens of the longest prompt + response
     calls     layers that came by: forward passes and recomputations
     """
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
-        self.calls, self.segments = 0, []
+        self.calls, self.sizes, self.segments = 0, [], []
         self.longest = int(packed.position_ids.max()) + 1
         for prompt, responses in _spans(packed):
             responses = [response for response in responses if response.stop > response.start]
+            P, first = prompt.stop - prompt.start, len(self.sizes)
             if len(responses) == 1:  # an ordinary causal sequence
-                self.segments.append((slice(prompt.start, responses[0].stop), prompt, None))
+                self.sizes.append(responses[0].stop - prompt.start)
+                self.segments.append((first, None))
                 continue
-            self.segments.append((prompt, prompt, None))
-            for block in _blocks(responses, prompt.stop - prompt.start):
-                rows = slice(block[0].start, block[-1].stop)
-                self.segments.append((rows, prompt, _block_mask(prompt, block, device)))
+            self.sizes.append(P)
+            self.segments.append((first, None))
+            for block in _blocks(responses, P // 4):
+                self.sizes.append(block[-1].stop - block[0].start)
+                self.segments.append((first, _block_mask(prompt, block, device)))
 
 
 def _spans(packed: Packed) -> Iterator[tuple[slice, list[slice]]]:
