@@ -294,6 +294,8 @@ def fit(
 
     max_prompt_length      most tokens of `render` (ToolUPT Table 7: 8192)
     max_completion_length  most tokens of `target_ids`, EOS included (ToolUPT Table 7: 1024)
+
+    Only texts that might be too long are tokenized, so that training starts soon.
     """
     _check_template(tokenizer)
     kept, drops = [], Counter()
@@ -301,12 +303,12 @@ def fit(
         batch = examples[start : start + 256]
         chats = [messages(example) for example in batch]
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-        prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        targets = tokenizer([e.target for e in batch], add_special_tokens=False)["input_ids"]
-        for example, prompt, target in zip(batch, prompts, targets, strict=True):
-            if len(prompt) > max_prompt_length:
+        prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
+        targets_fit = _fit([e.target for e in batch], max_completion_length - 1, tokenizer)
+        for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
+            if not prompt_fits:
                 drops[f"turn: prompt longer than {max_prompt_length} tokens"] += 1
-            elif len(target) + 1 > max_completion_length:
+            elif not target_fits:
                 drops[f"turn: target longer than {max_completion_length} tokens"] += 1
             else:
                 kept.append(example)
@@ -435,6 +437,21 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{file}  ({name})\n{statistics(len(rows), examples, drops, tokenizer)}")
         if options.command == "convert":
             write_jsonl(examples, options.out)
+
+
+def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
+    """Return whether each text has at most `limit` tokens.
+
+    A token stands for at least one character of an ASCII text, which no normalisation lengthens
+    (beyond one blank in front): a text of fewer than `limit` characters fits unread.
+    """
+    fits = [text.isascii() and len(text) < limit for text in texts]
+    unsure = [i for i, sure in enumerate(fits) if not sure]
+    if unsure:
+        ids = tokenizer([texts[i] for i in unsure], add_special_tokens=False)["input_ids"]
+        for i, tokens in zip(unsure, ids, strict=True):
+            fits[i] = len(tokens) <= limit
+    return fits
 
 
 def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Example, str | None]]:

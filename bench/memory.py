@@ -20,10 +20,9 @@ the allocator's slack, which is the check on the tracker.
 """
 
 import argparse
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import common
 import torch
@@ -54,8 +53,14 @@ def scores(way: str, model, prompt: list[int], responses: list[list[int]]) -> to
     return logps.sum() + entropy.sum()
 
 
-def measure(way: str, args) -> dict:
-    """Peak bytes of one forward and backward pass, in this process."""
+def in_a_process(function, *arguments) -> dict:
+    """What the function returns in a fork of this process: its memory is given back, imports are shared."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(way: str, tracked: bool, args) -> dict:
+    """Peak bytes of one forward and backward pass: live tensors (`tracked`), or resident memory."""
     rows = 1 if way == "one row, full" else args.group
     positions = {"padded, full": rows, "one row, full": 1}.get(way, 0) * (args.prompt + args.answer)
     fake = 4.0 * positions * args.vocabulary > FAKE_FROM
@@ -77,7 +82,7 @@ def measure(way: str, args) -> dict:
             model.zero_grad()
         weights = sum(p.nbytes for p in model.parameters())
         before, tracker = resident("VmRSS"), MemTracker()
-        if args.tracked or fake:
+        if tracked:
             tracker.track_external(model)
             with tracker:
                 scores(way, model, prompt, responses).backward()
@@ -101,26 +106,13 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=152_064)
     parser.add_argument("--out", default=str(common.BENCH / "memory.json"))
-    parser.add_argument("--way", choices=WAYS, help="one of the ways, in this process")
-    parser.add_argument("--tracked", action="store_true", help="with --way: live tensors, not RSS")
     args = parser.parse_args()
-    if args.way:
-        print(json.dumps(measure(args.way, args)))
-        return
-    results, flags = (
-        {},
-        [f"--{n}={getattr(args, n)}" for n in ("prompt", "answer", "group", "vocabulary")],
-    )
+    results = {}
     for way in WAYS:
         results[way] = {}
-        for tracked in ([], ["--tracked"]):
-            command = [sys.executable, __file__, *flags, "--way", way, *tracked]
-            if results[way].get("fake"):
-                continue
-            done = subprocess.run(command, text=True, capture_output=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            results[way].update(json.loads(done.stdout.splitlines()[-1]))
+        for tracked in (True, False):
+            if tracked or not results[way]["fake"]:
+                results[way] |= in_a_process(measure, way, tracked, args)
     packed = results["packed"]["tracked"]
     for way, row in results.items():
         row["times_packed"] = row["tracked"] / packed

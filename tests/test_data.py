@@ -353,6 +353,40 @@ def test_fit_drops_by_tokens_and_never_truncates(tokenizer):
     assert data.fit([], tokenizer, 1, 1) == ([], Counter())
 
 
+def test_fit_counts_tokens_and_tokenizes_only_what_might_be_too_long(tokenizer):
+    texts = [
+        "",
+        "a" * 8,
+        "a" * 9,
+        "a" * 10,
+        "a" * 11,
+        "é" * 4,
+        "é" * 5,
+        "漢" * 3,
+        "漢" * 4,
+        "<answer>",
+    ]
+    read = []
+
+    class Spy:
+        chat_template, apply_chat_template = tokenizer.chat_template, tokenizer.apply_chat_template
+
+        def __call__(self, batch, **options):
+            read.extend(batch)
+            return tokenizer(batch, **options)
+
+    counts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert counts[:8] == [0, 8, 9, 10, 11, 8, 10, 9]  # bytes
+    assert data._fit(texts, 9, Spy()) == [count <= 9 for count in counts]
+    assert not {"", "a" * 8, "<answer>"} & {*read} and {"a" * 10, "é" * 5, "漢" * 4} < {*read}
+    read.clear()
+    long = example("q" * 500, system="__TOOL_DESCS__")
+    assert len(render(long, tokenizer)) > 400
+    kept, drops = data.fit([example(system="__TOOL_DESCS__"), long], Spy(), 400, 99)
+    assert [e.query for e in kept] == ["q"] and len(read) == 1
+    assert drops == {"turn: prompt longer than 400 tokens": 1}
+
+
 # ---- splits and selection ----
 
 
