@@ -1,0 +1,354 @@
+"""Compare methods on the toy world's hard level: runs, a record, a picture and a table in the shape of Table 1.
+
+    python bench/compare.py @recipes/compare.args                  everything; goes on where it stopped
+    python bench/compare.py @recipes/compare.args --algos sft toolupt --seeds 0 1 2
+    python bench/compare.py @recipes/compare.args --draw           picture and table of what is there
+
+Flags that are not listed under --help go to train.py, which every run calls as a user would. Of a record OUT.jsonl come
+OUT.png (accuracy over updates: mean and range over seeds) and OUT.md (after the last update: mean and standard
+deviation over seeds).
+
+Budget: every method makes --max_steps optimiser updates on --train_batch_size prompts each, in the same order for the same
+seed. A method that rolls out makes --num_generations responses per prompt; where the expert is a row of the group
+(luffy, srft) it takes the place of one. sft makes none. Two-stage methods spend the first half of the updates on SFT and so
+make half the rollouts. dapo trains on as many responses as the others and generates more, by dynamic sampling; the table
+counts what was generated. The warm-up and cosine of an SFT stage span that stage. The expert's weight (Eq. 23) goes through two
+cycles within the run, as in the paper's 600 steps.
+
+Learning rate: one per family (FAMILIES), because SFT, RL and RL after SFT differ by more than methods of a family do. Before
+the comparison the methods named there run at every rate of --grid on the *validation* world, whose names and
+values occur neither in training nor in test, with a seed of their own; the rate of the highest mean accuracy is taken. An SFT stage
+runs at the rate of sft. These runs are lines of the record too, with "phase": "grid".
+
+The last checkpoint counts, also for SFT: nothing is selected on the test world.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean, stdev
+
+from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+import train
+
+FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
+GRID_SEED = 1000  # of the runs that choose a learning rate
+PANELS = {
+    "imitation, and RL after it": ["sft", "sft_dapo_star", "sft_fg_dapo_star"],
+    "RL without expert responses in the loss": ["grpo", "dapo", "dapo_star", "fg_dapo_star"],
+    "expert responses and rollouts in one stage": ["luffy", "srft", "chord", "toolupt"],
+    "ToolUPT and its ablations": ["toolupt", "toolupt_no_fgae", "toolupt_no_spo"],
+}
+COLUMNS = {
+    "accuracy": "accuracy",
+    "tool_call_accuracy": "tool calls",
+    "answer_accuracy": "answers",
+}  # shares, printed in percent
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def family(algo: str) -> str:
+    """The group of methods that share a learning rate: sft | rl | sft,rl."""
+    return train.PRESETS[algo].get("stages", "rl")
+
+
+def flags(algo: str, seed: int, rate: float, sft_rate: float, phase: str, shared: list) -> list:
+    """The command line of train.py for one run within the common budget.
+
+    rate      learning rate of the last stage
+    sft_rate  learning rate of the SFT stage, where there is one before RL
+    phase     "grid": evaluate on the validation world; "test": on the test world
+    shared    flags of all runs
+    """
+    common = train.parse_args(["--algo", "toolupt", *shared])
+    steps, up = common.max_steps, max(1, common.max_steps // 6)  # 100 : 200, twice in the run
+    own = {
+        "seed": seed,
+        "learning_rate": rate,
+        "eval_file": f"toy:hard-{'valid' if phase == 'grid' else 'test'}",
+        "balance_up": up,
+        "balance_down": max(1, steps // 2 - up),
+    }
+    if "num_generations" in train.PRESETS[algo]:  # the expert takes one of the places
+        own["num_generations"] = common.num_generations - 1
+    if family(algo) == "sft,rl":
+        first = steps // 2
+        own |= {"sft_max_steps": first, "max_steps": steps - first, "sft_learning_rate": sft_rate}
+        own["eval_steps"] = 0  # evaluated at the end of each stage only: the best is the last
+    return ["--algo", algo, *shared, *(str(x) for k, v in own.items() for x in (f"--{k}", v))]
+
+
+def budget(argv: list) -> dict:
+    """Updates, prompts and sampled responses that a run's flags allow for (dynamic sampling generates more)."""
+    config = train.parse_args(argv)
+    rl = config.max_steps if "rl" in config.stages else 0
+    updates = config.max_steps + (config.sft_max_steps if config.stages == "sft,rl" else 0)
+    prompts = config.train_batch_size
+    rollouts = rl * prompts * config.num_generations
+    return {"updates": updates, "prompts": updates * prompts, "rollouts": rollouts}
+
+
+def evaluations(out: Path, argv: list) -> list[dict]:
+    """What a finished run measured: step, scores and responses generated so far, both stages on one axis of steps."""
+    config = train.parse_args(argv)
+    parts, first = [(out, 0)], 0
+    if config.stages == "sft,rl":
+        first = config.sft_max_steps
+        parts = [(out / "sft", 0), (out, first)]
+    found, rollouts = {}, 0
+    for folder, offset in parts:
+        _, *rows = (json.loads(line) for line in open(folder / "metrics.jsonl"))
+        for row in rows:
+            rollouts += int(row.get("rounds", 0)) * config.train_batch_size * config.num_generations
+            if "eval/accuracy" in row:
+                scores = {k.removeprefix("eval/"): v for k, v in row.items() if k[:5] == "eval/"}
+                step = offset + row["step"]  # step `first` twice: the end of SFT is the start of RL
+                found[step] = {"step": step, **scores, "rollouts": rollouts}
+    return list(found.values())
+
+
+def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
+    """Run train.py; return one row per evaluation, each with `key` in it. RuntimeError with the end of a failed run's log."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "w") as log:
+        code = subprocess.run(
+            [sys.executable, "train.py", *argv, "--output_dir", str(folder)],
+            check=False,
+            cwd=REPO,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        ).returncode
+    if code:
+        raise RuntimeError(
+            f"{folder}: exit code {code}\n{(folder / 'log.txt').read_text()[-1500:]}"
+        )
+    return [{**key, **row} for row in evaluations(folder, argv)]
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a record; none if there is no file. A run made again replaces its earlier rows."""
+    rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    names = ("phase", "algo", "seed", "learning_rate", "step")
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
+def settings(shared: list) -> str:
+    """A short checksum of what all runs have in common."""
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
+
+
+def commit() -> str:
+    """The commit that runs, with "+" if Python files differ from it."""
+    git = lambda *command: subprocess.run(
+        ["git", *command], cwd=REPO, text=True, capture_output=True, check=False
+    )
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + "+" * bool(changed)
+
+
+def last(rows: list[dict], phase: str, steps: int) -> dict:
+    """(algo, seed, learning_rate) -> the row after the last update, of the runs that got there."""
+    return {
+        (row["algo"], row["seed"], row["learning_rate"]): row
+        for row in rows
+        if row["phase"] == phase and row["step"] == steps
+    }
+
+
+def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict]:
+    """Run what of `wanted` (algo, seed, rate) the record lacks, `jobs` side by side; return the whole record."""
+    steps, version, lock = args.steps, commit(), threading.Lock()
+    done = last(read(args.out), phase, steps)
+    todo = [job for job in wanted if job not in done]
+
+    def one(job):
+        algo, seed, rate = job
+        argv = flags(algo, seed, rate, sft_rate or rate, phase, args.shared)
+        key = {"phase": phase, "algo": algo, "seed": seed, "learning_rate": rate}
+        key |= {"commit": version, "settings": settings(args.shared)}
+        rows = run(key, argv, args.runs / f"{phase}-{algo}-{seed}-{rate:g}", args.threads)
+        assert rows[-1]["step"] == steps, (algo, rows[-1]["step"], steps)
+        with lock, open(args.out, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(todo), desc=phase) as bar:
+        for future in as_completed([pool.submit(one, job) for job in todo]):
+            future.result()
+            bar.update()
+    return read(args.out)
+
+
+def choose(rows: list[dict], kind: str, steps: int) -> float:
+    """The learning rate of a family: highest mean validation accuracy over its methods; ties: the lower rate."""
+    scores = defaultdict(list)
+    for (algo, _, rate), row in last(rows, "grid", steps).items():
+        if family(algo) == kind:
+            scores[rate].append(row["accuracy"])
+    return max(sorted(scores), key=lambda rate: mean(scores[rate]))
+
+
+# ----------------------------------------------------------------------------------------------- the table, the picture
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
+    """mean ± standard deviation (Bessel's), the mean alone for one value."""
+    values = [scale * value for value in values]
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
+    """Table 1 of the record in Markdown: a line per method after the last update, mean ± deviation over seeds.
+
+    The difference to `reference` is taken seed by seed: one seed's runs share training data, their order and the test set.
+    """
+    final = defaultdict(dict)
+    for (algo, seed, _), row in last(rows, "test", steps).items():
+        final[algo][seed] = row
+    before = {r["seed"]: r for r in rows if r["phase"] == "test" and r["step"] == 0}
+    final = {"base model": before, **{a: final[a] for a in train.PRESETS if a in final}}
+    heads = [
+        "method",
+        *COLUMNS.values(),
+        "reward",
+        f"minus {reference}",
+        "rollouts",
+        "rate",
+        "seeds",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for algo, by_seed in final.items():
+        runs, others = list(by_seed.values()), final.get(reference, {})
+        pairs = [r["accuracy"] - others[s]["accuracy"] for s, r in by_seed.items() if s in others]
+        name = algo if algo == "base model" else f"`{algo}`"
+        rate = "" if algo == "base model" else f"{runs[0]['learning_rate']:g}"
+        cells = [name, *(spread([r[c] for r in runs], 100) for c in COLUMNS)]
+        cells += [spread([r["reward"] for r in runs], digits=2)]
+        cells += [spread(pairs, 100) if pairs and algo != reference else ""]
+        cells += [f"{mean(r['rollouts'] for r in runs):,.0f}", rate, str(len(runs))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict], steps: int, path: Path) -> Path:
+    """Accuracy over updates in four groups of methods, and the last accuracy of every seed of all of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(train.PRESETS, plt.get_cmap("tab20").colors))
+    curves = defaultdict(lambda: defaultdict(list))  # algo -> step -> accuracies
+    for row in rows:
+        if row["phase"] == "test":
+            curves[row["algo"]][row["step"]].append(100 * row["accuracy"])
+    figure, axes = plt.subplot_mosaic("abe;cde", figsize=(14, 8), width_ratios=(1, 1, 0.9))
+    for axis, (title, algos) in zip("abcd", PANELS.items()):
+        for algo in (a for a in algos if a in curves):
+            xs = sorted(curves[algo])
+            ys = [curves[algo][x] for x in xs]
+            axes[axis].plot(xs, [mean(y) for y in ys], "o-", ms=4, label=algo, color=colours[algo])
+            low, high = [min(y) for y in ys], [max(y) for y in ys]
+            axes[axis].fill_between(xs, low, high, alpha=0.15, color=colours[algo], lw=0)
+        axes[axis].set(title=title, xlabel="optimiser updates", ylabel="accuracy, %")
+        axes[axis].sharey(axes["a"])
+        axes[axis].grid(alpha=0.3)
+        if axes[axis].lines:
+            axes[axis].legend(fontsize=9)
+    ends = {algo: curve[steps] for algo, curve in curves.items() if steps in curve}
+    for y, algo in enumerate(order := sorted(ends, key=lambda a: mean(ends[a]))):
+        axes["e"].plot(ends[algo], [y] * len(ends[algo]), "o", color=colours[algo], alpha=0.7)
+        axes["e"].plot(mean(ends[algo]), y, "|", color="black", ms=16)
+    axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
+    axes["e"].set_yticks(range(len(order)), order)
+    axes["e"].grid(alpha=0.3)
+    figure.suptitle(
+        "exact match on held-out examples of the toy world's hard level: mean, min to max over seeds"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def draw(rows: list[dict], steps: int, out: Path) -> str:
+    """Write OUT.png and OUT.md; return the table."""
+    text = table(rows, steps)
+    out.with_suffix(".md").write_text(text + "\n")
+    picture(rows, steps, out.with_suffix(".png"))
+    return text
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Own flags, and `shared`: the flags that go to train.py; a mistake in these ends the program here."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@", allow_abbrev=False,
+    )  # fmt: skip
+    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    parser.add_argument("--algos", nargs="+", default=["all"], help="rows of PRESETS, or all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
+    parser.add_argument("--sft_grid", nargs="+", type=float, help="learning rates of sft")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--out", type=Path, default=REPO / "bench/compare.jsonl")
+    parser.add_argument("--runs", type=Path, default=REPO / "runs/compare", help="folders of runs")
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    args, args.shared = parser.parse_known_args(argv)
+    args.algos = list(train.PRESETS) if args.algos == ["all"] else args.algos
+    unknown = [algo for algo in args.algos if algo not in train.PRESETS]
+    if unknown:
+        parser.error(f"unknown method {unknown[0]}; choose among {', '.join(train.PRESETS)}")
+    args.steps = train.parse_args(["--algo", "toolupt", *args.shared]).max_steps
+    if not args.draw and not (args.grid and args.sft_grid):
+        parser.error("--grid and --sft_grid: give at least one learning rate each")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    rows = read(args.out)
+    if other := {row["settings"] for row in rows} - {settings(args.shared)}:
+        sys.exit(
+            f"error: {args.out} holds runs of other flags ({', '.join(other)}); give another --out"
+        )
+    if not args.draw:
+        rates = {}
+        for kind in FAMILIES:
+            if kind == "sft" or kind in map(family, args.algos):
+                grid = args.sft_grid if kind == "sft" else args.grid
+                wanted = [(a, GRID_SEED, rate) for rate in grid for a in FAMILIES[kind]]
+                rates[kind] = choose(
+                    carry_out(wanted, args, "grid", rates.get("sft")), kind, args.steps
+                )
+        print("learning rates", rates)
+        wanted = [(a, seed, rates[family(a)]) for seed in args.seeds for a in args.algos]
+        rows = carry_out(wanted, args, "test", rates["sft"])
+    print(draw(rows, args.steps, args.out))
+
+
+if __name__ == "__main__":
+    main()

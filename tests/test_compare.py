@@ -1,0 +1,190 @@
+"""bench/compare.py: equal budgets, a record that is continued, the table and picture of hand-written rows."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+REPO = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("compare", REPO / "bench/compare.py")
+compare = importlib.util.module_from_spec(spec)
+sys.modules["compare"] = compare
+spec.loader.exec_module(compare)
+
+SHARED = "--max_steps 24 --train_batch_size 8 --num_generations 8 --eval_steps 6".split()
+
+
+def config_of(algo, phase="test"):
+    return train.parse_args(compare.flags(algo, 3, 1e-4, 1e-3, phase, SHARED))
+
+
+def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
+    for algo in train.PRESETS:
+        config = config_of(algo)
+        sft = config.sft_max_steps if config.stages == "sft,rl" else 0
+        assert config.max_steps + sft == 24 and config.train_batch_size == 8, algo
+        assert config.seed == 3 and config.learning_rate == 1e-4
+        assert (config.balance_up, config.balance_down) == (4, 8)  # two cycles, 1 : 2 as 100 : 200
+        with_expert = config.num_generations + (config.expert == "group")
+        assert with_expert == 8, algo  # responses in a group, the expert's included
+        budget = compare.budget(compare.flags(algo, 3, 1e-4, 1e-3, "test", SHARED))
+        sampled = {"sft": 0, "luffy": 24 * 8 * 7, "srft": 24 * 8 * 7}.get(algo, 24 * 8 * 8)
+        sampled //= 1 + (config.stages == "sft,rl")
+        assert budget == {"updates": 24, "prompts": 192, "rollouts": sampled}, algo
+
+
+def test_what_a_preset_says_is_what_runs():
+    """The common flags may not undo what makes a row of the table."""
+    free = {"max_steps", "learning_rate", "num_generations", "sft_max_steps"}
+    for algo, preset in train.PRESETS.items():
+        config = config_of(algo)
+        for name, value in preset.items():
+            if name not in free:
+                assert getattr(config, name) == value, (algo, name)
+
+
+def test_rates_are_chosen_on_the_validation_world_and_two_stage_rows_select_nothing():
+    assert config_of("grpo", "grid").eval_file == ["toy:hard-valid"]
+    assert config_of("grpo").eval_file == ["toy:hard-test"]
+    two = config_of("sft_dapo_star")
+    assert two.sft_learning_rate == 1e-3 and two.learning_rate == 1e-4
+    assert two.eval_steps == 0  # one evaluation at the end of the SFT stage: the best is the last
+
+
+def row(algo, seed, step, accuracy, phase="test", rate=1e-4):
+    return {
+        "phase": phase, "algo": algo, "seed": seed, "learning_rate": rate, "commit": "abc", "settings": "0",
+        "step": step, "accuracy": accuracy, "reward": 2.0 + seed, "tool_call_accuracy": accuracy,
+        "answer_accuracy": accuracy, "rollouts": 64 * step,
+    }  # fmt: skip
+
+
+ROWS = [
+    *(row(a, s, 0, 0.1) for a in ("sft", "toolupt") for s in (0, 1)),
+    *(row("toolupt", s, 12, 0.2 + 0.1 * s) for s in (0, 1)),
+    *(row("toolupt", s, 24, 0.5 + 0.2 * s) for s in (0, 1)),
+    *(row("sft", s, 24, 0.4 + 0.1 * s) for s in (0, 1)),
+    row("sft", 2, 12, 0.9),  # unfinished: in no table
+    row("dapo_star", 1000, 24, 0.30, "grid", 1e-4),
+    row("toolupt", 1000, 24, 0.34, "grid", 1e-4),
+    row("dapo_star", 1000, 24, 0.40, "grid", 3e-4),
+    row("toolupt", 1000, 24, 0.20, "grid", 3e-4),
+]
+
+
+def test_the_table_has_mean_deviation_and_paired_difference():
+    head, _rule, *lines = compare.table(ROWS, 24).splitlines()
+    cells = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines
+    }
+    assert list(cells) == ["base model", "`sft`", "`toolupt`"]  # in the order of PRESETS
+    names = [name.strip() for name in head.split("|")[2:-1]]
+    sft, ours = dict(zip(names, cells["`sft`"])), dict(zip(names, cells["`toolupt`"]))
+    assert sft["accuracy"] == "45.0 ± 7.1" and ours["accuracy"] == "60.0 ± 14.1"
+    assert sft["minus toolupt"] == "-15.0 ± 7.1"  # -10 and -20 points
+    assert ours["minus toolupt"] == "" and ours["rollouts"] == "1,536"
+    assert sft["seeds"] == ours["seeds"] == "2" and ours["rate"] == "0.0001"
+    assert dict(zip(names, cells["base model"]))["accuracy"] == "10.0 ± 0.0"
+
+
+def test_the_rate_with_the_highest_mean_over_the_family_is_taken():
+    assert compare.choose(ROWS, "rl", 24) == 1e-4  # means 0.32 and 0.30
+    better = [*ROWS[:-1], row("toolupt", 1000, 24, 0.26, "grid", 3e-4)]
+    assert compare.choose(better, "rl", 24) == 3e-4  # 0.32 and 0.33
+
+
+def test_the_picture_shows_every_method(tmp_path, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = []
+    monkeypatch.setattr(plt, "close", shown.append)
+    rows = [row(a, s, t, t / 30) for a in train.PRESETS for s in (0, 1) for t in (0, 12, 24)]
+    text = compare.draw(rows, 24, tmp_path / "record.jsonl")
+    assert (tmp_path / "record.png").stat().st_size > 10_000
+    assert (tmp_path / "record.md").read_text() == text + "\n"
+    curves = [a for a in shown[0].axes if a.get_xlabel() == "optimiser updates"]
+    [ends] = [a for a in shown[0].axes if a not in curves]
+    colours = {line.get_label(): line.get_color() for axis in curves for line in axis.lines}
+    assert set(colours) == set(train.PRESETS) and len(set(colours.values())) == len(colours)
+    assert {t.get_text() for t in ends.get_yticklabels()} == set(train.PRESETS)
+    assert [line.get_ydata()[-1] for a in curves for line in a.lines] == [80.0] * 14  # toolupt twice
+
+
+def write(folder, rows):
+    folder.mkdir(exist_ok=True)
+    config = {"algo": "its first line is the configuration"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (config, *rows)))
+
+
+def test_two_stages_lie_on_one_axis_and_rollouts_add_up(tmp_path):
+    argv = compare.flags("sft_dapo_star", 0, 1e-4, 1e-3, "test", SHARED)
+    score = lambda x: {"eval/accuracy": x, "eval/reward": 0.0}
+    sft = [
+        {"step": 0, **score(0.1)},
+        *({"step": i} for i in range(1, 12)),
+        {"step": 12, **score(0.2)},
+    ]
+    rl = [{"step": 0, **score(0.25)}, *({"step": i, "rounds": 1.0} for i in range(1, 12))]
+    rl += [{"step": 12, "rounds": 2.0, **score(0.5)}]
+    write(tmp_path / "sft", sft)
+    write(tmp_path, rl)
+    found = compare.evaluations(tmp_path, argv)
+    assert [(r["step"], r["accuracy"]) for r in found] == [(0, 0.1), (12, 0.25), (24, 0.5)]
+    assert [r["rollouts"] for r in found] == [0, 0, 13 * 8 * 8]
+
+
+def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch):
+    """Runs that the record holds to the end are not made again; half a run is."""
+    out, calls = tmp_path / "record.jsonl", []
+
+    def pretend(key, argv, folder, threads):
+        calls.append((key["phase"], key["algo"], key["seed"], key["learning_rate"]))
+        return [{**row(key["algo"], 0, step, 0.5), **key} for step in (0, 24)]
+
+    monkeypatch.setattr(compare, "run", pretend)
+    argv = [
+        "--out",
+        str(out),
+        "--algos",
+        "sft",
+        "grpo",
+        "--grid",
+        "1e-4",
+        "--sft_grid",
+        "1e-3",
+        *SHARED,
+    ]
+    compare.main([*argv, "--seeds", "0"])
+    grid = [
+        ("grid", a, 1000, 1e-3 if a == "sft" else 1e-4) for a in ("sft", "dapo_star", "toolupt")
+    ]
+    assert set(calls) == {*grid, ("test", "sft", 0, 1e-3), ("test", "grpo", 0, 1e-4)}
+    assert len(out.read_text().splitlines()) == 2 * len(calls)
+
+    calls.clear()
+    kept = [line for line in out.read_text().splitlines() if not re.search("grpo.*step.: 24", line)]
+    out.write_text("\n".join(kept) + "\n")
+    compare.main([*argv, "--seeds", "0", "1"])
+    assert sorted(calls) == [
+        ("test", "grpo", 0, 1e-4), ("test", "grpo", 1, 1e-4), ("test", "sft", 1, 1e-3),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="other flags"):
+        compare.main([*argv, "--learning_rate", "1", "--seeds", "0"])
+
+
+def test_mistakes_are_named_before_anything_runs(capsys):
+    for argv, why in (
+        (["--algos", "ppo"], "unknown method ppo"),
+        (["--nonsense", "1"], "nonsense"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.parse_args([*argv, "--grid", "1e-4", "--sft_grid", "1e-4"])
+        assert why in capsys.readouterr().err
