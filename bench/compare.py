@@ -1,26 +1,26 @@
-"""Compare methods on the toy world's hard level: runs, a record, a picture and a table in the shape of Table 1.
+"""Compare methods over seeds: runs of train.py, a record, a picture and a table in the shape of ToolUPT's Table 1.
 
     python bench/compare.py @recipes/compare.args                  everything; goes on where it stopped
-    python bench/compare.py @recipes/compare.args --algos sft toolupt --seeds 0 1 2
+    python bench/compare.py @recipes/compare.args --algos sft toolupt --seeds 0 1 2 3 4
     python bench/compare.py @recipes/compare.args --draw           picture and table of what is there
 
-Flags that are not listed under --help go to train.py, which every run calls as a user would. Of a record OUT.jsonl come
-OUT.png (accuracy over updates: mean and range over seeds) and OUT.md (after the last update: mean and standard
-deviation over seeds).
+Flags that are not listed under --help go to train.py, which every run calls as a user would. The record OUT.jsonl gets
+a line per evaluation; OUT.png shows accuracy over updates (mean and range over seeds), OUT.md what was reached (mean and
+standard deviation over seeds).
 
-Budget: every method makes --max_steps optimiser updates on --train_batch_size prompts each, in the same order for the same
-seed. A method that rolls out makes --num_generations responses per prompt; where the expert is a row of the group
-(luffy, srft) it takes the place of one. sft makes none. Two-stage methods spend the first half of the updates on SFT and so
-make half the rollouts. dapo trains on as many responses as the others and generates more, by dynamic sampling; the table
-counts what was generated. The warm-up and cosine of an SFT stage span that stage. The expert's weight (Eq. 23) goes through two
-cycles within the run, as in the paper's 600 steps.
+Budget: every method makes --max_steps optimiser updates on --train_batch_size prompts each. A method that rolls out
+samples --num_generations responses per prompt; where the expert is a row of the group (luffy, srft) it takes the place of
+one. sft samples none. Two-stage methods spend the first half of the updates on SFT, so they sample half as much;
+warm-up and cosine of an SFT stage span that stage. dapo trains on as many responses as the others and samples more
+(dynamic sampling): the table counts what was sampled. The weight of SPO (Eq. 23) goes through two cycles, as in the
+paper's 600 steps. One seed's runs share training data, test examples and, but for dapo, the order of prompts.
 
-Learning rate: one per family (FAMILIES), because SFT, RL and RL after SFT differ by more than methods of a family do. Before
-the comparison the methods named there run at every rate of --grid on the *validation* world, whose names and
-values occur neither in training nor in test, with a seed of their own; the rate of the highest mean accuracy is taken. An SFT stage
-runs at the rate of sft. These runs are lines of the record too, with "phase": "grid".
+Learning rate: one per family (FAMILIES), since SFT, RL and RL after SFT differ by more than the methods of a family.
+Before the comparison the methods named there run at every rate of --grid (--sft_grid for sft) and are evaluated on
+--valid_file, whose names and values occur neither in training nor in test; the rate of the highest mean accuracy is
+taken. An SFT stage has the rate of sft. These runs have a seed of their own and are lines of the record, "phase": "grid".
 
-The last checkpoint counts, also for SFT: nothing is selected on the test world.
+Nothing is selected on --test_file: what counts is the last update, also for SFT.
 """
 
 import argparse
@@ -66,12 +66,11 @@ def family(algo: str) -> str:
     return train.PRESETS[algo].get("stages", "rl")
 
 
-def flags(algo: str, seed: int, rate: float, sft_rate: float, phase: str, shared: list) -> list:
+def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> list:
     """The command line of train.py for one run within the common budget.
 
     rate      learning rate of the last stage
     sft_rate  learning rate of the SFT stage, where there is one before RL
-    phase     "grid": evaluate on the validation world; "test": on the test world
     shared    flags of all runs
     """
     common = train.parse_args(["--algo", "toolupt", *shared])
@@ -79,7 +78,6 @@ def flags(algo: str, seed: int, rate: float, sft_rate: float, phase: str, shared
     own = {
         "seed": seed,
         "learning_rate": rate,
-        "eval_file": f"toy:hard-{'valid' if phase == 'grid' else 'test'}",
         "balance_up": up,
         "balance_down": max(1, steps // 2 - up),
     }
@@ -182,7 +180,8 @@ def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict
 
     def one(job):
         algo, seed, rate = job
-        argv = flags(algo, seed, rate, sft_rate or rate, phase, args.shared)
+        argv = flags(algo, seed, rate, sft_rate or rate, args.shared)
+        argv += ["--eval_file", *(args.valid_file if phase == "grid" else args.test_file)]
         key = {"phase": phase, "algo": algo, "seed": seed, "learning_rate": rate}
         key |= {"commit": version, "settings": settings(args.shared)}
         rows = run(key, argv, args.runs / f"{phase}-{algo}-{seed}-{rate:g}", args.threads)
@@ -281,9 +280,7 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
     axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
     axes["e"].set_yticks(range(len(order)), order)
     axes["e"].grid(alpha=0.3)
-    figure.suptitle(
-        "exact match on held-out examples of the toy world's hard level: mean, min to max over seeds"
-    )
+    figure.suptitle("exact match on held-out examples: mean, and minimum to maximum over seeds")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -312,6 +309,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
     parser.add_argument("--sft_grid", nargs="+", type=float, help="learning rates of sft")
+    parser.add_argument(
+        "--valid_file", nargs="+", help="--eval_file of the runs that choose a rate"
+    )
+    parser.add_argument("--test_file", nargs="+", help="--eval_file of the comparison")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     parser.add_argument("--out", type=Path, default=REPO / "bench/compare.jsonl")
@@ -323,8 +324,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown method {unknown[0]}; choose among {', '.join(train.PRESETS)}")
     args.steps = train.parse_args(["--algo", "toolupt", *args.shared]).max_steps
-    if not args.draw and not (args.grid and args.sft_grid):
-        parser.error("--grid and --sft_grid: give at least one learning rate each")
+    for name in ("grid", "sft_grid", "valid_file", "test_file"):
+        if not args.draw and not getattr(args, name):
+            parser.error(f"--{name}: give at least one, as in recipes/compare.args")
     return args
 
 

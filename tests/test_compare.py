@@ -19,8 +19,8 @@ spec.loader.exec_module(compare)
 SHARED = "--max_steps 24 --train_batch_size 8 --num_generations 8 --eval_steps 6".split()
 
 
-def config_of(algo, phase="test"):
-    return train.parse_args(compare.flags(algo, 3, 1e-4, 1e-3, phase, SHARED))
+def config_of(algo):
+    return train.parse_args(compare.flags(algo, 3, 1e-4, 1e-3, SHARED))
 
 
 def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
@@ -32,7 +32,7 @@ def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
         assert (config.balance_up, config.balance_down) == (4, 8)  # two cycles, 1 : 2 as 100 : 200
         with_expert = config.num_generations + (config.expert == "group")
         assert with_expert == 8, algo  # responses in a group, the expert's included
-        budget = compare.budget(compare.flags(algo, 3, 1e-4, 1e-3, "test", SHARED))
+        budget = compare.budget(compare.flags(algo, 3, 1e-4, 1e-3, SHARED))
         sampled = {"sft": 0, "luffy": 24 * 8 * 7, "srft": 24 * 8 * 7}.get(algo, 24 * 8 * 8)
         sampled //= 1 + (config.stages == "sft,rl")
         assert budget == {"updates": 24, "prompts": 192, "rollouts": sampled}, algo
@@ -48,9 +48,7 @@ def test_what_a_preset_says_is_what_runs():
                 assert getattr(config, name) == value, (algo, name)
 
 
-def test_rates_are_chosen_on_the_validation_world_and_two_stage_rows_select_nothing():
-    assert config_of("grpo", "grid").eval_file == ["toy:hard-valid"]
-    assert config_of("grpo").eval_file == ["toy:hard-test"]
+def test_two_stage_rows_select_nothing_on_the_test_world():
     two = config_of("sft_dapo_star")
     assert two.sft_learning_rate == 1e-3 and two.learning_rate == 1e-4
     assert two.eval_steps == 0  # one evaluation at the end of the SFT stage: the best is the last
@@ -115,7 +113,9 @@ def test_the_picture_shows_every_method(tmp_path, monkeypatch):
     colours = {line.get_label(): line.get_color() for axis in curves for line in axis.lines}
     assert set(colours) == set(train.PRESETS) and len(set(colours.values())) == len(colours)
     assert {t.get_text() for t in ends.get_yticklabels()} == set(train.PRESETS)
-    assert [line.get_ydata()[-1] for a in curves for line in a.lines] == [80.0] * 14  # toolupt twice
+    assert [line.get_ydata()[-1] for a in curves for line in a.lines] == [
+        80.0
+    ] * 14  # toolupt twice
 
 
 def write(folder, rows):
@@ -125,7 +125,7 @@ def write(folder, rows):
 
 
 def test_two_stages_lie_on_one_axis_and_rollouts_add_up(tmp_path):
-    argv = compare.flags("sft_dapo_star", 0, 1e-4, 1e-3, "test", SHARED)
+    argv = compare.flags("sft_dapo_star", 0, 1e-4, 1e-3, SHARED)
     score = lambda x: {"eval/accuracy": x, "eval/reward": 0.0}
     sft = [
         {"step": 0, **score(0.1)},
@@ -146,22 +146,14 @@ def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch
     out, calls = tmp_path / "record.jsonl", []
 
     def pretend(key, argv, folder, threads):
+        held_out = {"grid": "toy:valid", "test": "toy:test"}[key["phase"]]
+        assert train.parse_args(argv).eval_file == [held_out]
         calls.append((key["phase"], key["algo"], key["seed"], key["learning_rate"]))
         return [{**row(key["algo"], 0, step, 0.5), **key} for step in (0, 24)]
 
     monkeypatch.setattr(compare, "run", pretend)
-    argv = [
-        "--out",
-        str(out),
-        "--algos",
-        "sft",
-        "grpo",
-        "--grid",
-        "1e-4",
-        "--sft_grid",
-        "1e-3",
-        *SHARED,
-    ]
+    argv = f"--out {out} --algos sft grpo --grid 1e-4 --sft_grid 1e-3 --valid_file toy:valid --test_file toy:test"
+    argv = [*argv.split(), *SHARED]
     compare.main([*argv, "--seeds", "0"])
     grid = [
         ("grid", a, 1000, 1e-3 if a == "sft" else 1e-4) for a in ("sft", "dapo_star", "toolupt")
@@ -182,9 +174,10 @@ def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch
 
 def test_mistakes_are_named_before_anything_runs(capsys):
     for argv, why in (
-        (["--algos", "ppo"], "unknown method ppo"),
-        (["--nonsense", "1"], "nonsense"),
+        ("--algos ppo", "unknown method ppo"),
+        ("--nonsense 1", "--nonsense"),
+        ("--grid 1e-4", "--sft_grid: give at least one"),
     ):
         with pytest.raises(SystemExit):
-            compare.parse_args([*argv, "--grid", "1e-4", "--sft_grid", "1e-4"])
+            compare.parse_args(argv.split())
         assert why in capsys.readouterr().err
