@@ -51,6 +51,7 @@ PANELS = {
     "expert responses and rollouts in one stage": ["luffy", "srft", "chord", "toolupt"],
     "ToolUPT and its ablations": ["toolupt", "toolupt_no_fgae", "toolupt_no_spo"],
 }
+METHODS = [algo for algo in train.PRESETS if algo in {a for part in PANELS.values() for a in part}]
 COLUMNS = {
     "accuracy": "accuracy",
     "tool_call_accuracy": "tool calls",
@@ -224,7 +225,7 @@ def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
     for (algo, seed, _), row in last(rows, "test", steps).items():
         final[algo][seed] = row
     before = {r["seed"]: r for r in rows if r["phase"] == "test" and r["step"] == 0}
-    final = {"base model": before, **{a: final[a] for a in train.PRESETS if a in final}}
+    final = {"base model": before, **{a: final[a] for a in METHODS if a in final}}
     heads = [
         "method",
         *COLUMNS.values(),
@@ -255,7 +256,7 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(train.PRESETS, plt.get_cmap("tab20").colors))
+    colours = dict(zip(METHODS, plt.get_cmap("tab20").colors))
     curves = defaultdict(lambda: defaultdict(list))  # algo -> step -> accuracies
     for row in rows:
         if row["phase"] == "test":
@@ -305,7 +306,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         fromfile_prefix_chars="@", allow_abbrev=False,
     )  # fmt: skip
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.add_argument("--algos", nargs="+", default=["all"], help="rows of PRESETS, or all")
+    parser.add_argument(
+        "--algos",
+        nargs="+",
+        default=["all"],
+        help="rows of ToolUPT's Table 1 and Figure 4 in PRESETS, or all",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
     parser.add_argument("--sft_grid", nargs="+", type=float, help="learning rates of sft")
@@ -319,10 +325,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=REPO / "runs/compare", help="folders of runs")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args, args.shared = parser.parse_known_args(argv)
-    args.algos = list(train.PRESETS) if args.algos == ["all"] else args.algos
-    unknown = [algo for algo in args.algos if algo not in train.PRESETS]
+    args.algos = METHODS if args.algos == ["all"] else args.algos
+    unknown = [algo for algo in args.algos if algo not in METHODS]
     if unknown:
-        parser.error(f"unknown method {unknown[0]}; choose among {', '.join(train.PRESETS)}")
+        parser.error(f"unknown method {unknown[0]}; choose among {', '.join(METHODS)}")
     args.steps = train.parse_args(["--algo", "toolupt", *args.shared]).max_steps
     for name in ("grid", "sft_grid", "valid_file", "test_file"):
         if not args.draw and not getattr(args, name):

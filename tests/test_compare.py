@@ -24,7 +24,7 @@ def config_of(algo):
 
 
 def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
-    for algo in train.PRESETS:
+    for algo in compare.METHODS:
         config = config_of(algo)
         sft = config.sft_max_steps if config.stages == "sft,rl" else 0
         assert config.max_steps + sft == 24 and config.train_batch_size == 8, algo
@@ -38,12 +38,16 @@ def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
         assert budget == {"updates": 24, "prompts": 192, "rollouts": sampled}, algo
 
 
+def test_all_methods_of_table_1_and_figure_4_are_compared():
+    assert len(compare.METHODS) == 13 and set(compare.METHODS) == set(train.PRESETS) - {"itool"}
+
+
 def test_what_a_preset_says_is_what_runs():
     """The common flags may not undo what makes a row of the table."""
     free = {"max_steps", "learning_rate", "num_generations", "sft_max_steps"}
-    for algo, preset in train.PRESETS.items():
+    for algo in compare.METHODS:
         config = config_of(algo)
-        for name, value in preset.items():
+        for name, value in train.PRESETS[algo].items():
             if name not in free:
                 assert getattr(config, name) == value, (algo, name)
 
@@ -104,15 +108,15 @@ def test_the_picture_shows_every_method(tmp_path, monkeypatch):
 
     shown = []
     monkeypatch.setattr(plt, "close", shown.append)
-    rows = [row(a, s, t, t / 30) for a in train.PRESETS for s in (0, 1) for t in (0, 12, 24)]
+    rows = [row(a, s, t, t / 30) for a in compare.METHODS for s in (0, 1) for t in (0, 12, 24)]
     text = compare.draw(rows, 24, tmp_path / "record.jsonl")
     assert (tmp_path / "record.png").stat().st_size > 10_000
     assert (tmp_path / "record.md").read_text() == text + "\n"
     curves = [a for a in shown[0].axes if a.get_xlabel() == "optimiser updates"]
     [ends] = [a for a in shown[0].axes if a not in curves]
     colours = {line.get_label(): line.get_color() for axis in curves for line in axis.lines}
-    assert set(colours) == set(train.PRESETS) and len(set(colours.values())) == len(colours)
-    assert {t.get_text() for t in ends.get_yticklabels()} == set(train.PRESETS)
+    assert set(colours) == set(compare.METHODS) and len(set(colours.values())) == len(colours)
+    assert {t.get_text() for t in ends.get_yticklabels()} == set(compare.METHODS)
     assert [line.get_ydata()[-1] for a in curves for line in a.lines] == [
         80.0
     ] * 14  # toolupt twice
