@@ -333,7 +333,8 @@ def split(
             first.update(group)
     if not 0 < len(first) < len(examples):
         sizes = f"{len(examples)} examples in {len(groups)} groups"
-        raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; add data")
+        remedy = "add data, or take the held-out part from a file of its own"
+        raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; {remedy}")
     if len(first) < 0.9 * room:
         print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
     parts = [], []
@@ -548,6 +549,9 @@ def _toy(split_name: str, seed: int) -> list[Example]:
 
 def _own(row, number: int) -> Example:
     """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
+    if type(row) is dict and not row.get("target"):
+        remedy = "every method needs it, as demonstration or as ground truth of the reward"
+        raise ValueError(f"row {number} has no target, the expert response; {remedy}")
     try:
         pairs = {
             key: [(first, second) for first, second in row[key]] for key in ("history", "steps")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import test_converters as raw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 from converters import Conversation
@@ -306,6 +306,24 @@ def test_target_ids_end_with_one_eos_and_no_bos(tokenizer):
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.bos_token_id not in ids and len(ids) == len(made.target.encode()) + 1
     assert tokenizer.decode(ids[:-1]) == made.target
+
+
+@pytest.mark.parametrize("kind", ["bytes", "toy_model"])
+def test_target_stands_where_the_template_puts_an_answer(kind, tokenizer):
+    """The template's own text of the whole chat, tokenised at once, is prompt, target and EOS, token for token."""
+    if kind == "toy_model":
+        tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "toy_model")
+    for target in (
+        "<answer>\né.\n</answer>",
+        '<tool_call>\n{"name": "f", "params": {}}\n</tool_call>',
+    ):
+        made = example("Grüße", target=target, tools=[{"name": "f"}])
+        chat = [*messages(made), {"role": "assistant", "content": target}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = render(made, tokenizer) + target_ids(made, tokenizer)
+        assert whole[: len(ids)] == ids
+        assert tokenizer.decode(whole[len(ids) :]).strip() == ""  # at most the template's line end
 
 
 def test_tokenizers_that_cannot_be_used():
