@@ -127,13 +127,16 @@ class Run:
 
     # data
 
-    def batch(self, position: int, examples: list | None = None) -> list[data.Example]:
+    def batch(
+        self, position: int, examples: list | None = None, *, size: int = 0
+    ) -> list[data.Example]:
         """This rank's examples of batch number `position`: each epoch is a shuffle by (seed, epoch).
 
         examples  what to draw from; None: all training examples
+        size      examples over all ranks; 0: train_batch_size
         """
         examples = self.examples if examples is None else examples
-        size, n = self.config.train_batch_size, len(examples)
+        size, n = size or self.config.train_batch_size, len(examples)
         mine = []
         for i in range(
             position * size + self.rank * size // self.world,
@@ -436,11 +439,26 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
             )
         parts.append(part)
     train, held_out = parts
+    check_experts(config, train)
     if len(train) < config.train_batch_size:
         raise ValueError(
             f"{len(train)} training examples are fewer than --train_batch_size {config.train_batch_size}; lower it"
         )
     return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+
+
+def check_experts(config, examples: list) -> None:
+    """Refuse examples without an expert response where the method trains on it."""
+    if config.expert == "none" and not {"sft", "warmup"} & {*config.stages.split(",")}:
+        return
+    bare = [
+        e for e in examples if not e.target.removeprefix("<answer>")[: -len("</answer>")].strip()
+    ]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(examples)} training examples have no expert response ({bare[0].id} first), which "
+            f"--algo {config.algo} learns from: leave them out, or take --algo fg_dapo_star, which needs the tags only"
+        )
 
 
 def check(config, world: int) -> None:
@@ -452,6 +470,7 @@ def check(config, world: int) -> None:
         "split": ("difficulty", "even", "none"), "buffer_rank": ("stratified", "global"),
         "preference": ("simpo", "dpo", "ipo", "orpo"), "self_evaluation": itool.SELF_EVALUATION,
         "quant": ("none", "4bit"), "engine": ("vllm", "transformers"), "report_to": ("none", "tensorboard", "wandb"),
+        "srft_variant": ("paper", "hpt"),
     }  # fmt: skip
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -462,15 +481,20 @@ def check(config, world: int) -> None:
         "max_steps",
         "train_batch_size",
         "num_generations",
+        "generation_batches",
         "max_completion_length",
         "max_tokens_per_row",
         "eval_size",
         "save_steps",
-        "balance_up",
-        "balance_down",
+        "sft_max_steps",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if not config.eval_file and not 0 < config.eval_fraction < 1:
+        raise ValueError(
+            f"--eval_fraction {config.eval_fraction} leaves no validation data; give --eval_file, "
+            "or hold out a share between 0 and 1"
+        )
     if "rl" in config.stages and config.num_generations < 2:
         raise ValueError(
             "--num_generations 1: a group advantage compares responses; take at least 2"
@@ -492,11 +516,17 @@ def check(config, world: int) -> None:
             f"--temperature {config.temperature}: sampling for training needs a positive temperature"
         )
     try:
-        balance = 0.0 if config.balance == "cycle" else float(config.balance)
+        balance = 0.0 if config.balance in ("cycle", "decay") else float(config.balance)
     except ValueError:
         balance = math.nan
     if not 0 <= balance <= 1:
-        raise ValueError(f"--balance {config.balance}: take cycle or a number in 0 .. 1")
+        raise ValueError(f"--balance {config.balance}: take cycle, decay or a number in 0 .. 1")
+    shortest = 1 if config.balance == "cycle" else 0  # CHORD-mu has no rise
+    for name in ("balance_up", "balance_down"):
+        if getattr(config, name) < shortest:
+            raise ValueError(
+                f"--{name} {getattr(config, name)}: --balance {config.balance} takes at least {shortest}"
+            )
     if config.train_batch_size % world:
         raise ValueError(
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "

@@ -60,7 +60,7 @@ import rewards
 import rollout
 import simpo
 import spo
-from run import Clock, Run
+from run import Clock, Run, check
 
 
 # fmt: off
@@ -94,21 +94,25 @@ class Config:
     # the method: what the rows of PRESETS differ in
     stages: str = "rl"  # rl | sft | sft,rl | itool | warmup,itool
     reward: str = "outcome"  # outcome: Eq. 12 in [-3, 4]; binary: 1 when completely right
-    advantage: str = "fgae"  # fgae: per token, Eqs. 13-17; group: per response, Eq. 2; luffy: no std, expert in the group
+    advantage: str = "fgae"  # fgae: per token, Eqs. 13-17; group: per response, Eq. 2; luffy: per response, no std
     loss: str = "dapo"  # grpo: sequence mean, Eq. 2; dapo: token mean, Eq. 18; luffy | srft | chord: baselines.py
     expert: str = "spo"  # none; spo: Eq. 22; sft: Eq. 1; group: the expert is one more row of the group
-    balance: str = "cycle"  # weight of the expert loss: cycle (Eq. 23, below) or a number
+    balance: str = "cycle"  # weight of the expert loss: cycle (Eq. 23), decay (CHORD-mu; both below) or a number
     clip_low: float = 0.2  # DAPO section 4.1; no effect on-policy
     clip_high: float = 0.28  # DAPO section 4.1; no effect on-policy
     dynamic_sampling: bool = False  # DAPO: replace groups whose rewards are all equal
+    generation_batches: int = 1  # batches sampled per round of dynamic sampling; DAPO's script: 3
     overlong: float = 0.0  # last share of max_completion_length in which DAPO's length penalty rises to -1; 0: none
     # details of the method
     alignment: str = "positional"  # fgae: positional | lcs (spec A13)
     spo_beta: float = 1.0  # ours: the paper gives no value (spec A16)
     balance_low: float = 0.02  # ours, as the next three: the paper gives no values (spec A24)
     balance_high: float = 0.3
-    balance_up: int = 100  # steps
-    balance_down: int = 200  # steps
+    balance_up: int = 100  # steps; cycle: low -> high; decay: 0 -> high
+    balance_down: int = 200  # steps; cycle: high -> low, in a line; decay: in a cosine, and low from there on
+    srft_variant: str = "paper"  # paper | hpt, its public re-implementation
+    srft_shaped: bool = False  # p/(p+0.1) for p in SRFT's expert term, as both public codes run
+    chord_phi: bool = True  # --no_chord_phi: CHORD-mu, plain SFT with a decaying --balance
     tis_cap: float = 0.0  # truncated importance sampling, 2 is usual; 0: off, as in the paper
     # two-stage rows: the SFT stage in front; its schedule is the row sft's
     sft_max_steps: int = 3000  # ToolUPT Table 7
@@ -169,9 +173,7 @@ class Config:
 
 
 # ToolUPT's Table 1 and Figure 4. A row says what differs from Config's defaults, which are the row `toolupt`.
-_NO_EXPERT = {"expert": "none", "balance": "0"}
-_DAPO_STAR = {"advantage": "group", "loss": "dapo", **_NO_EXPERT}
-_FG_DAPO_STAR = {**_DAPO_STAR, "advantage": "fgae"}
+_DAPO_STAR = {"advantage": "group", "expert": "none"}
 _SFT = {
     "max_steps": 3000,
     "learning_rate": 1e-5,
@@ -181,26 +183,73 @@ _SFT = {
 }
 PRESETS = {
     "sft": {"stages": "sft", **_SFT},
-    "grpo": {**_DAPO_STAR, "loss": "grpo", "reward": "binary", "clip_high": 0.2},
+    "grpo": {**_DAPO_STAR, "reward": "binary", "loss": "grpo", "clip_high": 0.2},
     "dapo": {**_DAPO_STAR, "dynamic_sampling": True, "overlong": 0.25},
     "dapo_star": _DAPO_STAR,
-    "fg_dapo_star": _FG_DAPO_STAR,
-    "sft_dapo_star": {**_DAPO_STAR, "stages": "sft,rl"},
-    "sft_fg_dapo_star": {**_FG_DAPO_STAR, "stages": "sft,rl"},
-    "luffy": {"advantage": "luffy", "loss": "luffy", "expert": "group", "balance": "0", "num_generations": 7},
-    "srft": {"advantage": "group", "loss": "srft", "expert": "group", "balance": "0", "num_generations": 7},
-    "chord": {"advantage": "group", "loss": "chord", "expert": "sft", "balance": "0.1", "reward": "binary"},
+    "fg_dapo_star": {"expert": "none"},
+    "sft_dapo_star": {"stages": "sft,rl", **_DAPO_STAR},
+    "sft_fg_dapo_star": {"stages": "sft,rl", "expert": "none"},
+    "luffy": {"advantage": "luffy", "loss": "luffy", "expert": "group", "num_generations": 7},
+    "srft": {"reward": "binary", "advantage": "group", "loss": "srft", "expert": "group", "num_generations": 7},
+    "chord": {"reward": "binary", "advantage": "group", "loss": "chord", "expert": "sft", "balance": "0.1"},
     "toolupt": {},
     "toolupt_no_fgae": {"advantage": "group"},
     "toolupt_no_spo": {"expert": "sft"},
     "itool": {
-        "stages": "warmup,itool", "expert": "none", "balance": "0", "advantage": "group", "lora_rank": 16,
+        "stages": "warmup,itool", "expert": "none", "advantage": "group", "lora_rank": 16,
         "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "train_file": ["toolace"], "eval_fraction": 0.1,
         "train_batch_size": 64, "temperature": 1.5, "max_completion_length": 512, "learning_rate": 1e-6,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.0, "entropy_coef": 0.0,
     },
 }  # fmt: skip
 TABLE_9 = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # iTool's learning rates
+# Where the values come from: "KNOB VALUE", or "ROW KNOB VALUE" where rows have different grounds. `--list` prints it.
+SOURCES = {
+    "stages sft": "ToolUPT 4.3: the best checkpoint by validation",
+    "stages sft,rl": "ToolUPT 4.3: SFT, then RL from it",
+    "max_steps 3000": "ToolUPT Table 7",
+    "learning_rate 1e-05": "ToolUPT Table 7",
+    "lr_scheduler_type cosine": "ToolUPT Table 7",
+    "warmup_ratio 0.1": "veRL's SFT trainer, whose defaults Table 7 repeats",
+    "adam_beta2 0.95": "veRL's SFT trainer",
+    "advantage group": "Eq. 2, with Bessel's std as in veRL",
+    "toolupt_no_fgae advantage group": "ToolUPT 5.2, ablation I: sequence-level advantage and outcome reward",
+    "expert none": "ToolUPT 4.3: rollouts only",
+    "grpo reward binary": "ToolUPT 4.3: 0/1 reward",
+    "loss grpo": "Eq. 2: mean over responses of the mean over their tokens; veRL: over tokens",
+    "clip_high 0.2": "Eq. 2: one range on both sides; PPO's 0.2",
+    "dynamic_sampling True": "DAPO 3.2; at most ten rounds: its script",
+    "overlong 0.25": "DAPO 3.4, whose 4,096 of 20,480 tokens are 20 %; ours: 256 of 1,024",
+    "advantage luffy": "LUFFY's script: no std; its Eq. 4 has one",
+    "loss luffy": "LUFFY, Eq. 5, without clip as in its script",
+    "luffy expert group": "LUFFY: the expert is one more row of its group",
+    "num_generations 7": "LUFFY: 7 rollouts and the expert make a group of 8",
+    "srft num_generations 7": "as LUFFY's, a group of 8 with the expert; SRFT's own run: 8 rollouts",
+    "srft reward binary": "SRFT: 1 where right, else 0",
+    "srft advantage group": "SRFT: over rollouts and expert, with std; both public codes have none",
+    "loss srft": "SRFT, Eqs. 6-13, with the signs of the paper",
+    "srft expert group": "SRFT: expert and rollouts in one group",
+    "chord reward binary": "CHORD's ToolACE example",
+    "loss chord": "CHORD-phi: (1 - mu) GRPO (its Eq. 2) + mu SFT",
+    "chord expert sft": "CHORD: an SFT term beside the policy loss",
+    "balance 0.1": "CHORD: mu of CHORD-phi, the same in paper and code",
+    "expert sft": "ToolUPT 5.2, ablation II: plain SFT for SPO",
+    "stages warmup,itool": "iTool 3.1, then 3.2 to 3.4",
+    "itool expert none": "not read by iTool",
+    "itool advantage group": "not read by iTool",
+    "lora_rank 16": "iTool Table 7",
+    "model_name_or_path meta-llama/Llama-3.1-8B-Instruct": "iTool 4.1",
+    "train_file toolace": "iTool 4.1",
+    "eval_fraction 0.1": "ours: the paper selects on a validation set of a size not given",
+    "train_batch_size 64": "iTool's script",
+    "temperature 1.5": "iTool Table 7, of the search",
+    "max_completion_length 512": "ours: the script's 50 cut parallel calls",
+    "learning_rate 1e-06": "iTool Table 9, that of SimPO",
+    "itool lr_scheduler_type cosine": "iTool's script",
+    "itool warmup_ratio 0.1": "iTool's script",
+    "weight_decay 0.0": "iTool's trainer, LLaMA-Factory: its default",
+    "entropy_coef 0.0": "no entropy bonus in iTool",
+}  # fmt: skip
 SENTENCES = {
     "sft": "imitates the expert responses (Eq. 1)",
     "grpo": "binary reward, group advantages, mean over sequences (Eq. 2)",
@@ -217,6 +266,29 @@ SENTENCES = {
     "toolupt_no_spo": "ToolUPT with a plain SFT loss for SPO (Figure 4, right)",
     "itool": "easy-to-hard warm-up, then iterations of tree search on hard examples and SimPO (iTool)",
 }
+# Flags that only some methods read: typed for another they are refused; in a file, which may serve all, they are not.
+_rl = lambda c: "rl" in c.stages
+_balanced = lambda c: _rl(c) and c.expert in ("spo", "sft")
+NEEDS = {
+    "reward": ("an RL stage", _rl),
+    "advantage": ("an RL stage", _rl),
+    "loss": ("an RL stage", _rl),
+    "expert": ("an RL stage", _rl),
+    "balance": ("--expert spo or sft", _balanced),
+    "clip_low": ("--loss grpo or dapo", lambda c: _rl(c) and c.loss in ("grpo", "dapo")),
+    "clip_high": ("--loss grpo or dapo", lambda c: _rl(c) and c.loss in ("grpo", "dapo")),
+    "dynamic_sampling": ("an RL stage", _rl),
+    "generation_batches": ("--dynamic_sampling", lambda c: _rl(c) and c.dynamic_sampling),
+    "overlong": ("--advantage group or luffy", lambda c: _rl(c) and c.advantage != "fgae"),
+    "alignment": ("--advantage fgae", lambda c: _rl(c) and c.advantage == "fgae"),
+    "spo_beta": ("--expert spo", lambda c: _rl(c) and c.expert == "spo"),
+    "srft_variant": ("--loss srft", lambda c: _rl(c) and c.loss == "srft"),
+    "srft_shaped": ("--loss srft", lambda c: _rl(c) and c.loss == "srft"),
+    "chord_phi": ("--loss chord", lambda c: _rl(c) and c.loss == "chord"),
+    "tis_cap": ("--loss dapo", lambda c: _rl(c) and c.loss == "dapo"),
+    "sft_max_steps": ("an SFT stage in front (--max_steps is that of --algo sft)", lambda c: c.stages == "sft,rl"),
+    "sft_learning_rate": ("an SFT stage in front (or take --learning_rate)", lambda c: c.stages == "sft,rl"),
+}  # fmt: skip
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
 
@@ -261,8 +333,9 @@ def run_rl(config: Config, run: Run) -> None:
             clock = Clock()
 
             # 1 sample a batch, 2 roll out, 3 reward
-            groups, rounds = [], 0
+            groups, rounds, sampled = [], 0, 0
             wanted = config.train_batch_size // run.world
+            size = config.train_batch_size * config.generation_batches
             while run.all_max(wanted - len(groups)) > 0:
                 if rounds == (ROUNDS if config.dynamic_sampling else 1):
                     raise ValueError(
@@ -271,15 +344,17 @@ def run_rl(config: Config, run: Run) -> None:
                     )
                 position = step * ROUNDS + rounds if config.dynamic_sampling else step
                 with clock("rollout"):
-                    new = roll_out(config, run, run.batch(position), position)
+                    new = roll_out(config, run, run.batch(position, size=size), position)
+                sampled += len(new)
                 with clock("reward"):
                     for group in new:
                         score(config, group)
                 if config.dynamic_sampling:
-                    new = informative(new)
+                    new = informative(config, new)
                 groups += new
                 rounds += 1
-            groups = groups[:wanted]
+            found = run.all_sum({"kept": len(groups), "sampled": sampled})
+            groups = groups[:wanted]  # a rank never trains on fewer; what is over is dropped
 
             # 4 advantage
             with clock("advantage"):
@@ -290,17 +365,18 @@ def run_rl(config: Config, run: Run) -> None:
             run.engine.sleep()
             totals = count(config, run, groups)
             balance = balance_of(config, step)
-            stats, difference = defaultdict(float), 0.0
+            stats, largest = defaultdict(float), defaultdict(float)
             with clock("update"):
                 for micro in micro_batches(config, run, groups):
                     logps, entropy = forward(config, run.model, micro, config.temperature)
                     rows = gather_rows(micro, logps)
                     loss, parts = policy_loss(config, rows, logps, entropy, balance, totals)
                     loss.backward()
-                    apart, worst = sampling_difference(rows, logps)
-                    difference = max(difference, worst)
+                    apart, worst = sampling_difference(config, rows, logps)
                     for name, value in {**parts, **apart}.items():
                         stats[name] += float(value)
+                    for name, value in worst.items():
+                        largest[name] = max(largest[name], value)
                     keep_logps(micro, logps)
                 stats = run.all_sum(stats)
             if config.log_rollouts:
@@ -329,10 +405,9 @@ def run_rl(config: Config, run: Run) -> None:
                 learning_rate=lr,
                 balance=balance,
                 skipped=skipped,
-                **{
-                    "sampling/sampling_logp_difference/max": run.all_max(difference),
-                    "rounds": run.all_max(rounds),
-                },
+                rounds=rounds,
+                frac_groups_kept=found["kept"] / found["sampled"],
+                **{name: run.all_max(value) for name, value in largest.items()},
                 **clock.metrics(
                     totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
                 ),
@@ -396,6 +471,8 @@ def run_sft(config: Config, run: Run) -> Path:
                 bar.update()
                 if last or (step + 1) % config.save_steps == 0:
                     run.save(step + 1)
+    if best_loss == math.inf:
+        raise ValueError("SFT had no finite validation loss: lower the learning rate")
     return best
 
 
@@ -487,24 +564,22 @@ def policy_loss(
     elif config.loss == "srft":
         loss, stats = baselines.srft_loss(
             logps, entropy, rows.advantages[:, 0], rows.correct, rows.mask, off,
+            variant=config.srft_variant, shaped=config.srft_shaped,
             num_tokens=totals["tokens"] + totals["expert_tokens"], **experts,
         )  # fmt: skip
     elif config.loss == "chord":
         logps_on, old_on, advantages, mask = rollouts
         loss, stats = baselines.chord_loss(
-            logps_on, old_on, advantages[:, 0], mask, *chosen, mu=balance, **tokens, **experts
-        )
+            logps_on, old_on, advantages[:, 0], mask, *chosen,
+            mu=balance, phi=config.chord_phi, **tokens, **experts,
+        )  # fmt: skip
     elif config.loss == "grpo":
         logps_on, old_on, advantages, mask = rollouts
         loss, stats = grpo.grpo_loss(
             logps_on, old_on, advantages[:, 0], mask, num_responses=totals["responses"], **clip
         )
     else:
-        weights = None
-        if config.tis_cap:
-            weights = grpo.truncated_importance_weights(
-                old[on], rows.sampler_logps[on], rows.mask[on], config.tis_cap
-            )
+        weights = tis_weights(config, rows, old)[on] if config.tis_cap else None
         loss, stats = grpo.dapo_loss(*rollouts, weights=weights, **tokens, **clip)
         if config.expert == "spo":
             keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])
@@ -553,16 +628,15 @@ def preference_loss(
 
 
 def balance_of(config: Config, step: int) -> float:
-    """The weight of the expert loss at `step`: the cycle of Eq. 23 or a constant."""
-    if config.balance != "cycle":
-        return float(config.balance)
-    return spo.balance_at(
-        step,
-        low=config.balance_low,
-        high=config.balance_high,
-        up=config.balance_up,
-        down=config.balance_down,
-    )
+    """The weight of the expert loss at `step`: a constant, the cycle of Eq. 23, or CHORD's decay; 0 without such a loss."""
+    if config.expert not in ("spo", "sft"):
+        return 0.0
+    low, high, up, down = (getattr(config, f"balance_{x}") for x in ("low", "high", "up", "down"))
+    if config.balance == "cycle":
+        return spo.balance_at(step, low=low, high=high, up=up, down=down)
+    if config.balance == "decay":
+        return baselines.chord_mu_at(step, warmup=up, decay=down, peak=high, valley=low)
+    return float(config.balance)
 
 
 def learning_rate_at(
@@ -622,10 +696,12 @@ def score(config: Config, group: Group) -> None:
         group.rewards = [r + float(p) for r, p in zip(group.rewards, penalty)]
 
 
-def informative(groups: list[Group]) -> list[Group]:
-    """The groups whose unshaped outcome rewards differ: DAPO's dynamic sampling keeps these."""
-    totals = torch.tensor([outcome.total for group in groups for outcome in group.outcomes])
-    keep = grpo.informative_groups(totals, len(groups[0].outcomes))
+def informative(config: Config, groups: list[Group]) -> list[Group]:
+    """The groups whose rewards, without length penalty, differ: DAPO's dynamic sampling keeps these."""
+    plain = torch.tensor([o.total for group in groups for o in group.outcomes])
+    if config.reward == "binary":
+        plain = plain == BEST
+    keep = grpo.informative_groups(plain.float(), config.num_generations)
     return [group for group, kept in zip(groups, keep.tolist()) if kept]
 
 
@@ -760,12 +836,22 @@ def keep_logps(micro: list[Group], logps: Tensor) -> None:
         row += len(responses_of(group))
 
 
-def sampling_difference(rows: Rows, logps: Tensor) -> tuple[dict, float]:
-    """|trainer - sampler| in nat over rollout tokens: the sum, which adds up, and the largest."""
+def sampling_difference(config: Config, rows: Rows, logps: Tensor) -> tuple[dict, dict]:
+    """|trainer - sampler| in nat over rollout tokens: the sum, which adds up, and the largest; likewise TIS weights."""
     on = rows.mask & ~rows.is_expert[:, None]
-    difference = (logps.detach() - rows.sampler_logps).abs()[on]
-    worst = float(difference.max()) if len(difference) else 0.0
-    return {"sampling/sampling_logp_difference/mean": difference.sum()}, worst
+    values = {"sampling_logp_difference": (logps.detach() - rows.sampler_logps).abs()[on]}
+    if config.tis_cap:
+        values["importance_sampling_ratio"] = tis_weights(config, rows, logps)[on]
+    sums = {f"sampling/{name}/mean": value.sum() for name, value in values.items()}
+    worst = {f"sampling/{name}/max": float(v.max()) for name, v in values.items() if len(v)}
+    return sums, worst
+
+
+def tis_weights(config: Config, rows: Rows, logps: Tensor) -> Tensor:
+    """Truncated importance weights (R, T) of trainer over sampler; no meaning on experts."""
+    return grpo.truncated_importance_weights(
+        logps.detach(), rows.sampler_logps, rows.mask, config.tis_cap
+    )
 
 
 def check_engine(config: Config, difference: float, step: int) -> None:
@@ -1169,19 +1255,37 @@ def parse_args(argv: list[str]) -> Config:
     own = {"output_dir": f"runs/{algo}", **PRESETS[algo]}
     if algo == "itool":
         own["learning_rate"] = TABLE_9.get(flags.get("preference", "simpo"), 0.0)
-    return Config(**{**own, **flags})
+    config = Config(**{**own, **flags})
+    typed = {word.partition("=")[0] for word in argv}
+    for flag, (needs, is_read) in NEEDS.items():
+        if typed & {f"--{flag}", f"--no_{flag}"} and not is_read(config):
+            parser.error(f"--{flag} has no effect with --algo {algo}: it needs {needs}")
+    return config
 
 
 def table() -> str:
-    """The methods, one per line: name, what it is, and what differs from ToolUPT's row."""
-    width = max(map(len, PRESETS))
-    lines = []
+    """The methods: name and what it is, then, one per line, what differs from ToolUPT's row and where it comes from."""
+    width, lines = max(map(len, PRESETS)), []
     for name, preset in PRESETS.items():
         lines += [f"{name:{width}}  {SENTENCES[name]}"]
-        lines += [" " * width + "    " + " ".join(f"--{k} {v}" for k, v in preset.items())] * bool(
-            preset
-        )
+        for knob, value in preset.items():
+            flag = f"--{knob}" if value is True else f"--{knob} {_text(value)}"
+            lines += [f"{'':{width}}    {flag:28}  {source_of(name, knob, value)}"]
+    lines += [
+        "",
+        "Every other value is a default of Config in train.py, where its source stands beside it.",
+    ]
     return "\n".join(lines)
+
+
+def source_of(algo: str, knob: str, value: object) -> str:
+    """Where a value of a row of PRESETS comes from."""
+    return SOURCES.get(f"{algo} {knob} {_text(value)}") or SOURCES[f"{knob} {_text(value)}"]
+
+
+def _text(value: object) -> str:
+    """A value as the command line takes it."""
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def announce(config: Config, world: int) -> str:
@@ -1215,6 +1319,7 @@ def init_distributed() -> None:
 
 def train(config: Config) -> Run:
     """Run the stages of `config`; a second stage starts from the first one's best checkpoint, with a fresh optimiser."""
+    check(config, dist.get_world_size())  # a mistake of the second stage, too, ends the run here
     if config.stages == "warmup,itool" and not config.warmup:
         config = replace(config, stages="itool")
     name, _, rest = config.stages.partition(",")

@@ -26,6 +26,7 @@ import data
 import model as modeling
 import report
 import rewards
+import rollout
 import run as run_module
 import train
 from run import Run
@@ -216,17 +217,19 @@ def slow_luffy(batch, _):
     return total / (tokens_of(batch) + expert_tokens_of(batch))
 
 
-def slow_srft(batch, _):
-    """SRFT Eqs. 6-13, H the mean entropy of a row, detached."""
+def slow_srft(batch, _, shaping=math.inf):
+    """SRFT Eqs. 6-13, H the mean entropy of a row, detached; p in the expert's RL term, or p / (p + shaping)."""
     total, Z, Zx = 0.0, tokens_of(batch) + expert_tokens_of(batch), expert_tokens_of(batch)
     for group in batch:
         rows = [*group.rows, group.expert]
-        advantages = slow_group([row.R for row in rows])
+        advantages = slow_group([binary(row) for row in rows])
         for row, A in zip(rows, advantages):
             H = sum(h.item() for h in row.H) / len(row.H)
             for logp in row.logps:
                 if row is group.expert:
-                    total = total - 0.5 * math.exp(-H) * logp / Zx - A * torch.exp(logp) / Z
+                    p = torch.exp(logp)
+                    f = p if shaping == math.inf else p / (p + shaping)
+                    total = total - 0.5 * math.exp(-H) * logp / Zx - A * f / Z
                 elif row.R == 4:
                     total = total - 0.1 * math.exp(H) * logp / Z
                 else:
@@ -234,15 +237,15 @@ def slow_srft(batch, _):
     return total
 
 
-def slow_chord(batch, _):
-    """CHORD-phi: 0.9 token-mean GRPO on the binary reward + 0.1 SFT with weights p (1 - p)."""
+def slow_chord(batch, _, mu=0.1, phi=True):
+    """(1 - mu) token-mean GRPO on the binary reward + mu SFT, in CHORD-phi with weights p (1 - p)."""
     sft = 0.0
     for group in batch:
         for logp in group.expert.logps:
             p = math.exp(logp.item())
-            sft = sft - p * (1 - p) * logp
+            sft = sft - (p * (1 - p) if phi else 1.0) * logp
     policy = slow_surrogate(batch, lambda group: slow_sequence(group, binary))
-    return 0.9 * policy + 0.1 * sft / expert_tokens_of(batch)
+    return (1 - mu) * policy + mu * sft / expert_tokens_of(batch)
 
 
 SLOW = {
@@ -260,6 +263,15 @@ SLOW = {
         slow_spo(b, slow_sequence, n), slow_surrogate(b, slow_sequence)
     ),
     "toolupt_no_spo": lambda b, n: slow_mix(slow_sft(b), slow_surrogate(b, slow_fgae)),
+    "dapo --generation_batches 2": lambda b, _: SLOW["dapo"](b, _),
+    "srft --srft_shaped": lambda b, _: slow_srft(b, _, shaping=0.1),
+    "srft --srft_variant hpt": lambda b, _: slow_srft(b, _, shaping=0.1),
+    "chord --no_chord_phi --balance decay --balance_up 0": lambda b, _: slow_chord(
+        b,
+        _,
+        mu=0.5,
+        phi=False,  # the peak, --balance_high of frozen.flags
+    ),
     "toolupt --tis_cap 2": lambda b, n: slow_mix(
         slow_spo(b, slow_fgae, n), slow_surrogate(b, slow_fgae, cap=2.0)
     ),
@@ -289,7 +301,12 @@ def test_gradient_of_one_step_is_that_of_the_slow_loss(method, tiny, plain, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     model = copy.deepcopy(plain).double()
     batch = slow_batch(
-        model, tokenizer, engine.asked, engine.table, 4, only_informative=method == "dapo"
+        model,
+        tokenizer,
+        engine.asked,
+        engine.table,
+        4,
+        only_informative="dapo" == method.split()[0],
     )
     tag_length = len(tokenizer("<answer>", add_special_tokens=False)["input_ids"])
     loss = SLOW[method](batch, tag_length) - 0.05 * slow_bonus(batch, method == "grpo")
@@ -301,6 +318,55 @@ def test_gradient_of_one_step_is_that_of_the_slow_loss(method, tiny, plain, tmp_
     assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     assert logged["entropy"] == pytest.approx(slow_bonus(batch, False).item(), rel=1e-4)
     assert train.audit(tmp_path / "out").startswith("16 responses agree")
+
+    weights = [
+        min(math.exp(logp.item() - sampler), 2.0)
+        for group in batch
+        for row in group.rows
+        for logp, sampler in zip(row.logps, row.sampler)
+    ]
+    name = "sampling/importance_sampling_ratio"
+    assert (f"{name}/mean" in logged) == (f"{name}/max" in logged) == ("tis_cap" in method)
+    if "tis_cap" in method:
+        assert logged[f"{name}/mean"] == pytest.approx(sum(weights) / len(weights), rel=1e-4)
+        assert logged[f"{name}/max"] == pytest.approx(max(weights), rel=1e-4)
+    if method.split()[0] == "dapo":
+        size = 8 if "generation_batches" in method else 4
+        kept = sum(differs(engine.table[key], key, tokenizer) for key in engine.asked)
+        assert len(engine.asked) == size * logged["rounds"]
+        assert logged["frac_groups_kept"] == pytest.approx(kept / len(engine.asked))
+        assert 0 < logged["frac_groups_kept"] < 1
+    else:
+        assert logged["frac_groups_kept"] == logged["rounds"] == 1
+
+
+def differs(samples, key, tokenizer) -> bool:
+    """Whether the outcome rewards of a frozen prompt's samples differ."""
+    [target] = [e.target for e in frozen.examples() if json.dumps(data.render(e, tokenizer)) == key]
+    return len({rewards.outcome(sample.text, target).total for sample in samples}) > 1
+
+
+def test_dynamic_sampling_looks_at_the_reward_of_the_method():
+    """Graded rewards that differ are no signal where only a right response is rewarded."""
+    outcome = rewards.outcome(
+        '<tool_call>\n{"name": "f", "params": {}}\n</tool_call>', "<answer>no</answer>"
+    )
+    totals = [[4.0, 3.5], [3.5, 2.0], [4.0, 4.0]]
+    groups = [
+        train.Group(
+            None,
+            [],
+            [],
+            [],
+            0,
+            [],
+            outcomes=[type(outcome)(**{**vars(outcome), "total": t}) for t in row],
+        )
+        for row in totals
+    ]
+    for reward, kept in (("outcome", [0, 1]), ("binary", [0])):
+        config = train.Config(reward=reward, advantage="group", num_generations=2)
+        assert train.informative(config, groups) == [groups[i] for i in kept]
 
 
 def test_the_frozen_step_has_every_case(tiny):
@@ -404,6 +470,13 @@ def test_balance_cycles_or_is_a_number():
         falling = 0.3 - 0.28 * (phase - 100) / 200
         assert train.balance_of(config, step) == pytest.approx(min(rising, falling)), step
     assert train.balance_of(train.Config(balance="0.25"), 77) == 0.25
+    assert train.balance_of(train.Config(expert="none"), 77) == 0
+    chord_mu = train.Config(
+        balance="decay", balance_up=0, balance_down=30, balance_high=0.9, balance_low=0.05
+    )
+    for step in range(40):
+        falling = 0.05 + 0.85 * (1 + math.cos(math.pi * min(step, 30) / 30)) / 2
+        assert train.balance_of(chord_mu, step) == pytest.approx(falling), step
 
 
 def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
@@ -427,6 +500,10 @@ def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
     stream = [*chain(*whole)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:] and stream[:10] != list(range(10))
+    run = object.__new__(Run)
+    run.config, run.examples = train.Config(seed=3, train_batch_size=4), list(range(10))
+    run.epoch, run.rank, run.world = (None, None), 0, 1
+    assert run.batch(1, size=8) == stream[8:16]  # a larger batch of the same stream
     assert [order(4, 1, step)[0] for step in range(5)] != whole
 
 
@@ -499,13 +576,29 @@ def test_a_misspelt_flag_is_named(argv, named, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_list_prints_every_row(capsys):
+def test_list_prints_every_row_and_where_its_values_come_from(capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_args(["--list"])
     assert not stop.value.code
-    printed = capsys.readouterr().out
-    assert {line.split()[0] for line in printed.splitlines() if line[0] != " "} == {*train.PRESETS}
-    assert train.PRESETS.keys() == train.SENTENCES.keys()
+    *body, blank, _ = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert blank == "" and train.PRESETS.keys() == train.SENTENCES.keys()
+    listed, used = {}, set()
+    for line in body:
+        if line[0] != " ":
+            name, sentence = line.split(maxsplit=1)
+            listed[name] = []
+            assert sentence == train.SENTENCES[name]
+            continue
+        words = re.match(r" +--(\w+)(?: (\S+))? +(\S.*)", line)
+        listed[name].append(words[1])
+        value = train.PRESETS[name][words[1]]
+        value = value[0] if isinstance(value, list) else str(value)
+        assert (words[2] or "True") == value
+        keys = {f"{name} {words[1]} {value}", f"{words[1]} {value}"} & train.SOURCES.keys()
+        assert words[3] in {train.SOURCES[key] for key in keys}
+        used |= keys
+    assert listed == {name: [*row] for name, row in train.PRESETS.items()}
+    assert used == train.SOURCES.keys(), "a source of no value"
 
 
 def test_flags_from_a_file_with_comments(tmp_path):
@@ -513,6 +606,37 @@ def test_flags_from_a_file_with_comments(tmp_path):
     file.write_text("# a comment\n--max_steps 7   # steps\n\n--train_file toy toy:valid\n")
     config = train.parse_args([f"@{file}", "--seed", "3"])
     assert (config.max_steps, config.train_file, config.seed) == (7, ["toy", "toy:valid"], 3)
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ("--algo grpo --balance 0.3", "balance"),
+        ("--algo chord --clip_high 0.3", "clip_high"),
+        ("--algo luffy --clip_low 0.1", "clip_low"),
+        ("--algo srft --clip_high=0.3", "clip_high"),
+        ("--algo srft --balance cycle", "balance"),
+        ("--algo dapo_star --alignment lcs", "alignment"),
+        ("--algo toolupt_no_spo --spo_beta 2", "spo_beta"),
+        ("--algo toolupt --srft_shaped", "srft_shaped"),
+        ("--algo luffy --srft_variant hpt", "srft_variant"),
+        ("--algo toolupt --no_chord_phi", "chord_phi"),
+        ("--algo dapo_star --generation_batches 3", "generation_batches"),
+        ("--algo toolupt --overlong 0.2", "overlong"),
+        ("--algo grpo --tis_cap 2", "tis_cap"),
+        ("--algo sft --reward binary", "reward"),
+        ("--algo sft --sft_max_steps 9", "sft_max_steps"),
+        ("--algo toolupt --sft_learning_rate 1", "sft_learning_rate"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(argv, named, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(argv.split())
+    assert stop.value.code != 0
+    assert f"--{named} has no effect with" in capsys.readouterr().err
+    file = tmp_path / "all.args"  # a file may serve several methods
+    file.write_text(argv.replace(" --", "\n--"))
+    train.parse_args([f"@{file}"])
 
 
 def test_announcement_says_what_will_happen():
@@ -556,6 +680,13 @@ def refusal(call, *arguments) -> str:
         ({"reward": "binary"}, 1, "--advantage"),
         ({"balance": "often"}, 1, "--balance"),
         ({"balance": "1.5"}, 1, "--balance"),
+        ({"balance_up": 0}, 1, "--balance_up"),
+        ({"balance": "decay", "balance_down": -1}, 1, "--balance_down"),
+        ({"srft_variant": "code"}, 1, "--srft_variant"),
+        ({"generation_batches": 0}, 1, "--generation_batches"),
+        ({"sft_max_steps": 0}, 1, "--sft_max_steps"),
+        ({"eval_fraction": 0.0, "stages": "sft"}, 1, "--eval_file"),
+        ({"eval_fraction": 1.0}, 1, "--eval_file"),
         ({"save_steps": 0}, 1, "--save_steps"),
         ({"eval_size": 0}, 1, "--eval_size"),
     ],
@@ -615,6 +746,46 @@ def test_bad_models_are_named(tiny, tmp_path):
     assert "safetensors" in refuse(broken_folder(tiny, tmp_path / "4", "*.safetensors"))
     text = refusal(Run, train.parse_args([*command, "--max_prompt_length", "9000"]))
     assert "reads 4096 tokens" in text and "--max_prompt_length 9000" in text
+
+
+def test_data_without_expert_responses_are_for_methods_that_need_none(tiny, tmp_path):
+    """Bare tags say what kind of response is due: enough for a reward, nothing to imitate."""
+    command = frozen.flags(tiny, tmp_path)
+    rows = frozen.examples()
+    bare = data.Example(**{**vars(rows[4]), "target": "<answer>\n</answer>"})
+    data.write_jsonl([*rows[:4], bare], tmp_path / "bare.jsonl")
+    command += ["--train_file", f"jsonl:{tmp_path / 'bare.jsonl'}"]
+    for algo in ("toolupt", "sft", "sft_dapo_star", "luffy", "srft", "chord", "toolupt_no_spo"):
+        config = train.parse_args([*command, "--algo", algo])
+        text = refusal(train.train, config)
+        assert "1 of 5 training examples have no expert response" in text and algo in text
+    for algo in ("grpo", "dapo", "dapo_star", "fg_dapo_star"):
+        assert len(Run(train.parse_args([*command, "--algo", algo])).examples) == 5
+    for target in ("", None):
+        row = {
+            **json.loads((tmp_path / "bare.jsonl").read_text().splitlines()[0]),
+            "target": target,
+        }
+        (tmp_path / "none.jsonl").write_text(json.dumps(row))
+        config = train.parse_args([*command, "--train_file", f"jsonl:{tmp_path / 'none.jsonl'}"])
+        assert "row 1 has no target, the expert response" in refusal(Run, config)
+
+
+def test_sft_without_validation_data_is_refused(tiny, tmp_path):
+    command = [*frozen.flags(tiny, tmp_path), "--algo", "sft"]
+    place = command.index("--eval_file")
+    del command[place : place + 2]
+    text = refusal(Run, train.parse_args([*command, "--eval_fraction", "0"]))
+    assert "no validation data" in text and "--eval_file" in text
+    text = refusal(Run, train.parse_args([*command, "--eval_fraction", "0.01"]))
+    assert "a part would be empty" in text
+
+
+def test_a_mistake_of_the_second_stage_ends_the_first(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_sft", lambda *_: pytest.fail("SFT ran first"))
+    for more in (["--num_generations", "1"], ["--tis_cap", "-1"], ["--loss", "chord"]):
+        command = ["--algo", "sft_dapo_star", *frozen.flags(tiny, tmp_path), *more]
+        assert more[0] in refusal(train.train, train.parse_args(command))
 
 
 def test_missing_vllm_is_named(tiny, tmp_path, monkeypatch):
@@ -793,6 +964,81 @@ def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
     branch = go("branch", 4, "--resume_from_checkpoint", whole / "checkpoint-2")
     again = AutoModelForCausalLM.from_pretrained(branch / "checkpoint-4").state_dict()
     assert all(torch.equal(weights[0][name], again[name]) for name in start)
+
+
+def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_path, monkeypatch):
+    """Validation says that step 2 of 4 was best: neither the first, nor the last, nor the newest checkpoint."""
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5}
+    weights, begin = {0: weights_of_file(tiny)}, {}
+    original, evaluated = Run.optimizer_step, []
+
+    def validation_loss(config, run):
+        evaluated.append(max(weights))
+        return losses[max(weights)]
+
+    def watched(run, lr, grad_norm):
+        if run.config.stages == "rl":
+            begin.update(weights=weights_of(run), state=len(run.optimizer.state), lr=lr)
+        result = original(run, lr, grad_norm)
+        if run.config.stages == "sft":
+            weights[len(weights)] = weights_of(run)
+        return result
+
+    noisy_rewards(monkeypatch)
+    monkeypatch.setattr(train, "validation_loss", validation_loss)
+    monkeypatch.setattr(Run, "optimizer_step", watched)
+    text = """--algo sft_dapo_star --sft_max_steps 4 --sft_learning_rate 0.01 --max_steps 1
+    --learning_rate 0.001 --eval_steps 1 --save_total_limit 1 --save_steps 1"""
+    train.train(train.parse_args(short_flags(tiny, tmp_path, *text.split())))
+    assert evaluated == [1, 2, 3, 4]
+    assert all(torch.equal(begin["weights"][name], w) for name, w in weights[2].items())
+    for other in (0, 3, 4):
+        assert any(not torch.equal(begin["weights"][n], w) for n, w in weights[other].items())
+    assert begin["state"] == 0 and begin["lr"] == 0.001
+
+    config, before, *rows = metrics_of(tmp_path / "out/sft")
+    assert (config["lr_scheduler_type"], config["warmup_ratio"]) == ("cosine", 0.1)
+    warm = math.ceil(0.1 * 4)  # one step, from 0; then half a cosine over the other three
+    rates = [0.0] + [0.01 * (1 + math.cos(math.pi * i / (4 - warm))) / 2 for i in range(3)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    assert [row["eval/loss"] for row in rows] == [*losses.values()]
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in [before, *rows])
+
+
+def weights_of_file(folder) -> dict:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def test_sft_that_never_has_a_finite_validation_loss_ends_with_a_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "validation_loss", lambda *_: math.nan)
+    command = short_flags(tiny, tmp_path, "--algo", "sft_dapo_star", "--sft_max_steps", "1")
+    assert "no finite validation loss" in refusal(train.train, train.parse_args(command))
+
+
+def test_validation_loss_is_equation_1_on_the_evaluation_subset(tiny, plain, tmp_path):
+    config = train.parse_args(["--algo", "sft", *frozen.flags(tiny, tmp_path)])
+    run, tokenizer = Run(config), AutoTokenizer.from_pretrained(tiny)
+    run.model = copy.deepcopy(plain)
+    total, count = 0.0, 0
+    for example in run.eval_examples:
+        prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
+        logps, _ = slow_forward(plain, prompt, target, temperature=1.0)
+        total, count = total - sum(logp.item() for logp in logps), count + len(target)
+    assert train.validation_loss(config, run) == pytest.approx(total / count, rel=1e-4)
+
+
+def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
+    """A model that knows one answer by heart says it, EOS included, where the engine starts to sample."""
+    more = "--algo sft --max_steps 30 --learning_rate 0.01 --save_steps 30".split()
+    train.train(train.parse_args(short_flags(tiny, tmp_path, *more)))
+    checkpoint, tokenizer = tmp_path / "out/checkpoint-30", AutoTokenizer.from_pretrained(tiny)
+    engine = rollout.make_engine("transformers", str(checkpoint), max_model_len=300)
+    examples = data.load("jsonl", tmp_path / "short.jsonl")
+    prompts = [data.render(example, tokenizer) for example in examples]
+    samples = engine.generate(prompts, n=1, temperature=0.0, max_tokens=16)
+    for example, [sample] in zip(examples, samples):
+        assert sample.token_ids == data.target_ids(example, tokenizer)
+        assert sample.text == example.target and sample.finish_reason == "stop"
 
 
 def test_old_checkpoints_go(tiny, tmp_path):
