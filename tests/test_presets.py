@@ -1,0 +1,102 @@
+"""Every row of PRESETS from start to end: torchrun with two ranks, vLLM, the embedded model and world."""
+
+import json
+import math
+
+import pytest
+import torch
+from frozen import REPO, TOY
+from presets_worker import PROMPTS, ROWS, STEPS
+from test_whole_runs import launch, moved, needs_vllm, rows_of, weights_of
+
+import train
+
+pytestmark = needs_vllm
+
+ALWAYS = {
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "skipped",
+    "timing_s/update",
+    "timing_s/step",
+    "perf/tokens_per_second",
+}
+RL = {
+    "reward", "reward_std", "frac_reward_zero_std", "accuracy", "format", "completions/mean_length",
+    "completions/clipped_ratio", "advantage/positive", "advantage/negative", "entropy", "balance", "rounds",
+    "frac_groups_kept", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+    "timing_s/rollout", "timing_s/reward", "timing_s/advantage", "timing_s/sync",
+}  # fmt: skip
+SURROGATE = {"clip_ratio", "approx_kl"}
+SPO = {"spo/chosen", "spo/rejected", "spo/kept", "spo/negative"}
+SFT = {"nll", "expert_prob"}
+OF_THE_LOSS = {
+    "luffy": {"luffy/rollout", "luffy/expert"},
+    "srft": {"srft/demo_sft", "srft/demo_rl", "srft/self", "expert_prob"},
+    "chord": {"chord/grpo", "chord/sft", "expert_prob", *SURROGATE},
+    "toolupt": {*SURROGATE, *SPO},
+    "toolupt_no_fgae": {*SURROGATE, *SPO},
+    "toolupt_no_spo": {*SURROGATE, *SFT},
+}  # of the other rows: SURROGATE
+EVAL = {"eval/accuracy", "eval/reward", "eval/tool_call_accuracy", "eval/answer_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder that holds an output folder per row."""
+    out = tmp_path_factory.mktemp("presets")
+    done = launch(REPO / "tests/presets_worker.py", out, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_the_worker_runs_every_method_of_the_paper(runs):
+    table_1 = {
+        "sft",
+        "grpo",
+        "dapo",
+        "dapo_star",
+        "fg_dapo_star",
+        "sft_dapo_star",
+        "sft_fg_dapo_star",
+    }
+    table_1 |= {"luffy", "srft", "chord", "toolupt"}
+    figure_4 = {"toolupt_no_fgae", "toolupt_no_spo"}
+    assert table_1 | figure_4 <= {*ROWS} == {path.name for path in runs.iterdir() if path.is_dir()}
+
+
+def check_metrics(out, expected: set) -> dict:
+    """Steps and metrics of one stage; returns its config."""
+    config, before, *rows = rows_of(out / "metrics.jsonl")
+    assert before.keys() == {"step", *EVAL} and [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        last = EVAL | ({"eval/loss"} & expected) if row["step"] == STEPS else set()
+        assert row.keys() - {"timing_s/records"} == {"step", *(expected - {"eval/loss"}), *last}
+        assert all(math.isfinite(value) for value in row.values()), row
+        assert row["skipped"] == 0 and row["grad_norm"] > 0
+        if "entropy" in row:  # vLLM has the weights of the step before
+            assert row["sampling/sampling_logp_difference/max"] < 1e-3
+    return config
+
+
+@pytest.mark.parametrize("algo", ROWS)
+def test_a_row_trains(algo, runs):
+    out, begin = runs / algo, weights_of(TOY)
+    stages = train.PRESETS[algo].get("stages", "rl")
+    if "sft" in stages:
+        sft = out / "sft" if stages == "sft,rl" else out
+        config = check_metrics(sft, ALWAYS | SFT | {"eval/loss"})
+        assert config["lr_scheduler_type"] == "cosine" and config["max_steps"] == STEPS
+        assert moved(begin, weights_of(sft / "checkpoint-best"))
+        begin = weights_of(sft / "checkpoint-best")
+    if "rl" in stages:
+        config = check_metrics(out, ALWAYS | RL | OF_THE_LOSS.get(algo, SURROGATE))
+        K = config["num_generations"]
+        assert K == (7 if algo in ("luffy", "srft") else 8)
+        rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+        assert len(rollouts) == STEPS * PROMPTS * K
+        assert any(advantage for row in rollouts for advantage in row["advantages"])
+        assert train.audit(out).startswith(f"{len(rollouts)} responses agree")
+        assert moved(begin, weights_of(out / f"checkpoint-{STEPS}"))
+    assert all(torch.isfinite(w).all() for w in weights_of(out / f"checkpoint-{STEPS}").values())
