@@ -32,6 +32,7 @@ backward pass, and gradients are summed, so the result does not depend on the sp
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -240,8 +241,8 @@ SOURCES = {
     "lora_rank 16": "iTool Table 7",
     "model_name_or_path meta-llama/Llama-3.1-8B-Instruct": "iTool 4.1",
     "train_file toolace": "iTool 4.1",
-    "eval_fraction 0.1": "ours: the paper selects on a validation set of a size not given",
-    "train_batch_size 64": "iTool's script",
+    "eval_fraction 0.1": "iTool 4.1: 90 % for the warm-up",
+    "train_batch_size 64": "iTool's script and Table 9",
     "temperature 1.5": "iTool Table 7, of the search",
     "max_completion_length 512": "ours: the script's 50 cut parallel calls",
     "learning_rate 1e-06": "iTool Table 9, that of SimPO",
@@ -335,13 +336,12 @@ def run_rl(config: Config, run: Run) -> None:
             # 1 sample a batch, 2 roll out, 3 reward
             groups, rounds, sampled = [], 0, 0
             wanted = config.train_batch_size // run.world
-            size = config.train_batch_size * config.generation_batches
+            size = config.train_batch_size
+            if config.dynamic_sampling:
+                size *= config.generation_batches
             while run.all_max(wanted - len(groups)) > 0:
                 if rounds == (ROUNDS if config.dynamic_sampling else 1):
-                    raise ValueError(
-                        f"dynamic sampling: {rounds} rounds gave {len(groups)} of {wanted} prompts whose rewards differ; "
-                        "the data are too easy or too hard for this model: mix them, or use --algo dapo_star"
-                    )
+                    give_up(config, run, min(len(groups), wanted))
                 position = step * ROUNDS + rounds if config.dynamic_sampling else step
                 with clock("rollout"):
                     new = roll_out(config, run, run.batch(position, size=size), position)
@@ -705,6 +705,15 @@ def informative(config: Config, groups: list[Group]) -> list[Group]:
     return [group for group, kept in zip(groups, keep.tolist()) if kept]
 
 
+def give_up(config: Config, run: Run, kept: int) -> None:
+    """End a run whose dynamic sampling finds too few informative groups; all ranks come here together."""
+    total = run.all_sum({"kept": kept})["kept"]
+    raise ValueError(
+        f"dynamic sampling: {ROUNDS} rounds gave {total:.0f} of {config.train_batch_size} prompts whose rewards differ; "
+        "the data are too easy or too hard for this model: mix them, raise --generation_batches, or use --algo dapo_star"
+    )
+
+
 def add_advantages(config: Config, group: Group) -> None:
     """Fill a group's advantages, (K, T), or (K + 1, T) where the expert is a row of the group."""
     K = len(group.samples)
@@ -900,22 +909,19 @@ def evaluate(config: Config, run: Run) -> dict:
 
 def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
-    share = math.ceil(
-        len(run.eval_examples) / run.world
-    )  # equal on all ranks; the last may repeat an example
-    mine = [
-        run.eval_examples[(run.rank + i * run.world) % len(run.eval_examples)] for i in range(share)
-    ]
-    groups = [expert_group(run, example) for example in mine]
-    totals, loss = count(config, run, groups), 0.0
+    n = len(run.eval_examples)
+    places = range(
+        run.rank, math.ceil(n / run.world) * run.world, run.world
+    )  # as many on each rank
+    groups = [expert_group(run, run.eval_examples[i % n]) for i in places]
+    own = groups[: len(range(run.rank, n, run.world))]  # what is beyond fills up and does not count
+    ids, totals, loss = {id(group) for group in own}, count(config, run, own), 0.0
     with torch.no_grad():
         for micro in micro_batches(config, run, groups):
             logps, _ = forward(config, run.model, micro, temperature=1.0)
-            loss += float(
-                spo.sft_loss(
-                    logps, gather_rows(micro, logps).mask, num_tokens=totals["expert_tokens"]
-                )[0]
-            )
+            counts = torch.tensor([id(group) in ids for group in micro], device=logps.device)
+            mask = gather_rows(micro, logps).mask & counts[:, None]
+            loss += float(spo.sft_loss(logps, mask, num_tokens=totals["expert_tokens"])[0])
     return run.all_sum({"loss": loss})["loss"]
 
 
@@ -1335,6 +1341,8 @@ def train(config: Config) -> Run:
             first = replace(first, resume_from_checkpoint="latest" if in_rest else where)
             config = replace(config, resume_from_checkpoint=where if in_rest else "")
         best = train(first).best
+        gc.collect()  # model and moments of the first stage, before the second takes memory
+        torch.cuda.empty_cache()
         config = replace(config, stages=rest, model_name_or_path=str(best))
     run = Run(config)
     run.start()

@@ -701,6 +701,28 @@ def test_every_row_is_a_good_setting(algo):
     run_module.check(train.parse_args(["--algo", algo]), 8)
 
 
+@pytest.mark.parametrize(
+    "name", ["demo", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-8b"]
+)
+def test_every_recipe_serves_every_row(name, monkeypatch):
+    """The commands in recipes/ are read; a recipe leaves what the methods differ in to --algo."""
+    monkeypatch.chdir(frozen.REPO)
+    for algo, row in train.PRESETS.items():
+        config = train.parse_args([f"@recipes/{name}.args", "--algo", algo])
+        run_module.check(config, 8)
+        method = row.keys() - {"max_steps", "learning_rate"}
+        assert {name: getattr(config, name) for name in method} == {n: row[n] for n in method}
+    assert name == "demo" or config.train_file[0].startswith("hermes:")
+
+
+def test_the_script_of_table_1_runs_every_row():
+    script = (frozen.REPO / "recipes/table1.sh").read_text()
+    [rows] = re.findall(r"for algo in ([^;]*);", script)
+    assert rows.replace("\\", "").split() == [
+        n for n, row in train.PRESETS.items() if row.get("stages") != "itool"
+    ]
+
+
 def broken_folder(tiny, tmp_path, *gone) -> Path:
     folder = tmp_path / "broken"
     shutil.copytree(tiny, folder)
@@ -1015,16 +1037,21 @@ def test_sft_that_never_has_a_finite_validation_loss_ends_with_a_line(tiny, tmp_
     assert "no finite validation loss" in refusal(train.train, train.parse_args(command))
 
 
-def test_validation_loss_is_equation_1_on_the_evaluation_subset(tiny, plain, tmp_path):
-    config = train.parse_args(["--algo", "sft", *frozen.flags(tiny, tmp_path)])
+@pytest.mark.parametrize("more", [[], ["--no_share_prefix"]], ids=["shared", "padded"])
+def test_validation_loss_is_equation_1_on_the_evaluation_subset(more, tiny, plain, tmp_path):
+    """On one rank, and on the second of two, whose share of three is the middle one."""
+    config = train.parse_args(["--algo", "sft", *frozen.flags(tiny, tmp_path), *more])
     run, tokenizer = Run(config), AutoTokenizer.from_pretrained(tiny)
-    run.model = copy.deepcopy(plain)
-    total, count = 0.0, 0
+    run.model, run.eval_examples = copy.deepcopy(plain), run.eval_examples[:3]
+    losses, lengths = [], []
     for example in run.eval_examples:
         prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
         logps, _ = slow_forward(plain, prompt, target, temperature=1.0)
-        total, count = total - sum(logp.item() for logp in logps), count + len(target)
-    assert train.validation_loss(config, run) == pytest.approx(total / count, rel=1e-4)
+        losses, lengths = [*losses, -sum(logp.item() for logp in logps)], [*lengths, len(target)]
+    expected = sum(losses) / sum(lengths)
+    assert train.validation_loss(config, run) == pytest.approx(expected, rel=1e-4)
+    run.rank, run.world = 1, 2
+    assert train.validation_loss(config, run) == pytest.approx(losses[1] / lengths[1], rel=1e-4)
 
 
 def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
