@@ -15,15 +15,15 @@ sys.path.insert(0, str(REPO))
 import data
 import train
 
-STEPS, PROMPTS = 3, 4
-ROWS = [name for name, row in train.PRESETS.items() if row.get("stages") != "itool"]
+STEPS, PROMPTS = 3, 2
+ROWS = [name for name, row in train.PRESETS.items() if "itool" not in row.get("stages", "")]
 
 
 def config_of(algo: str, out: Path) -> train.Config:
     """The demo, shortened, under the method `algo`; the number of rollouts is the row's own."""
     text = f"""@{REPO}/recipes/demo.args --algo {algo} --model_name_or_path {REPO}/toy_model
     --train_file jsonl:{out}/train.jsonl --eval_file jsonl:{out}/eval.jsonl --output_dir {out}/{algo}
-    --max_steps {STEPS} --train_batch_size {PROMPTS} --eval_steps 0 --max_num_seqs 32"""
+    --max_steps {STEPS} --train_batch_size {PROMPTS} --eval_steps 0 --max_num_seqs 32 --max_completion_length 96"""
     if train.PRESETS[algo].get("stages") == "sft,rl":
         text += f" --sft_max_steps {STEPS}"
     return train.parse_args(text.split())

@@ -69,7 +69,9 @@ def test_the_worker_runs_every_method_of_the_paper(runs):
 def check_metrics(out, expected: set) -> dict:
     """Steps and metrics of one stage; returns its config."""
     config, before, *rows = rows_of(out / "metrics.jsonl")
-    assert before.keys() == {"step", *EVAL} and [row["step"] for row in rows] == [1, 2, 3]
+    assert before.keys() == {"step", *EVAL} and [row["step"] for row in rows] == [
+        *range(1, STEPS + 1)
+    ]
     for row in rows:
         last = EVAL | ({"eval/loss"} & expected) if row["step"] == STEPS else set()
         assert row.keys() - {"timing_s/records"} == {"step", *(expected - {"eval/loss"}), *last}
