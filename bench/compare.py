@@ -45,13 +45,22 @@ import train
 
 FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
 GRID_SEED = 1000  # of the runs that choose a learning rate
-PANELS = {
-    "imitation, and RL after it": ["sft", "sft_dapo_star", "sft_fg_dapo_star"],
-    "RL without expert responses in the loss": ["grpo", "dapo", "dapo_star", "fg_dapo_star"],
-    "expert responses and rollouts in one stage": ["luffy", "srft", "chord", "toolupt"],
-    "ToolUPT and its ablations": ["toolupt", "toolupt_no_fgae", "toolupt_no_spo"],
-}
-METHODS = [algo for algo in train.PRESETS if algo in {a for part in PANELS.values() for a in part}]
+PANELS = {  # title -> methods and their colours
+    "imitation, and RL after it": {
+        "sft": "#1f77b4", "sft_dapo_star": "#ff7f0e", "sft_fg_dapo_star": "#2ca02c",
+    },
+    "RL without expert responses in the loss": {
+        "grpo": "#8c564b", "dapo": "#e377c2", "dapo_star": "#bcbd22", "fg_dapo_star": "#17becf",
+    },
+    "expert responses and rollouts in one stage": {
+        "luffy": "#9467bd", "srft": "#7f7f7f", "chord": "#e6ac00", "toolupt": "#d62728",
+    },
+    "ToolUPT and its ablations": {
+        "toolupt": "#d62728", "toolupt_no_fgae": "#1b1b6b", "toolupt_no_spo": "#98df8a",
+    },
+}  # fmt: skip
+COLOURS = {algo: colour for panel in PANELS.values() for algo, colour in panel.items()}
+METHODS = [algo for algo in train.PRESETS if algo in COLOURS]
 COLUMNS = {
     "accuracy": "accuracy",
     "tool_call_accuracy": "tool calls",
@@ -256,19 +265,18 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(METHODS, plt.get_cmap("tab20").colors))
     curves = defaultdict(lambda: defaultdict(list))  # algo -> step -> accuracies
     for row in rows:
         if row["phase"] == "test":
             curves[row["algo"]][row["step"]].append(100 * row["accuracy"])
-    figure, axes = plt.subplot_mosaic("abe;cde", figsize=(14, 8), width_ratios=(1, 1, 0.9))
+    figure, axes = plt.subplot_mosaic("abe;cde", figsize=(14, 8), layout="constrained")
     for axis, (title, algos) in zip("abcd", PANELS.items()):
         for algo in (a for a in algos if a in curves):
             xs = sorted(curves[algo])
             ys = [curves[algo][x] for x in xs]
-            axes[axis].plot(xs, [mean(y) for y in ys], "o-", ms=4, label=algo, color=colours[algo])
+            axes[axis].plot(xs, [mean(y) for y in ys], "o-", ms=4, label=algo, color=COLOURS[algo])
             low, high = [min(y) for y in ys], [max(y) for y in ys]
-            axes[axis].fill_between(xs, low, high, alpha=0.15, color=colours[algo], lw=0)
+            axes[axis].fill_between(xs, low, high, alpha=0.15, color=COLOURS[algo], lw=0)
         axes[axis].set(title=title, xlabel="optimiser updates", ylabel="accuracy, %")
         axes[axis].sharey(axes["a"])
         axes[axis].grid(alpha=0.3)
@@ -276,13 +284,12 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
             axes[axis].legend(fontsize=9)
     ends = {algo: curve[steps] for algo, curve in curves.items() if steps in curve}
     for y, algo in enumerate(order := sorted(ends, key=lambda a: mean(ends[a]))):
-        axes["e"].plot(ends[algo], [y] * len(ends[algo]), "o", color=colours[algo], alpha=0.7)
+        axes["e"].plot(ends[algo], [y] * len(ends[algo]), "o", color=COLOURS[algo], alpha=0.7)
         axes["e"].plot(mean(ends[algo]), y, "|", color="black", ms=16)
     axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
     axes["e"].set_yticks(range(len(order)), order)
     axes["e"].grid(alpha=0.3)
     figure.suptitle("exact match on held-out examples: mean, and minimum to maximum over seeds")
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
