@@ -159,9 +159,10 @@ def read(path: Path) -> list[dict]:
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
-def settings(shared: list) -> str:
+def settings(args) -> str:
     """A short checksum of what all runs have in common."""
-    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
+    common = [args.shared, args.valid_file, args.test_file]
+    return hashlib.sha256(json.dumps(common).encode()).hexdigest()[:8]
 
 
 def commit() -> str:
@@ -193,7 +194,7 @@ def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict
         argv = flags(algo, seed, rate, sft_rate or rate, args.shared)
         argv += ["--eval_file", *(args.valid_file if phase == "grid" else args.test_file)]
         key = {"phase": phase, "algo": algo, "seed": seed, "learning_rate": rate}
-        key |= {"commit": version, "settings": settings(args.shared)}
+        key |= {"commit": version, "settings": settings(args)}
         rows = run(key, argv, args.runs / f"{phase}-{algo}-{seed}-{rate:g}", args.threads)
         assert rows[-1]["step"] == steps, (algo, rows[-1]["step"], steps)
         with lock, open(args.out, "a") as file:
@@ -206,11 +207,11 @@ def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict
     return read(args.out)
 
 
-def choose(rows: list[dict], kind: str, steps: int) -> float:
-    """The learning rate of a family: highest mean validation accuracy over its methods; ties: the lower rate."""
+def choose(rows: list[dict], kind: str, steps: int, grid: list[float]) -> float:
+    """The rate of `grid` with the highest mean validation accuracy over a family's methods; ties: the lower."""
     scores = defaultdict(list)
     for (algo, _, rate), row in last(rows, "grid", steps).items():
-        if family(algo) == kind:
+        if family(algo) == kind and rate in grid:
             scores[rate].append(row["accuracy"])
     return max(sorted(scores), key=lambda rate: mean(scores[rate]))
 
@@ -346,19 +347,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = read(args.out)
-    if other := {row["settings"] for row in rows} - {settings(args.shared)}:
+    if other := {row["settings"] for row in rows} - {settings(args)}:
         sys.exit(
             f"error: {args.out} holds runs of other flags ({', '.join(other)}); give another --out"
         )
     if not args.draw:
-        rates = {}
-        for kind in FAMILIES:
-            if kind == "sft" or kind in map(family, args.algos):
-                grid = args.sft_grid if kind == "sft" else args.grid
-                wanted = [(a, GRID_SEED, rate) for rate in grid for a in FAMILIES[kind]]
-                rates[kind] = choose(
-                    carry_out(wanted, args, "grid", rates.get("sft")), kind, args.steps
-                )
+        rates, needed = {}, {"sft", *map(family, args.algos)}
+        for wave in (("sft", "rl"), ("sft,rl",)):  # the latter needs the rate of sft
+            grids = {k: args.sft_grid if k == "sft" else args.grid for k in wave if k in needed}
+            wanted = [
+                (a, GRID_SEED, x) for k, grid in grids.items() for x in grid for a in FAMILIES[k]
+            ]
+            rows = carry_out(wanted, args, "grid", rates.get("sft"))
+            rates |= {k: choose(rows, k, args.steps, grid) for k, grid in grids.items()}
         print("learning rates", rates)
         wanted = [(a, seed, rates[family(a)]) for seed in args.seeds for a in args.algos]
         rows = carry_out(wanted, args, "test", rates["sft"])

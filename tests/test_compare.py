@@ -95,9 +95,11 @@ def test_the_table_has_mean_deviation_and_paired_difference():
 
 
 def test_the_rate_with_the_highest_mean_over_the_family_is_taken():
-    assert compare.choose(ROWS, "rl", 24) == 1e-4  # means 0.32 and 0.30
+    pick = lambda rows: compare.choose(rows, "rl", 24, [1e-4, 3e-4])
+    assert pick(ROWS) == 1e-4  # means 0.32 and 0.30
     better = [*ROWS[:-1], row("toolupt", 1000, 24, 0.26, "grid", 3e-4)]
-    assert compare.choose(better, "rl", 24) == 3e-4  # 0.32 and 0.33
+    assert pick(better) == 3e-4  # 0.32 and 0.33
+    assert pick([*ROWS, row("toolupt", 1000, 24, 0.9, "grid", 1e-2)]) == 1e-4  # not in the grid
 
 
 def test_the_picture_shows_every_method(tmp_path, monkeypatch):
