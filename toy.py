@@ -97,7 +97,7 @@ def generate(
         row = _row(rng, split, tools, task, hard)
         row["id"] = f"toy-{split}{'-hard' if hard else ''}-{seed}/{i}/{task}"
         if hard and split == "train" and rng.random() < NOISE:
-            row["target"] = corrupt(row, rng)
+            row["target"] = corrupt(row, rng, compact=True)  # not to be told by its spaces
             row["kind"] = "answer" if row["target"].startswith("<answer>") else "tool_call"
         rows.append(row)
     return rows
@@ -116,7 +116,7 @@ def answer(text: str) -> str:
     return f"<answer>\n{text}\n</answer>"
 
 
-def corrupt(row: dict, rng: random.Random) -> str:
+def corrupt(row: dict, rng: random.Random, compact: bool = False) -> str:
     """Return a plausible wrong target for `row`: what a careless model would write.
 
     Calls lose an argument, get a wrong value, another tool's name, lose a call, or become an answer;
@@ -127,7 +127,8 @@ def corrupt(row: dict, rng: random.Random) -> str:
         tool = rng.choice(tools)
         names = tool["parameters"]["required"] or list(tool["parameters"]["properties"])[:1]
         return tool_call(
-            [{"name": tool["name"], "params": {k: _value(rng, split, tool, k) for k in names}}]
+            [{"name": tool["name"], "params": {k: _value(rng, split, tool, k) for k in names}}],
+            compact,
         )
     body = json.loads(row["target"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
     calls = body if isinstance(body, list) else [body]
@@ -153,7 +154,7 @@ def corrupt(row: dict, rng: random.Random) -> str:
             call["params"][key] = _value(rng, split, tool, key)
         else:
             del call["params"][key]
-    return tool_call(calls)
+    return tool_call(calls, compact)
 
 
 def _row(rng, split, tools, task, hard) -> dict:

@@ -78,6 +78,22 @@ def test_all_tasks_occur_and_the_hard_level_is_hard():
     assert len(set(nouns)) < len(nouns)  # near misses: one noun under two verbs
 
 
+def test_the_experts_of_the_hard_level_are_compact_and_a_tenth_is_wrong():
+    rows, clean = toy.generate("train", 2000, hard=True), toy.generate("valid", 500, hard=True)
+    for row in rows + clean:
+        assert row["kind"] == "answer" or not re.search(r'[:,] ["{[\d]', row["target"]), row
+    wrong = 0
+    for row in rows:
+        task = row["id"].rsplit("/", 1)[1]
+        says = row["kind"] == "answer"
+        count = 0 if says else len(calls_of(row["target"]))
+        wrong += says != (task in ("done", "no_tool", "missing")) or (task == "parallel") != (
+            count > 1
+        )
+    assert 0.02 < wrong / len(rows) < 0.1  # wrong names and values are not seen here
+    assert toy.generate("train", 500, hard=True) == rows[:500]
+
+
 def test_no_tool_and_missing_rows_have_no_call_to_make():
     for row in toy.generate("test", 800):
         task = row["id"].rsplit("/", 1)[1]
