@@ -1,5 +1,5 @@
 # Two commands: `make demo` trains on the embedded toy world, `make test` runs every test. Both install first if needed.
-.PHONY: demo test
+.PHONY: demo test eval-deps
 
 # one rank per GPU, at most two; two ranks on a machine without
 NPROC ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -eq 1 ] && echo 1 || echo 2)
@@ -10,5 +10,9 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -q
 
-.venv/installed: requirements.txt requirements-test.txt requirements-peer.txt install.sh
+# into whichever environment is active: what BFCL needs, nothing else touched
+eval-deps:
+	python -m pip install --no-deps -r requirements-eval.txt
+
+.venv/installed: requirements.txt requirements-test.txt requirements-peer.txt requirements-eval.txt install.sh
 	bash install.sh

@@ -81,6 +81,21 @@ When one of the following conditions is met, response an answer directly within 
 ## Important Notes
 1. Response at most one of <tool_call> or <answer>"""
 
+# iTool's form of the response, Python calls (ToolACE): `--format python` of eval.py. The words are ours.
+PYTHON_PROMPT = """## Role
+You are a helpful assistant skilled at composing function calls to solve user tasks.
+
+## Task Definition
+Based on the [User Query] and [Chat Short Memory], and with reference to the [Intermediate Tools Calls and Returns], make one or more function calls to achieve the purpose of the current [User Query].
+
+## Available Tools Description
+__TOOL_DESCS__
+
+## Response Format
+If you call functions, answer with nothing but the calls, in this form:
+[func_name1(param_name1=param_value1, param_name2=param_value2), func_name2(param_name1=param_value1)]
+If no function fits, or a required parameter is missing and cannot be inferred, or nothing is left to call, answer in plain words instead."""
+
 # ToolUPT Figure 6; `messages` writes its lines "user: ..", "assistant: ..", "Step-1 tool call: ..".
 USER_PROMPT = """[Chat Short Memory]
 __HISTORY__
@@ -134,9 +149,10 @@ class Example:
 def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
     """Return the examples of a dataset; one line on stderr says what was left out.
 
-    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours) or "toy"
-    path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...
-    seed  of the toy world, and of the choice among the answers of "hammer"
+    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
+    path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...;
+          bfcl_half: "train" | "test"
+    seed  of the toy world, of the halves, and of the choice among the answers of "hammer"
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
     examples, drops = load_with_drops(name, path, seed=seed)
@@ -152,10 +168,10 @@ def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Ex
 def load_source(source: str, *, seed: int = 0) -> list[Example]:
     """Return the examples of NAME, NAME:PATH, or PATH (its layout is guessed from the first row).
 
-    "toy", "toy:hard-train", "xlam:xlam_function_calling_60k.json", "my_examples.jsonl"
+    "toy", "toy:hard-train", "bfcl_half:test", "xlam:xlam_function_calling_60k.json", "my_examples.jsonl"
     """
     name, _, path = source.partition(":")
-    if name in [*CONVERTERS, "jsonl", "toy"]:
+    if name in [*CONVERTERS, "jsonl", "toy", "bfcl_half"]:
         return load(name, path or None, seed=seed)
     if not Path(source).exists():
         raise FileNotFoundError(
@@ -170,8 +186,10 @@ def load_with_drops(
     """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
     if name == "toy":
         return _toy(str(path or "train"), seed), Counter()
+    if name == "bfcl_half":
+        return _bfcl_half(str(path or "train"), seed)
     if name not in [*CONVERTERS, "jsonl"]:
-        names = ", ".join([*CONVERTERS, "jsonl", "toy"])
+        names = ", ".join([*CONVERTERS, "jsonl", "toy", "bfcl_half"])
         raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
     repo, file = SOURCES.get(name, (None, None))
     remedy = "give a .json or .jsonl file"
@@ -256,6 +274,14 @@ def messages(example: Example) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
+@lru_cache
+def with_policy(policy: str, template: str = SYSTEM_PROMPT) -> str:
+    """Return the system template with a policy, perhaps empty, before the descriptions of the tools."""
+    heading = "## Available Tools Description"
+    before = f"{policy}\n\n" if policy else ""
+    return template.replace(heading, before + heading)
+
+
 def render(example: Example, tokenizer) -> list[int]:
     """Return the token ids of the prompt, up to and including the header of the assistant's turn.
 
@@ -316,7 +342,7 @@ def fit(
 
 
 def split(
-    examples: list[Example], fraction: float, seed: int = 0
+    examples: list[Example], fraction: float, seed: int = 0, *, by_tools: bool = False
 ) -> tuple[list[Example], list[Example]]:
     """Return two parts that share no conversation; the first holds at most `fraction` of all.
 
@@ -324,8 +350,9 @@ def split(
     several tool lists, and irrelevance queries are xLAM queries. "The same" is the opening message
     or a later one of 12 words: shorter ones ("yes, please go ahead") would join whole datasets.
     fraction  in (0, 1); ValueError where a part would be empty
+    by_tools  rows that share a tool, word for word, stay together too
     """
-    groups, first = _groups(examples), set()
+    groups, first = _groups(examples, by_tools), set()
     random.Random(seed).shuffle(groups)
     room = round(fraction * len(examples))
     for group in groups:
@@ -341,6 +368,31 @@ def split(
     for index, example in enumerate(examples):
         parts[index not in first].append(example)
     return parts
+
+
+def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Return BFCL-Live in halves that share no query and no tool: iTool's BFCL-half (Table 5).
+
+    Each holds live AST, irrelevance and relevance cases; the target is the first accepted answer,
+    "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
+    ImportError with the remedy where bfcl-eval is missing.
+    """
+    import bfcl
+
+    examples = []
+    for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
+        fields = bfcl.question(entry)
+        policy, id = fields.pop("policy"), f"bfcl_half/{entry.id}/0"
+        calls, target, kind = bfcl.accepted(entry), "", "tool_call"
+        if entry.category == "live_irrelevance":
+            kind = "answer"
+            target = f"<answer>\n{_no_tool(fields['query'], f'{seed}/{id}')}\n</answer>"
+        elif calls:
+            text = _dumps(calls[0] if len(calls) == 1 else calls)
+            target = f"<tool_call>\n{text}\n</tool_call>"
+        system = with_policy(policy)
+        examples.append(Example(id, **fields, target=target, kind=kind, system=system))
+    return split(examples, 0.5, seed, by_tools=True)
 
 
 def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:
@@ -486,7 +538,7 @@ def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Exampl
                 text = content if role == "assistant" else _no_tool(query, f"{seed}/{row}")
             target = f"<{kind}>\n{text}\n</{kind}>"
             example = Example(
-                f"{row}/{turn}", tools, history, query, steps, target, kind, _with_policy(policy)
+                f"{row}/{turn}", tools, history, query, steps, target, kind, with_policy(policy)
             )
             if not (only_last and after):
                 found.append((example, _refusal(example, text, role, beside)))
@@ -529,13 +581,6 @@ def _no_tool(query: str, seed: str) -> str:
     return random.Random(seed).choice(NO_TOOL) % wish
 
 
-@lru_cache
-def _with_policy(policy: str) -> str:
-    heading = "## Available Tools Description"
-    before = f"{policy}\n\n" if policy else ""
-    return SYSTEM_PROMPT.replace(heading, before + heading)
-
-
 def _toy(split_name: str, seed: int) -> list[Example]:
     import toy
 
@@ -545,6 +590,15 @@ def _toy(split_name: str, seed: int) -> list[Example]:
         raise ValueError(f"unknown split {split_name!r} of the toy world; choose one of {names}")
     rows = toy.generate(name, TOY_SIZES[name], seed=seed, hard=hard)
     return [Example(**row) for row in rows]
+
+
+def _bfcl_half(part: str, seed: int) -> tuple[list[Example], Counter]:
+    if part not in ("train", "test"):
+        raise ValueError(f"bfcl_half has no part {part!r}: train or test")
+    examples = bfcl_halves(seed)[part == "test"]
+    kept = [example for example in examples if example.target]
+    drops = {"row: BFCL accepts no answer": len(examples) - len(kept)}
+    return kept, Counter({reason: count for reason, count in drops.items() if count})
 
 
 def _own(row, number: int) -> Example:
@@ -584,7 +638,7 @@ def _num_calls(example: Example) -> int:
     return len(calls) if isinstance(calls, list) else 1
 
 
-def _groups(examples: list[Example]) -> list[list[int]]:
+def _groups(examples: list[Example], by_tools: bool = False) -> list[list[int]]:
     """Return the indices of the examples in groups that must stay together (union-find)."""
     parent = {}
 
@@ -599,6 +653,8 @@ def _groups(examples: list[Example]) -> list[list[int]]:
         said = [re.findall(r"\w+", text.casefold()) for text in said]
         for words in [said[0], *(words for words in said[1:] if len(words) >= 12)]:
             parent[root(row)] = root(("query", *words))
+        for tool in example.tools if by_tools else ():
+            parent[root(row)] = root(("tool", _dumps(tool)))
     groups = defaultdict(list)
     for index, example in enumerate(examples):
         groups[root(("row", example.id.rpartition("/")[0]))].append(index)

@@ -38,5 +38,7 @@ PYTHON
     pip install -r .venv/requirements-cpu.txt -r .venv/requirements-rest.txt -r requirements-test.txt -r requirements-peer.txt
     say "if pip reported torchvision, torchaudio and torchcodec as missing: they are left out on purpose"
 fi
-cat requirements.txt requirements-test.txt requirements-peer.txt > .venv/installed
+say "installing the benchmark BFCL without its own requirements (pip then reports these as missing)"
+pip install --no-deps -r requirements-eval.txt
+cat requirements.txt requirements-test.txt requirements-peer.txt requirements-eval.txt > .venv/installed
 say "done"

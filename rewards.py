@@ -84,6 +84,18 @@ def parse(response: str) -> Parsed:
     return Parsed("malformed" if _answer(response) is None else "answer", None)
 
 
+def parse_python(response: str) -> Parsed:
+    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without calls is an "answer".
+
+    response  str  any text; a call only if its first character, blanks apart, is a bracket
+    """
+    text = response.strip()
+    if not text.startswith("["):
+        return Parsed("answer" if text else "malformed", None)
+    calls = _python_calls(text)
+    return Parsed("tool_call" if calls else "malformed", calls)
+
+
 def outcome(
     response: str, target: str, *, weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
 ) -> Outcome:
@@ -121,6 +133,27 @@ def binary(response: str, target: str) -> float:
     """
     parts = outcome(response, target)
     return float(parts.format == parts.syntax == parts.name == parts.param == 1)
+
+
+def tally(responses: list[str], targets: list[str]) -> dict[str, float]:
+    """Sums over held-out examples, which add up over ranks: what evaluation divides by n and n_calls.
+
+    responses, targets  (n,) str  as in outcome
+
+    n, accuracy (completely right), reward (Eq. 12); n_calls, tool_calls: number of <tool_call>
+    targets and how many of them are right; answers: how many of the others.
+    """
+    totals = [outcome(response, target).total for response, target in zip(responses, targets)]
+    calls = [_read_target(target).kind == "tool_call" for target in targets]
+    right = [total == 4 for total in totals]
+    return {
+        "n": len(targets),
+        "accuracy": sum(right),
+        "reward": sum(totals),
+        "n_calls": sum(calls),
+        "tool_calls": sum(r for r, call in zip(right, calls) if call),
+        "answers": sum(r for r, call in zip(right, calls) if not call),
+    }
 
 
 def error_type(response: str, target: str) -> str | None:

@@ -885,19 +885,8 @@ def evaluate(config: Config, run: Run) -> dict:
     answers = run.engine.generate(
         [run.ids(e)[0] for e in mine], n=1, temperature=0.0, max_tokens=config.max_completion_length
     )
-    outcomes = [rewards.outcome(answer.text, e.target) for e, [answer] in zip(mine, answers)]
-    calls = [e.kind == "tool_call" for e in mine]
-    right = [o.total == BEST for o in outcomes]
-    sums = run.all_sum(
-        {
-            "n": len(mine),
-            "accuracy": sum(right),
-            "reward": sum(o.total for o in outcomes),
-            "n_calls": sum(calls),
-            "tool_calls": sum(r for r, call in zip(right, calls) if call),
-            "answers": sum(r for r, call in zip(right, calls) if not call),
-        }
-    )
+    texts = [answer.text for [answer] in answers]
+    sums = run.all_sum(rewards.tally(texts, [e.target for e in mine]))
     n, n_calls = sums["n"], sums["n_calls"]
     return {
         "eval/accuracy": sums["accuracy"] / n,

