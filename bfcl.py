@@ -219,13 +219,13 @@ def judge(entry: Entry, turns: list[list[list | None]], force_quit: bool = False
         purge(entry.id)
     if verdict["valid"]:
         return {"correct": True, "error_type": None, "error": None, "error_class": None}
-    text = str(verdict.get("error") or verdict.get("error_message") or "")
     kind = verdict["error_type"]
+    paired = kind.endswith("cannot_find_match")
     return {
         "correct": False,
         "error_type": kind,
-        "error": text[:500],
-        "error_class": error_class(kind, verdict.get("error")),
+        "error": str(verdict.get("error") or verdict.get("error_message") or "")[:500],
+        "error_class": _paired_class(entry, turns[0][0]) if paired else error_class(kind),
     }
 
 
@@ -240,13 +240,11 @@ def accepted(entry: Entry) -> list[dict]:
     return calls if calls and judge(entry, [[calls]])["correct"] else []
 
 
-def error_class(error_type: str, error: list | str | None = None) -> str:
-    """iTool's class of one of the package's error types; of several failed matches the finest."""
-    if error_type.endswith("cannot_find_match"):
-        below = [v for item in error if isinstance(item, dict) for v in item.values()]
-        found = [error_class(v["sub_error_type"], v["sub_error"]) for v in below]
-        return max(found, key=CLASSES.index, default="Tools Count")
-    name = error_type.partition(":")[2]
+def error_class(error_type: str) -> str:
+    """iTool's class (Figure 3) of one of the package's error types."""
+    values = ("type_error", "value_error", "dict_checker", "list_dict_checker")
+    if error_type.startswith(values):
+        return "Parameter Value"
     names = {
         "wrong_count": "Tools Count",
         "wrong_func_name": "Tool Name",
@@ -254,10 +252,8 @@ def error_class(error_type: str, error: list | str | None = None) -> str:
         "missing_optional": "Parameter Count",
         "unexpected_param": "Parameter Name",
     }
-    values = ("type_error", "value_error", "dict_checker", "list_dict_checker")
-    if error_type.startswith(values):
-        return "Parameter Value"
-    return "Code Syntax" if error_type == "ast_decoder" else names.get(name, "Other")
+    name = error_type.rpartition(":")[2]
+    return "Code Syntax" if name == "ast_decoder" else names.get(name, "Other")
 
 
 def call_string(call: dict, methods: set[str]) -> str:
@@ -350,16 +346,55 @@ def _judge(entry, turns, force_quit):
         return {"valid": False, "error_type": "ast_decoder", "error": "the calls do not parse"}
     if not calls:
         return {"valid": False, "error_type": "none:wrong_count", "error": "no call"}
+    return _check(entry, calls, entry.truth, category)
+
+
+def _check(entry, calls, truth, category):
     languages = package().enums.Language
     language = {"simple_java": languages.JAVA, "simple_javascript": languages.JAVASCRIPT}
     return package().ast.ast_checker(
         entry.checked["function"],
         [{call["name"]: call["params"]} for call in calls],
-        entry.truth,
+        truth,
         language.get(category, languages.PYTHON),
         category,
         "model",
     )
+
+
+def _paired_class(entry, calls):
+    """The class of parallel calls: right ones set aside, the rest paired so that it comes as late as it can."""
+    level = []
+    for truth in entry.truth:
+        verdicts = [_check(entry, [call], [truth], "multiple") for call in calls]
+        kinds = [error_class(v["error_type"]) if not v["valid"] else "" for v in verdicts]
+        level.append([CLASSES.index(kind) if kind else len(CLASSES) for kind in kinds])
+    right = _pairs([[n == len(CLASSES) for n in row] for row in level])
+    rest = [
+        [n for column, n in enumerate(level[row]) if column not in right]
+        for row in range(len(level))
+        if row not in right.values()
+    ]
+    for least in range(len(CLASSES) - 1, -1, -1):
+        if len(_pairs([[n >= least for n in row] for row in rest])) == len(rest):
+            return CLASSES[least]
+
+
+def _pairs(fits):
+    """A largest matching, column -> row, of rows and the columns that fit them (augmenting paths)."""
+    owner = {}
+
+    def place(row, seen):
+        for column in [c for c, fit in enumerate(fits[row]) if fit and c not in seen]:
+            seen.add(column)
+            if column not in owner or place(owner[column], seen):
+                owner[column] = row
+                return True
+        return False
+
+    for row in range(len(fits)):
+        place(row, set())
+    return owner
 
 
 def _judge_multi_turn(entry, turns, force_quit):
