@@ -655,3 +655,507 @@ eval.main(["model", "--output_dir", "nowhere"])
         "pip install --no-deps bfcl-eval==2026.3.23" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+# --- API-Bank ---
+
+
+def api_bank_folder(tmp_path) -> Path:
+    """Two files in the official layout."""
+    doc = lambda name, *keys: json.dumps(
+        {
+            "name": name,
+            "description": f"{name} does it.",
+            "input_parameters": {key: {"type": "str", "description": key} for key in keys},
+            "output_parameters": {},
+        }
+    )
+    head = "\nGenerate an API request ...\nThe current year is 2023.\n\nAPI descriptions:\n"
+    meeting = "[AddMeeting(token='t1', topic='Bob's talk', attendees='['Ann', 'Bob']')]"
+    rows = [
+        ("User: Add it.\nIt is\nurgent.\nAI: Sure.\nGenerate API Request:\n", doc("AddMeeting", "token", "topic", "attendees"), meeting),
+        ("User: Hi\nAI: Hello!\nUser: Token?\nAPI-Request: [GetToken(user='ann')]->{'token': 't1'}\nGenerate API Request:\n",
+         doc("GetToken", "user") + "\n" + doc("Now"), "[Now()]"),
+    ]  # fmt: skip
+    search = (
+        "User: Book a room.\nAI: I look for a tool.\nGenerate API Request:\n",
+        doc("ToolSearcher", "keywords"),
+        "[ToolSearcher(keywords='book room')]",
+    )
+    folder = tmp_path / "api_bank"
+    folder.mkdir()
+    for file, content in (("level-1-api.json", rows), ("level-2-api.json", [search, rows[0]])):
+        texts = [
+            {
+                "file": "f",
+                "id": i,
+                "instruction": head + docs,
+                "input": said,
+                "expected_output": f"API-Request: {gold}",
+            }
+            for i, (said, docs, gold) in enumerate(content)
+        ]
+        (folder / file).write_text(json.dumps(texts))
+    return folder
+
+
+def test_api_bank_prompts_and_match(tmp_path):
+    first, second, search, _ = api_bank.samples(api_bank_folder(tmp_path))
+    assert first.gold["params"] == {
+        "token": "t1",
+        "topic": "Bob's talk",
+        "attendees": "['Ann', 'Bob']",
+    }
+    assert first.fields["query"] == "Add it.\nIt is\nurgent."
+    assert first.fields["history"] == [("user", "Add it.\nIt is\nurgent."), ("assistant", "Sure.")]
+    assert second.fields["history"] == [("user", "Hi"), ("assistant", "Hello!")]
+    assert second.fields["query"] == "Token?"
+    call = '{"name": "GetToken", "params": {"user": "ann"}}'
+    assert second.fields["steps"] == [(call, "{'token': 't1'}")]
+    assert [tool["name"] for tool in second.fields["tools"]] == ["GetToken", "Now"]
+    assert second.gold == {"name": "Now", "params": {}}
+    assert [s.category for s in (first, search)] == ["level_1", "level_2_search"]
+    listed = {**first.gold["params"], "attendees": ["Ann", "Bob "]}
+    assert api_bank.matches([{"name": "AddMeeting", "params": listed}], first.gold)
+    for wrong in (
+        {"attendees": ["Bob", "Ann"]},
+        {"topic": "bob's talk"},
+        {"token": "t2"},
+        {"more": "1"},
+    ):
+        assert not api_bank.matches(
+            [{"name": "AddMeeting", "params": {**listed, **wrong}}], first.gold
+        )
+    assert not api_bank.matches([first.gold, first.gold], first.gold)
+    assert not api_bank.matches([{**first.gold, "name": "Addmeeting"}], first.gold)
+    assert not api_bank.matches([], first.gold) and not api_bank.matches(None, first.gold)
+    assert api_bank.matches(
+        [{"name": "ToolSearcher", "params": {"keywords": "rooms"}}], search.gold
+    )
+    value = lambda a, b: api_bank.matches(
+        [{"name": "f", "params": {"x": a}}], {"name": "f", "params": {"x": b}}
+    )
+    assert (
+        value(5, "5") and value("5.0", "5") and value(" a ", "a") and value({"k": 1}, "{'k': '1'}")
+    )
+    assert not any(
+        (
+            value("05", "5"),
+            value(True, "1"),
+            value("a", "b"),
+            value(None, "None"),
+            value("10" * 10, "10" * 9 + "11"),
+        )
+    )
+
+
+@needs_api_bank
+def test_api_bank_gold_answers_score_everything():
+    cases = evaluation.api_bank_cases(options(bench="api_bank", api_bank=str(OFFICIAL)))
+    assert Counter(c.category for c in cases) == {
+        "level_1": 399,
+        "level_2": 90,
+        "level_2_search": 45,
+    }
+    golds = {s.id: s.gold for s in api_bank.samples(OFFICIAL)}
+    for form, write in (("toolupt", tool_call), ("python", python_calls)):
+        cases = evaluation.api_bank_cases(
+            options(bench="api_bank", api_bank=str(OFFICIAL), format=form)
+        )
+        rows = [
+            {"category": c.category, **c.score({"turns": [[write([golds[c.id]])]]})} for c in cases
+        ]
+        assert all(row["correct"] for row in rows)
+        assert set(api_bank.columns(scores._counts(rows)).values()) == {100.0}
+
+    # every gold call names documented parameters only: nothing was lost or invented in reading
+    known = {
+        s.id: {t["name"]: t["parameters"]["properties"] for t in s.fields["tools"]}
+        for s in api_bank.samples(OFFICIAL)
+    }
+    full = [
+        golds[k]["params"].keys() == known[k][golds[k]["name"]].keys()
+        for k in golds
+        if k.startswith("level_1") and golds[k]["name"] in known[k]
+    ]
+    assert sum(full) == 379
+
+
+def test_api_bank_columns():
+    counts = {"level_1": (303, 399), "level_2": (40, 90), "level_2_search": (24, 45)}
+    assert api_bank.columns(
+        counts
+    ) == pytest.approx(  # ToolACE's row of iTool's Table 2: 75.94 and 47.41
+        {"level_1": 75.94, "level_2": 47.41, "level_2_without_search": 44.44}, abs=0.005
+    )
+    assert list(api_bank.columns({"level_1": (1, 2)})) == ["level_1"]
+
+
+# --- a run, its records, its reports ---
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run(tmp_path, monkeypatch, script, stop_after=math.inf, **given):
+    """evaluate() with a scripted engine; `stop_after` generate calls the machine dies."""
+    engine = Scripted(script)
+    generate, calls = engine.generate, []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > stop_after:
+            raise Interrupted
+        return generate(*args, **kwargs)
+
+    engine.generate = dying
+    monkeypatch.setattr(rollout, "make_engine", lambda *a, **k: engine)
+    given = {"model": str(TOY), "output_dir": str(tmp_path / "out"), **given}
+    return evaluation.evaluate(options(**given)), engine
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A file of twelve examples, and responses of which two calls and three answers are right."""
+    examples = data.load("toy", "test")
+    calls = [e for e in examples if e.kind == "tool_call"][:6]
+    answers = [e for e in examples if e.kind == "answer"][:6]
+    data.write_jsonl(calls + answers, tmp_path / "own.jsonl")
+    said = [e.target for e in calls[:2]] + [ANSWER, "<tool_call>{", "prose", calls[0].target]
+    said += [ANSWER] * 3 + [calls[0].target, "prose", "<answer>cut"]
+    ids = [f"{e.id}#{i}" for i, e in enumerate(calls + answers)]
+    return str(tmp_path / "own.jsonl"), {i: [text] for i, text in zip(ids, said)}
+
+
+def test_a_file_of_examples(tmp_path, monkeypatch, own, capsys):
+    file, script = own
+    out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
+    rows = scores.read_rows(out / "results.jsonl")
+    examples = data.load("jsonl", file)
+    right = [
+        rewards.outcome(script[r["id"]][0], e.target).total == 4 for r, e in zip(rows, examples)
+    ]
+    assert [r["correct"] for r in rows] == right and sum(right) == 5
+    text = (out / "report.md").read_text()
+    assert "| Accuracy | Tool calls | Answers |" in text
+    assert "| 41.67 [" in text and " | 33.33 [" in text and " | 50.00 [" in text
+    total = sum(rewards.outcome(script[r["id"]][0], r["target"]).total for r in rows) / 12
+    assert f"mean outcome reward {total:.3f}" in text
+    assert (out / "report.png").stat().st_size > 5000 and "Accuracy" in capsys.readouterr().out
+    for key in ("id", "prompt", "turns", "decoded", "correct", "error", "error_class"):
+        assert all(key in row for row in rows)
+    assert all(row["prompt"] for row in rows)
+
+
+def test_tally_is_what_training_reports(own):
+    """rewards.tally against a slow count; train.evaluate divides these sums."""
+    file, script = own
+    examples, n = data.load("jsonl", file), Counter()
+    for example, [text] in zip(examples, script.values()):
+        outcome = rewards.outcome(text, example.target)
+        right = outcome.format == 1 and outcome.correct == 3
+        n["n"] += 1
+        n["reward"] += outcome.total
+        n["accuracy"] += right
+        n["n_calls"] += example.kind == "tool_call"
+        n["tool_calls" if example.kind == "tool_call" else "answers"] += right
+    found = rewards.tally([t for [t] in script.values()], [e.target for e in examples])
+    assert found == pytest.approx(dict(n))
+    parts = [
+        rewards.tally(
+            *zip(*[(t[0], e.target) for t, e in list(zip(script.values(), examples))[i::2]])
+        )
+        for i in (0, 1)
+    ]
+    assert {k: parts[0][k] + parts[1][k] for k in n} == pytest.approx(dict(n))
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, own):
+    file, script = own
+    given = {"bench": "file", "file": file, "batch": 4}
+    whole, _ = run(tmp_path / "whole", monkeypatch, script, **given)
+    with pytest.raises(Interrupted):
+        run(tmp_path, monkeypatch, script, stop_after=2, **given)
+    part = tmp_path / "out/results.part0.jsonl"
+    assert len(scores.read_rows(part)) == 8
+    with open(part, "a") as file_:
+        file_.write('{"id": "cut off in the mid')  # as a crash leaves it
+    out, engine = run(tmp_path, monkeypatch, script, **given)
+    assert engine.rounds == [4]
+    assert (out / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()
+    assert not list(out.glob("*part*"))
+    _, engine = run(tmp_path, monkeypatch, script, **given)
+    assert engine.rounds == []  # nothing left to do
+    with pytest.raises(ValueError, match="max_tokens 1024 -> 5.*another --output_dir"):
+        run(tmp_path, monkeypatch, script, max_tokens=5, **given)
+
+
+@needs_bfcl
+def test_categories_limit_and_overalls(tmp_path, monkeypatch, cases):
+    """No overall for a part of the benchmark; more categories join the same results."""
+    script = {
+        e.id: [tool_call(bfcl_oracle.calls_of(e))]
+        for e, _ in cases["simple_python"][:3] + cases["multiple"][:3]
+    }
+    out, engine = run(tmp_path, monkeypatch, script, categories=["simple_python"], limit=2)
+    assert engine.rounds == [2]
+    out, engine = run(
+        tmp_path, monkeypatch, script, categories=["simple_python", "multiple"], limit=3
+    )
+    assert engine.rounds == [4]
+    text = (out / "report.md").read_text()
+    assert (
+        "**Not the whole benchmark**, no overall: simple_python 3 of 400, multiple 3 of 200."
+        in text
+    )
+    assert "Overall" not in text.split("Error types")[0].split("- Overall (ToolUPT) =")[0]
+    assert "bfcl-eval 2026.3.23" in text and "| simple_python | 3 | 3 | 100.00 |" in text
+    with pytest.raises(ValueError, match="no category 'simple'"):
+        run(tmp_path, monkeypatch, script, categories=["simple"])
+
+
+def fake_run(folder: Path, correct: dict[str, list[bool]], **settings) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        {"id": f"{k}_{i}", "category": k, "correct": bool(v), "over_long": False, "cut": 0, "kinds": [["answer"]],
+         "decoded": [[None]], "error_class": None if v else "Other", "turns": [["x"]]}
+        for k, values in correct.items() for i, v in enumerate(values)
+    ]  # fmt: skip
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {
+        "model": "m",
+        "bench": "bfcl",
+        "bfcl_eval": "2026.3.23",
+        "prompt": "p",
+        "format": "toolupt",
+        "max_tokens": 9,
+    }
+    known |= {
+        "max_model_len": 99,
+        "temperature": 0,
+        "seed": 0,
+        "keep_steps": True,
+        "half": None,
+        "engine": "vllm",
+        "versions": {},
+    }
+    sizes = {k: len(v) for k, v in correct.items()}
+    (folder / "settings.json").write_text(json.dumps(known | {"sizes": sizes} | settings))
+    return folder
+
+
+def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
+    rng = random.Random(0)
+    draw = lambda p: {k: [rng.random() < p for _ in range(100)] for k in bfcl.CATEGORIES}
+    low, high = draw(0.4), draw(0.6)
+    near = {k: [not v[0], *v[1:]] for k, v in low.items()}
+    a, b, c = (fake_run(tmp_path / n, x) for n, x in (("a", low), ("b", high), ("c", near)))
+    text = scores.report(a)
+    wanted = evaluation.columns({k: (sum(v), len(v)) for k, v in low.items()})
+    for name, value in wanted.items():
+        assert f"{value:.2f} [" in text, name
+    assert (
+        "| Overall (ToolUPT) | Overall (v3) | Non-live AST | Live AST | Multi-turn | Relevance | Irrelevance |"
+        in text
+    )
+    lines = scores.compare([a, b, c]).splitlines()
+    differs = next(line for line in lines if line.startswith(f"| {b} - {a}"))
+    same = next(line for line in lines if line.startswith(f"| {c} - {a}"))
+    assert "n.s." not in differs.split("|")[2] and "n.s." in same.split("|")[2]
+    gap = (
+        evaluation.columns({k: (sum(v), len(v)) for k, v in high.items()})["overall_paper"]
+        - wanted["overall_paper"]
+    )
+    assert differs.split("|")[2].strip().startswith(f"{gap:+.2f} [")
+    d = fake_run(tmp_path / "d", draw(0.5), bfcl_eval="2025.8.6.2")
+    assert "WARNING: bfcl_eval differs" in scores.compare([a, d])
+    e = fake_run(tmp_path / "e", {"level_1": [True]}, bench="api_bank")
+    with pytest.raises(ValueError, match="different benchmarks"):
+        scores.compare([a, e])
+
+
+def test_bootstrap_against_a_slow_loop():
+    """The spread of a column under resampling equals that of a plain loop over drawn cases."""
+    rng = random.Random(1)
+    rows = [
+        {"id": f"{k}{i}", "category": k, "correct": rng.random() < 0.3}
+        for k, n in (("tool_call", 40), ("answer", 10))
+        for i in range(n)
+    ]
+    other = [{**row, "correct": rng.random() < 0.5} for row in rows]
+    found = scores.bootstrap([rows, other], "file", samples=4000)
+    slow = []
+    for _ in range(4000):
+        right = 0
+        for k in ("tool_call", "answer"):
+            mine = [row["correct"] for row in rows if row["category"] == k]
+            right += sum(rng.choice(mine) for _ in mine)
+        slow.append(100 * right / 50)
+    slow.sort()
+    fast = sorted(found["accuracy"][:, 0])
+    for q in (100, 1000, 2000, 3000, 3900):
+        assert abs(fast[q] - slow[q]) <= 2.0  # one case is 2 %
+    assert abs(found["accuracy"][:, 0].mean() - 2 * sum(row["correct"] for row in rows)) < 0.5
+    assert found["tool_call"].shape == (4000, 2)
+    assert (
+        scores.bootstrap([rows, rows], "file")["accuracy"] @ [1, -1] == 0
+    ).all()  # the same draw for both
+
+
+def test_rescore_reads_the_responses_only(tmp_path, monkeypatch, own):
+    file, script = own
+    out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
+    before = (out / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    spoilt = [
+        {**row, "correct": not row["correct"], "error_class": "Other", "decoded": None}
+        for row in rows
+    ]
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    monkeypatch.setattr(rollout, "make_engine", None)
+    evaluation.main(["--rescore", str(out)])
+    assert [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines()] == rows
+
+
+def test_error_types_of_a_file(tmp_path, capsys):
+    """One pair per class of iTool's Figure 3, one right; a file of pairs with categories and one of rollouts."""
+    target = '[f(a=1, b="x"), g()]'
+    said = {
+        None: '[g(), f(a=1, b="X")]',
+        "Code Syntax": "[f(a=1",
+        "Tools Count": "[g()]",
+        "Tool Name": '[f(a=1, b="x"), h()]',
+        "Parameter Count": "[f(a=1), g()]",
+        "Parameter Name": '[f(a=1, c="x"), g()]',
+        "Parameter Value": '[f(a=2, b="x"), g()]',
+    }
+    rows = [{"response": text, "target": target, "category": "multi"} for text in said.values()]
+    rows += [{"text": "prose", "target": ANSWER, "kind": "answer"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation.main(["--errors", str(path)])
+    text = capsys.readouterr().out
+    assert "multi: 1 of 7 without error" in text and "answer: 0 of 1 without error" in text
+    assert (
+        "| multi | 1 | 0 | 1 | 1 | 1 | 1 | 1 |" in text
+        and "| answer | 0 | 1 | 0 | 0 | 0 | 0 | 0 |" in text
+    )
+    assert (tmp_path / "pairs.errors.png").stat().st_size > 5000
+    path.write_text(json.dumps({"response": "x"}) + "\n")
+    with pytest.raises(SystemExit):
+        evaluation.main(["--errors", str(path)])
+    assert "line 1: needs response and target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a model"),
+        (["m", "--limit", "0"], "must be at least 1"),
+        (["m", "--compare", "a", "b"], "give a model, or one of"),
+        (["m", "--bench", "gorilla"], "invalid choice"),
+        ([str(TOY), "--bench", "file"], "needs data: --file"),
+        ([str(TOY), "--bench", "api_bank"], "--api_bank DIR"),
+        (
+            [str(TOY), "--bench", "api_bank", "--api_bank", "nowhere"],
+            "nowhere/level-1-api.json does not exist",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- BFCL-half ---
+
+
+@needs_bfcl
+def test_bfcl_half_shares_no_query_and_no_tool():
+    words = lambda text: tuple(
+        "".join(c if c.isalnum() or c == "_" else " " for c in text.casefold()).split()
+    )
+    for seed in (0, 1):
+        train, test = data.bfcl_halves(seed)
+        assert len(train) + len(test) == 2251 and abs(len(train) - len(test)) < 60
+        parts = []
+        for part in (train, test):
+            tools = {json.dumps(tool, sort_keys=True) for e in part for tool in e.tools}
+            parts.append((tools, {words(e.query) for e in part}))
+        assert not parts[0][0] & parts[1][0] and not parts[0][1] & parts[1][1]
+    again, _ = data.bfcl_halves(1)
+    assert again == train and train != data.bfcl_halves(0)[0]
+
+
+@needs_bfcl
+def test_bfcl_half_trains_on_accepted_answers_and_evaluates_the_rest(cases):
+    train, test = data.load("bfcl_half", seed=3), data.load("bfcl_half", "test", seed=3)
+    live = {case.id: case for name in bfcl.GROUPS["live"] for _, case in cases[name]}
+    for example in train + test:
+        case = live[example.id.split("/")[1]]
+        assert case.category != "live_relevance"
+        assert case.score({"turns": [[example.target]]})["correct"]
+        asked = next(case.talk({}))
+        assert (asked.query, asked.tools, asked.system) == (
+            example.query,
+            example.tools,
+            example.system,
+        )
+    assert (
+        len(train) + len(test) == 2251 - 16 - 4
+    )  # relevance, and the four cases that no answer satisfies
+    evaluated = {c.id for c in evaluation.bfcl_cases(options(half=3))}
+    assert not evaluated & {e.id.split("/")[1] for e in train}
+    assert {e.id.split("/")[1] for e in test} < evaluated
+    other = [name for name in bfcl.CATEGORIES if name not in bfcl.GROUPS["live"]]
+    assert sum(c.id in evaluated for name in other for _, c in cases[name]) == 4441 - 2251
+    with pytest.raises(ValueError, match="no part 'valid'"):
+        data.load("bfcl_half", "valid")
+
+
+# --- real engines ---
+
+
+def launch(*command, ranks=0) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if "RANK" not in k and "WORLD" not in k}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks else []), *map(str, command)]
+    env["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        command, check=False, cwd=REPO, env=env, text=True, capture_output=True, timeout=1500
+    )
+
+
+@needs_bfcl
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
+    """The toy model on a few cases: torchrun with an engine per rank, and one process without vLLM."""
+    common = [
+        "eval.py",
+        TOY,
+        "--categories",
+        "simple_python",
+        "live_relevance",
+        "multi_turn_base",
+        "--limit",
+        3,
+    ]
+    common += ["--max_tokens", 24, "--max_model_len", 9000, "--max_num_seqs", 8]
+    done = launch(*common, "--output_dir", tmp_path / "two", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(*common, "--output_dir", tmp_path / "one", "--engine", "transformers")
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (scores.read_rows(tmp_path / name / "results.jsonl") for name in ("two", "one"))
+    assert [row["id"] for row in two] == [row["id"] for row in one] and len(one) == 9
+    assert not list((tmp_path / "two").glob("*part*"))
+    # greedy decoding in float32: the kernels sum in another order, which may move a token near a tie
+    same = sum(a["turns"] == b["turns"] for a, b in zip(one, two))
+    assert same >= 7, same
+    assert (
+        "going on: 9 of 9"
+        in launch(*common, "--output_dir", tmp_path / "one", "--engine", "transformers").stdout
+    )
