@@ -90,7 +90,7 @@ def row_of(non_live, live, multi_turn, relevance, irrelevance) -> dict:
     [  # ToolUPT, Tables 2 to 5: overall, non-live, live, multi-turn, relevance, irrelevance
         (48.65, 86.19, 73.87, 16.25, 87.50, 83.11),  # Qwen2.5-7B, ToolUPT
         (42.66, 85.90, 73.95, 5.88, 81.25, 78.50),  # Llama-3.1-8B, ToolUPT
-        (62.32, 88.13, 76.68, 40.88, 81.25, 86.47),  # Qwen2.5-32B, ToolUPT
+        (62.32, 88.13, 76.68, 40.88, 87.50, 86.47),  # Qwen2.5-32B, ToolUPT
     ],
 )
 def test_overall_paper_reproduces_the_printed_overall(printed):
@@ -995,7 +995,7 @@ def test_bootstrap_against_a_slow_loop():
     slow.sort()
     fast = sorted(found["accuracy"][:, 0])
     for q in (100, 1000, 2000, 3000, 3900):
-        assert abs(fast[q] - slow[q]) <= 2.0  # one case is 2 %
+        assert abs(fast[q] - slow[q]) <= 2.01  # one case is 2 %
     assert abs(found["accuracy"][:, 0].mean() - 2 * sum(row["correct"] for row in rows)) < 0.5
     assert found["tool_call"].shape == (4000, 2)
     assert (
@@ -1079,13 +1079,14 @@ def test_bfcl_half_shares_no_query_and_no_tool():
     words = lambda text: tuple(
         "".join(c if c.isalnum() or c == "_" else " " for c in text.casefold()).split()
     )
+    opening = lambda e: next((text for role, text in e.history if role == "user"), e.query)
     for seed in (0, 1):
         train, test = data.bfcl_halves(seed)
         assert len(train) + len(test) == 2251 and abs(len(train) - len(test)) < 60
         parts = []
         for part in (train, test):
             tools = {json.dumps(tool, sort_keys=True) for e in part for tool in e.tools}
-            parts.append((tools, {words(e.query) for e in part}))
+            parts.append((tools, {words(opening(e)) for e in part}))
         assert not parts[0][0] & parts[1][0] and not parts[0][1] & parts[1][1]
     again, _ = data.bfcl_halves(1)
     assert again == train and train != data.bfcl_halves(0)[0]
