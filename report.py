@@ -19,21 +19,24 @@ SHADES = {
 
 def summary(out: Path, tokenizer) -> str:
     """The lines that end a run."""
-    steps = list(_lines(out / "metrics.jsonl"))[1:]
-    scores = [row for row in steps if "eval/accuracy" in row]
-    before, after = scores[0]["eval/accuracy"], scores[-1]["eval/accuracy"]
+    scores = milestones(out)
     folders = [path for path in out.glob("checkpoint-*") if (path / "config.json").exists()]
     order = lambda path: (path.name.endswith("best"), path.stat().st_mtime)
     newest = max(folders, key=order, default="none")
     lines = [
         "",
-        f"exact-match accuracy on held-out examples: {before:.1%} before, {after:.1%} after",
+        "exact-match accuracy on held-out examples: "
+        + ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in scores),
         f"checkpoint   {newest}",
         f"metrics      {out / 'metrics.jsonl'}",
     ]
     if (out / "rollouts.jsonl").exists():
         lines += [f"rollouts     {out / 'rollouts.jsonl'}"]
     lines += [f"picture      {learning_curve(out)}"]
+    if (out / "searches.jsonl").exists():
+        lines += [f"             {iterations(out)}"]
+        lines += [f"pairs        {out / 'pairs.jsonl'}"]
+        lines += [f"trees        python mcts.py show {out}/trees-1.jsonl --svg {out}/trees.svg"]
     if (out / "rollouts.jsonl").exists():
         lines += [
             "",
@@ -72,16 +75,72 @@ def coloured(row: dict, tokenizer) -> str:
     return f"{head}\n{text}\nexpert: {row['target']}"
 
 
+def milestones(out: Path) -> list[tuple[str, float]]:
+    """(what, accuracy on held-out examples): before, after each stage in front and each iteration, at the end."""
+    marks = []
+    for stage in ("sft", "warmup", ""):
+        path = out / stage / "metrics.jsonl"
+        rows = list(_lines(path))[1:] if path.exists() else []
+        scores = [row for row in rows if row.get("eval/accuracy") is not None]
+        if not scores:
+            continue
+        if not marks:
+            marks.append(("before", scores[0]["eval/accuracy"]))
+        last = {f"iteration {row['iteration']}": row for row in scores if "iteration" in row}
+        last = last or {stage or "after": scores[-1]}
+        if not stage and marks[-1][0] in (
+            "sft",
+            "warmup",
+        ):  # the best checkpoint, not the last step
+            marks[-1] = (marks[-1][0], scores[0]["eval/accuracy"])
+        marks += [(name, row["eval/accuracy"]) for name, row in last.items()]
+    return marks
+
+
+def iterations(out: Path) -> Path:
+    """Draw iTool's course into iterations.png: accuracy, pairs, and the margin on held-out pairs; return its path."""
+    plt = _pyplot()
+    searches = list(_lines(out / "searches.jsonl"))
+    ends = {
+        row["iteration"]: row
+        for row in list(_lines(out / "metrics.jsonl"))[1:]
+        if "iteration" in row
+    }
+    figure, (accuracy, pairs, margin) = plt.subplots(1, 3, figsize=(14, 3.8))
+    names, values = zip(*milestones(out))
+    accuracy.plot(names, values, "o-")
+    accuracy.set(title="exact-match accuracy, held-out examples", ylim=(0, 1))
+    accuracy.tick_params(axis="x", rotation=20)
+    numbers = [row["iteration"] for row in searches]
+    counts = {"kept": [row["pairs"] + row["held_out"] for row in searches]}
+    for why in sorted({why for row in searches for why in row["dropped"]}):
+        counts[f"dropped: {why}"] = [row["dropped"].get(why, 0) for row in searches]
+    for k, (name, heights) in enumerate(counts.items()):
+        places = [n + 0.8 * (k - (len(counts) - 1) / 2) / len(counts) for n in numbers]
+        pairs.bar(places, heights, 0.8 / len(counts), label=name)
+    pairs.set(title="preference pairs", xlabel="iteration", xticks=numbers)
+    pairs.legend()
+    for row in searches:
+        end = ends.get(row["iteration"], {})
+        if "eval/rewards/margins" in row and "eval/rewards/margins" in end:
+            before_after = row["eval/rewards/margins"], end["eval/rewards/margins"]
+            margin.plot([row["iteration"], row["iteration"] + 0.8], before_after, "o-")
+    margin.set(title="reward margin on held-out pairs, before and after", xlabel="iteration")
+    for axis in (accuracy, pairs, margin):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    path = out / "iterations.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
 def learning_curve(out: Path) -> Path:
     """Draw accuracy and reward over steps into learning_curve.png; return its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     config, *rows = _lines(out / "metrics.jsonl")
     panels = [("accuracy", "exact-match accuracy"), ("reward", "mean reward"), ("loss", "loss")]
-    panels = [(name, title) for name, title in panels if any(name in row for row in rows)]
+    panels = [(n, t) for n, t in panels if any(n in row or f"eval/{n}" in row for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
     for axis, (name, title) in zip(axes[0], panels):
         for key, label, style in (
@@ -129,6 +188,15 @@ def tracker(kind: str, out: Path, config: dict) -> Callable[[dict, int], None] |
         raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
     wandb.init(project="toolupt", dir=str(out), config=config)
     return lambda metrics, step: wandb.log(metrics, step=step)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def _telling(path: Path) -> dict:
