@@ -290,6 +290,12 @@ NEEDS = {
     "sft_max_steps": ("an SFT stage in front (--max_steps is that of --algo sft)", lambda c: c.stages == "sft,rl"),
     "sft_learning_rate": ("an SFT stage in front (or take --learning_rate)", lambda c: c.stages == "sft,rl"),
 }  # fmt: skip
+_NAMES = [f.name for f in fields(Config)]
+_OF_ITOOL = _NAMES[_NAMES.index("warmup") : _NAMES.index("held_out_pairs") + 1]
+NEEDS |= {
+    name: ("--algo itool", lambda c: {"warmup", "itool"} & {*c.stages.split(",")})
+    for name in _OF_ITOOL
+}
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
 

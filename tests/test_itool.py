@@ -415,6 +415,32 @@ def test_learning_rates_are_table_6_s_and_9_s():
     assert train.parse_args(own).learning_rate == 2e-7
 
 
+# ---- quantised base ----
+
+
+def test_qlora_merges_the_original_weights(tmp_path):
+    """NF4 rounds the frozen weights; what is saved, and sent to the engine, is peft's merge without that error."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from peft import PeftModel
+
+    network, tokenizer = modeling.load(frozen.TOY, lora_rank=4, quant="4bit")
+    kinds = {type(m).__name__ for m in network.modules()}
+    assert "Linear4bit" in kinds
+    torch.manual_seed(0)
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    modeling.save(network, tokenizer, tmp_path / "saved")
+    base = AutoModelForCausalLM.from_pretrained(frozen.TOY, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, tmp_path / "saved" / "adapter").merge_and_unload()
+    saved, sent = weights_of(tmp_path / "saved"), dict(modeling.full_tensors(network))
+    for name, weight in expected.state_dict().items():
+        assert torch.allclose(saved[name], weight, atol=1e-6)
+        assert torch.equal(saved[name], sent[name])
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+
+
 # ---- whole runs ----
 
 
@@ -525,6 +551,16 @@ def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
     assert "no pair to train on" in text and "accept_q" in text and "saved as it was" in text
     before, after = weights_of(frozen.TOY), weights_of(out / "checkpoint-0")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_flag_of_itool_is_refused_elsewhere(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--algo", "grpo", "--mcts_depth", "4"])
+    assert "--mcts_depth has no effect with --algo grpo: it needs --algo itool" in capsys.readouterr().err
+    assert (
+        train.parse_args(["--algo", "itool", "--stages", "warmup", "--split", "none"]).split
+        == "none"
+    )
 
 
 @pytest.mark.parametrize(
