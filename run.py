@@ -56,11 +56,12 @@ class Clock:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def metrics(self, tokens: int) -> dict:
-        """timing_s/* and the tokens per second that the update reads (each prompt once)."""
+    def metrics(self, tokens: int | None = None) -> dict:
+        """timing_s/*, and with `tokens`, what the update reads (each prompt once), those per second."""
         step = time.perf_counter() - self.start
         timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
-        return {**timing, "timing_s/step": step, "perf/tokens_per_second": tokens / step}
+        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
+        return {**timing, "timing_s/step": step, **speed}
 
 
 class Run:
@@ -262,11 +263,11 @@ class Run:
     # records
 
     @contextmanager
-    def progress(self, total: int, first: int = 0, what: str = ""):
-        """A bar over steps on rank 0, from `first` or the step that the run resumed at."""
+    def progress(self, total: int, first: int | None = None, what: str = ""):
+        """A bar on rank 0, from `first`, or over steps from the one that the run resumed at."""
         with tqdm(
             total=total,
-            initial=min(total, max(first, self.first_step)) if not what or first else first,
+            initial=self.first_step if first is None else first,
             desc=what or self.config.algo,
             disable=self.rank > 0,
             dynamic_ncols=True,

@@ -501,14 +501,12 @@ def run_itool(config: Config, run: Run) -> None:
         held_out = [pair for pair in pairs if pair["held_out"]]
 
         # 4 optimise
-        start, steps = (
-            end,
-            math.ceil(config.preference_epochs * len(trained) / config.train_batch_size),
-        )
-        end += steps
+        steps = math.ceil(config.preference_epochs * len(trained) / config.train_batch_size)
+        start, end = end, end + steps
         run.engine.sleep()
-        with run.progress(end, start, f"iteration {iteration}, {config.preference}") as bar:
-            for step in range(max(start, run.first_step), end):
+        first = min(max(start, run.first_step), end)
+        with run.progress(end, first, f"iteration {iteration}, {config.preference}") as bar:
+            for step in range(first, end):
                 clock = Clock()
                 if step == start:
                     run.restart_optimizer()
@@ -520,7 +518,7 @@ def run_itool(config: Config, run: Run) -> None:
                     lr = learning_rate_at(config, step - start, steps, config.learning_rate)
                     skipped = run.optimizer_step(lr, grad_norm)
                 metrics = {**stats, "iteration": iteration, "skipped": skipped}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics(0)}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics()}
                 last = step + 1 == end
                 if last:  # 5 weight sync
                     metrics.update(held_out_metrics(config, run, held_out))
@@ -531,7 +529,7 @@ def run_itool(config: Config, run: Run) -> None:
                 bar.update()
                 if last or (step + 1) % config.save_steps == 0:
                     run.save(step + 1)
-        if end > start and run.first_step < end:
+        if first < end:
             accuracy = metrics["eval/accuracy"]
             run.say(f"after iteration {iteration}: {accuracy:.1%} exact match on held-out examples")
     if end == 0:
@@ -999,7 +997,7 @@ def find_pairs(
     summary |= {name: stats[name] for name in itool.COUNTS}
     summary["option_mass"] = stats["option_mass"] / max(1, stats["evaluations"])
     summary |= held_out_metrics(config, run, [pair for pair in pairs if pair["held_out"]])
-    return summary | clock.metrics(0), pairs
+    return summary | clock.metrics(), pairs
 
 
 def search_config(config: Config) -> mcts.SearchConfig:
