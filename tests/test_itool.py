@@ -450,7 +450,7 @@ def command(out, *more) -> list[str]:
         data.write_jsonl(data.load("toy", "train")[:96], file)
     text = f"""train.py --algo itool --model_name_or_path {frozen.TOY} --train_file {file} --eval_file toy:test
     --output_dir {out} --train_batch_size 8 --warmup_epochs 1 --warmup_learning_rates 1e-3 1e-3 1e-3 --iterations 2
-    --pool_fraction 1 --buffer_fraction 0.25 --learning_rate 1e-3 --max_prompt_length 1024 --max_completion_length 96
+    --pool_fraction 1 --buffer_fraction 0.6 --temperature 1 --self_evaluation none --learning_rate 1e-3 --max_prompt_length 1024 --max_completion_length 96
     --eval_size 16 --eval_steps 0 --no_gradient_checkpointing --held_out_pairs 0.3"""
     return [*text.split(), *map(str, more)]
 
