@@ -556,7 +556,10 @@ def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
 def test_a_flag_of_itool_is_refused_elsewhere(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--algo", "grpo", "--mcts_depth", "4"])
-    assert "--mcts_depth has no effect with --algo grpo: it needs --algo itool" in capsys.readouterr().err
+    assert (
+        "--mcts_depth has no effect with --algo grpo: it needs --algo itool"
+        in capsys.readouterr().err
+    )
     assert (
         train.parse_args(["--algo", "itool", "--stages", "warmup", "--split", "none"]).split
         == "none"
