@@ -350,7 +350,7 @@ def split(
     several tool lists, and irrelevance queries are xLAM queries. "The same" is the opening message
     or a later one of 12 words: shorter ones ("yes, please go ahead") would join whole datasets.
     fraction  in (0, 1); ValueError where a part would be empty
-    by_tools  rows that share a tool, word for word, stay together too
+    by_tools  rows that share a tool, the order of its keys apart, stay together too
     """
     groups, first = _groups(examples, by_tools), set()
     random.Random(seed).shuffle(groups)
@@ -654,7 +654,7 @@ def _groups(examples: list[Example], by_tools: bool = False) -> list[list[int]]:
         for words in [said[0], *(words for words in said[1:] if len(words) >= 12)]:
             parent[root(row)] = root(("query", *words))
         for tool in example.tools if by_tools else ():
-            parent[root(row)] = root(("tool", _dumps(tool)))
+            parent[root(row)] = root(("tool", json.dumps(tool, sort_keys=True)))
     groups = defaultdict(list)
     for index, example in enumerate(examples):
         groups[root(("row", example.id.rpartition("/")[0]))].append(index)
