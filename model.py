@@ -14,6 +14,7 @@ Log-probs are in packing.py. Where a process group exists, all ranks call `shard
 
 import copy
 import json
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -236,7 +237,7 @@ def save(
     if hasattr(model, "peft_config"):
         _save_adapter(model, temporary / "adapter")
     if first:
-        _replace(path, temporary)
+        replace_folder(path, temporary)
     if dist.is_initialized():
         dist.barrier()
 
@@ -385,8 +386,11 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def _replace(path: Path, new: Path) -> None:
-    """Renames `new` to `path`; an older folder of that name goes when its successor is whole."""
+def replace_folder(path: Path, new: Path) -> None:
+    """Renames `new` to `path`; an older folder of that name goes when its successor is whole and on disk."""
+    for file in filter(Path.is_file, new.iterdir()):
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

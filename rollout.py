@@ -72,6 +72,12 @@ class Sample:
     finish_reason: str  # "stop" (EOS or a stop token) | "length" (max_tokens)
 
 
+def text_of(tokenizer, token_ids: list[int], finish_reason: str) -> str:
+    """The text of a completion: with special tokens, without the closing EOS."""
+    body = token_ids[:-1] if finish_reason == "stop" else token_ids
+    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def make_engine(
     kind: str,
     model_path: str,
@@ -249,10 +255,7 @@ class Engine:
                 )
 
     def _sample(self, token_ids, logps, finish_reason):
-        body = token_ids[:-1] if finish_reason == "stop" else token_ids
-        text = self.tokenizer.decode(
-            body, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = text_of(self.tokenizer, token_ids, finish_reason)
         return Sample(token_ids, logps, text, finish_reason)
 
 

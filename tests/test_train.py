@@ -839,25 +839,12 @@ def test_resuming_from_nowhere_is_named(tiny, tmp_path):
 # -------------------------------------------------------------------------------------- real rollouts of a tiny model
 
 
-def short_flags(tiny, folder, *more) -> list[str]:
-    """Real sampling of a random model: short prompts and responses, some examples with a right answer."""
-    rows = [
-        data.Example(f"short/{i}/0", [], [], f"say {i}", [], "<answer>\nno\n</answer>", "answer")
-        for i in range(8)
-    ]
-    rows = [data.Example(**{**vars(row), "system": "Tools: __TOOL_DESCS__"}) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_jsonl(rows, folder / "short.jsonl")
-    file = f"jsonl:{folder / 'short.jsonl'}"
-    text = f"""--algo toolupt --model_name_or_path {tiny} --train_file {file} --eval_file {file}
-    --output_dir {folder}/out --max_steps 2 --train_batch_size 4 --num_generations 2
-    --max_prompt_length 256 --max_completion_length 16 --engine transformers --eval_steps 0
-    --learning_rate 1e-3 --max_tokens_per_row 300 --no_gradient_checkpointing --save_steps 2"""
-    return [*text.split(), *map(str, more)]
-
-
 def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
 
 
 def noisy_rewards(monkeypatch):
@@ -880,7 +867,7 @@ def test_the_run_stops_when_the_engine_keeps_old_weights(tiny, tmp_path, monkeyp
         calls.append(run)
 
     noisy_rewards(monkeypatch)
-    command = short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
+    command = frozen.short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
     run = train.train(train.parse_args(command))  # with the sync nothing is wrong
     assert run is not None
     monkeypatch.setattr(train, "sync", only_once)
@@ -913,14 +900,22 @@ def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch
     noisy_rewards(monkeypatch)
     monkeypatch.setattr(train, "policy_loss", poisoned)
     monkeypatch.setattr(Run, "optimizer_step", watched)
-    train.train(train.parse_args(short_flags(tiny, tmp_path / "1")))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path / "1")))
     assert before == {0: False, 1: True}
     assert [row["skipped"] for row in metrics_of(tmp_path / "1/out")[2:]] == [1, 0]
 
     before.clear()
     bad |= {1, 2, 3}
-    command = short_flags(tiny, tmp_path / "2", "--max_steps", "9")
-    assert "no finite gradient in 3 steps" in refusal(train.train, train.parse_args(command))
+    command = frozen.short_flags(tiny, tmp_path / "2", "--max_steps", "9")
+    text = refusal(train.train, train.parse_args(command))
+    assert "no finite loss and gradient in 3 steps" in text
+    file = tmp_path / "2/out/bad_batch.jsonl"
+    assert str(file) in text
+    groups = [json.loads(line) for line in file.read_text().splitlines()]
+    third = [row for row in rollouts_of(tmp_path / "2/out") if row["step"] == 3]
+    assert len(groups) == 4 and all(group["prompt"] for group in groups)
+    samples = [sample["token_ids"] for group in groups for sample in group["samples"]]
+    assert samples == [row["token_ids"] for row in third]
     assert before == {0: False, 1: False}  # the third raises
 
 
@@ -933,7 +928,7 @@ def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch)
         return real(config, run, examples, position)
 
     monkeypatch.setattr(train, "roll_out", counted)
-    command = [*short_flags(tiny, tmp_path), "--algo", "dapo"]
+    command = [*frozen.short_flags(tiny, tmp_path), "--algo", "dapo"]
     text = refusal(train.train, train.parse_args(command))
     assert "10 rounds gave 0 of 4 prompts" in text
     assert batches == [(position, 4) for position in range(10)]
@@ -958,7 +953,7 @@ def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
 
     def go(folder, steps, *more):
         steps = ["--max_steps", steps, "--eval_steps", "1"]
-        config = train.parse_args(short_flags(tiny, tmp_path / folder, *steps, *more))
+        config = train.parse_args(frozen.short_flags(tiny, tmp_path / folder, *steps, *more))
         train.train(config)
         return tmp_path / folder / "out"
 
@@ -1068,7 +1063,7 @@ def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
 
 
 def test_old_checkpoints_go(tiny, tmp_path):
-    command = short_flags(tiny, tmp_path, "--max_steps", "3", "--save_steps", "1")
+    command = frozen.short_flags(tiny, tmp_path, "--max_steps", "3", "--save_steps", "1")
     train.train(train.parse_args([*command, "--save_total_limit", "2"]))
     names = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert names == {f"checkpoint-{n}{x}" for n in (2, 3) for x in ("", "-state")}
