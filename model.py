@@ -71,6 +71,7 @@ def load(
             model_name_or_path,
             dtype=dtype,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
             trust_remote_code=trust_remote_code,
             **_quantised(quant, lora_rank, dtype),
         )

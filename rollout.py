@@ -135,6 +135,7 @@ def make_engine(
         "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
+        "load_format": "safetensors",  # never a pickle
     }
     if parallel:
         options["distributed_executor_backend"] = "external_launcher"
@@ -377,7 +378,9 @@ class TransformersEngine(Engine):
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         if dtype == "auto":
             dtype = "bfloat16" if on_gpu else "float32"
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, dtype), use_safetensors=True
+        )
         self.model = model.to(self.device).eval()
         self._names = _aliases(self.model)
         self.max_num_seqs = max_num_seqs

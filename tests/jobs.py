@@ -20,6 +20,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 PATIENCE = 300  # seconds after which a job hangs
+PRELOAD = [
+    "jobs",
+    "train",
+    "frozen",
+    "transformers.models.qwen2.modeling_qwen2",
+    "matplotlib.pyplot",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Fault:
 
         def faulty(*arguments, **options):
             calls.append(name)
-            if len(calls) == self.call and int(os.environ.get("RANK", 0)) == self.rank:
+            if len(calls) == self.call and int(os.environ.get("RANK", "0")) == self.rank:
                 self.happen()
             return real(*arguments, **options)
 
@@ -85,9 +92,7 @@ class Job:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the server too: it starts with the first job
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["jobs", "train", "frozen", "transformers.models.qwen2.modeling_qwen2"]
-        )
+        context.set_forkserver_preload(PRELOAD)
         self.log, self.start = log, time.monotonic()
         arguments = (list(map(str, argv)), str(log), ranks, fault, options)
         self.process = context.Process(target=_job, args=arguments)
