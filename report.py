@@ -68,11 +68,11 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
 
 def coloured(row: dict, tokenizer, by: str = "advantages") -> str:
     """One response for a terminal: its tokens on green (positive) or red, stronger with size."""
-    strongest = max(map(abs, row[by]), default=0) or 1
+    strongest = _largest(row[by])
     text = ""
     for token, value in zip(row["token_ids"], row[by]):
         piece = visible(tokenizer.decode([token]))
-        if value:
+        if value and math.isfinite(value):
             shade = SHADES[1 if value > 0 else -1][min(3, int(4 * abs(value) / strongest))]
             piece = "\n".join(
                 f"\033[30;48;5;{shade}m{part}{PLAIN}" if part else "" for part in piece.split("\n")
@@ -140,9 +140,13 @@ def page(rows: list[dict], tokenizer) -> str:
 
 def _shade(value: float, values: list[float]) -> str:
     """Red, green and blue of a value: white at 0, full colour at the largest of `values`."""
-    strongest = max(map(abs, values), default=0) or 1
-    faded = 255 - round(150 * abs(value) / strongest) if math.isfinite(value) else 255
+    faded = 255 - round(150 * abs(value) / _largest(values)) if math.isfinite(value) else 255
     return f"{faded} 255 {faded}" if value > 0 else f"255 {faded} {faded}"
+
+
+def _largest(values: list[float]) -> float:
+    """The largest size of the finite values, 1 where all are 0."""
+    return max((abs(value) for value in values if math.isfinite(value)), default=0) or 1
 
 
 def learning_curve(out: Path) -> Path:

@@ -8,9 +8,12 @@ import copy
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
+from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -876,6 +879,65 @@ def test_the_run_stops_when_the_engine_keeps_old_weights(tiny, tmp_path, monkeyp
     assert re.match(r"step [1-9]\d*:", text), text
 
 
+class OtherTokenizer:
+    """A tokenizer of another model that happens to know the same ids: some read differently, or another id ends a text."""
+
+    def __init__(self, real, shift=0, eos=None):
+        self.real, self.shift = real, shift
+        self.eos_token_id = real.eos_token_id if eos is None else eos
+
+    def decode(self, ids, **options):
+        return self.real.decode([i + self.shift for i in ids], **options)
+
+
+@pytest.mark.parametrize("other", [{"shift": 1}, {"eos": 300}])
+def test_the_run_stops_when_the_engine_has_another_tokenizer(other, tiny, tmp_path, monkeypatch):
+    real = rollout.make_engine
+
+    def make(*arguments, **options):
+        engine = real(*arguments, **options)
+        engine.tokenizer = OtherTokenizer(engine.tokenizer, **other)
+        return engine
+
+    monkeypatch.setattr(rollout, "make_engine", make)
+    config = train.parse_args(frozen.short_flags(tiny, tmp_path, "--max_completion_length", 64))
+    with pytest.raises(ValueError, match="the trainer's tokenizer as .* same tokenizer files"):
+        for seed in range(20):  # until a response ends with the wrong EOS
+            train.train(
+                replace(config, seed=seed, num_generations=16, output_dir=f"{tmp_path}/{seed}")
+            )
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 1.5}, {"temperature": 0.7}, {"top_p": 0.5}, {"raw": True}]
+)
+def test_the_run_stops_when_the_engine_samples_otherwise(change, tiny, tmp_path, monkeypatch):
+    """Another temperature, a nucleus, or the log-probs of another temperature than the trainer's."""
+    real = rollout.TransformersEngine._complete
+
+    def complete(engine, prompts, seeds, temperature, max_tokens, top_p, *rest):
+        if temperature:  # not in evaluations
+            engine.raw = change.get("raw", False)
+            temperature, top_p = change.get("temperature", temperature), change.get("top_p", top_p)
+        return real(engine, prompts, seeds, temperature, max_tokens, top_p, *rest)
+
+    config = train.parse_args(frozen.short_flags(tiny, tmp_path, "--temperature", "1.2"))
+    train.train(config)  # as it should be, nothing is wrong
+    monkeypatch.setattr(rollout.TransformersEngine, "_complete", complete)
+    assert "step 1: the engine's log-probs" in refusal(train.train, config)
+
+
+def test_the_run_stops_at_log_probs_that_are_none(tiny, tmp_path, monkeypatch):
+    real = rollout.TransformersEngine._sample
+
+    def sample(engine, token_ids, logps, reason):
+        return real(engine, token_ids, [*logps[:-1], math.nan], reason)
+
+    monkeypatch.setattr(rollout.TransformersEngine, "_sample", sample)
+    text = refusal(train.train, train.parse_args(frozen.short_flags(tiny, tmp_path)))
+    assert "log-probs that are none: [nan]" in text
+
+
 def weights_of(run) -> dict:
     return {name: tensor.clone() for name, tensor in modeling.full_tensors(run.model)}
 
@@ -1144,6 +1206,51 @@ def test_audit_finds_a_changed_line(finished, tmp_path, change):
     assert change in (flip_token, flip_text) or found == number
 
 
+def test_audit_finds_every_flipped_digit(finished, tmp_path):
+    """Any digit of any field, token ids and log-probs and seeds included; and any letter of a text."""
+    out = tmp_path / "flipped"
+    shutil.copytree(finished, out)
+    text, rng = (out / "rollouts.jsonl").read_text(), random.Random(3)
+    places = [i for i, c in enumerate(text) if c.isdigit()]
+    for place in rng.sample(places, 60):
+        other = rng.choice([d for d in "0123456789" if d != text[place]])
+        (out / "rollouts.jsonl").write_text(text[:place] + other + text[place + 1 :])
+        with pytest.raises(ValueError, match=r"rollouts\.jsonl"):
+            train.audit(out)
+    first = text.index('"text": "') + 9
+    (out / "rollouts.jsonl").write_text(text[:first] + "~" + text[first + 1 :])
+    with pytest.raises(ValueError, match="line 1: "):
+        train.audit(out)
+
+
+def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(finished, tmp_path):
+    """Lines that are consistent in themselves, checksums included, but are not what was sampled or logged."""
+    out = tmp_path / "forged"
+    shutil.copytree(finished, out)
+    rows = rollouts_of(out)
+
+    def forge(change):
+        forged = copy.deepcopy(rows)
+        change(forged)
+        for row in forged:
+            row["crc32"] = train.checksum(row)
+        (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged))
+
+    def other_token(forged):  # in the noise of an answer: neither reward nor advantage change
+        row = next(r for r in forged if r["kind"] == "answer" and r["finish_reason"] == "length")
+        row["token_ids"][4] = row["token_ids"][5]
+        assert row["token_ids"] != rows[forged.index(row)]["token_ids"]
+
+    forge(lambda forged: None)
+    assert train.audit(out).startswith("32 responses agree")
+    forge(other_token)
+    with pytest.raises(ValueError, match="text is .* by the tokenizer"):
+        train.audit(out)
+    forge(lambda forged: forged.__setitem__(slice(0, K), copy.deepcopy(forged[K : 2 * K])))
+    with pytest.raises(ValueError, match="of step 1 is .* metrics.jsonl has"):
+        train.audit(out)
+
+
 def test_audit_finds_a_missing_line(finished, tmp_path):
     out = tmp_path / "short"
     shutil.copytree(finished, out)
@@ -1162,6 +1269,71 @@ def test_show_colours_tokens_by_advantage(finished, capsys):
         report.show(finished, 9)
     train.main(["audit", str(finished)])
     assert "32 responses agree" in capsys.readouterr().out
+
+
+class Texts(HTMLParser):
+    """Visible text, and the titles of spans, of a page; what would load or run something is an error."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.titles, self.open = "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "img", "iframe", "object"), tag
+        assert not {name for name, _ in attributes} & {"src", "href"}, attributes
+        assert not any(name.startswith("on") for name, _ in attributes), attributes
+        self.open.append(tag)
+        if tag == "span":
+            self.titles.append(dict(attributes)["title"])
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "pre" in self.open:
+            self.text += data
+
+
+def test_the_page_holds_every_number_and_needs_nothing_else(finished):
+    train.main(["show", str(finished), "--step", "2", "--by", "token_rewards"])
+    text = (finished / "step-2.html").read_text()
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    page, rows = Texts(text), [r for r in rollouts_of(finished) if r["step"] == 2]
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    pieces = [[tokenizer.decode([i]) for i in row["token_ids"]] for row in rows]
+    shown = [report.visible("".join(p)) + report.visible(r["target"]) for p, r in zip(pieces, rows)]
+    assert page.text.replace("expert: ", "") == "".join(shown)
+    columns = ("token_ids", "logps", "sampler_logps", "token_rewards", "advantages")
+    tokens = [values for row in rows for values in zip(*(row[name] for name in columns))]
+    assert len(page.titles) == len(tokens)
+    for title, (token, logp, sampled, reward, advantage) in zip(page.titles, tokens):
+        numbers = [float(x) for x in re.findall(r"(?<=[a-z] )-?\d+\.\d+", title)]
+        phi = math.exp(logp) * (1 - math.exp(logp))
+        assert numbers == pytest.approx([logp, sampled, reward, advantage, phi], abs=6e-5)
+        assert title.startswith(f"token {token} ")
+
+
+def test_the_page_and_the_terminal_are_not_steered_by_what_a_model_writes():
+    evil = [
+        "</pre><script>alert(1)</script>",
+        '"><b onmouseover="x">',
+        "\x1b[2J\x1b]0;t\x07",
+        "&lt;",
+    ]
+    tokenizer = SimpleNamespace(decode=lambda ids: evil[ids[0]])
+    row = {
+        "step": 1, "id": "<i>x</i>", "k": 0, "reward": -3.0, "target": "".join(evil), "token_ids": [0, 1, 2, 3],
+        "logps": [-0.5, math.nan, -2.0, 0.0], "sampler_logps": [-1.0] * 4, "token_rewards": None,
+        "advantages": [1.0, -1.0, 0.0, math.nan],
+    }  # fmt: skip
+    page = report.page([row], tokenizer)
+    shown = "".join(evil).replace("\x1b", "\\x1b").replace("\x07", "\\x07")
+    assert Texts(page).text == shown + "expert: " + shown
+    assert "\x1b" not in page and "<i>x" not in page
+    text = report.coloured({**row, "advantages": [0.0] * 4}, tokenizer)
+    assert "\x1b" not in text and "\x07" not in text
 
 
 def test_colours_follow_sign_and_size():
