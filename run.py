@@ -671,6 +671,8 @@ def check(config, world: int) -> None:
         raise ValueError(
             "--num_generations 1: a group advantage compares responses; take at least 2"
         )
+    if config.max_logp_difference < 0:
+        raise ValueError(f"--max_logp_difference {config.max_logp_difference}: in nat, 0 or above")
     if config.tis_cap < 0:
         raise ValueError(f"--tis_cap {config.tis_cap}: take 0 (off) or a positive cap, 2 is usual")
     if not 0 <= config.balance_low <= config.balance_high <= 1:

@@ -88,13 +88,17 @@ class Job:
     """A running job; `log` gets all it prints."""
 
     def __init__(self, argv, log: Path, *, ranks: int = 0, fault: Fault | None = None, **options):
-        """options: nodes, endpoint, max_restarts of torchrun."""
+        """argv: a command line, or several that run one after the other in the same processes.
+
+        options: nodes, endpoint, max_restarts of torchrun.
+        """
         os.environ["OMP_NUM_THREADS"] = "1"  # of the server too: it starts with the first job
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.log, self.start = log, time.monotonic()
-        arguments = (list(map(str, argv)), str(log), ranks, fault, options)
+        lines = argv if isinstance(argv[0], list) else [argv]
+        arguments = ([list(map(str, line)) for line in lines], str(log), ranks, fault, options)
         self.process = context.Process(target=_job, args=arguments)
         self.process.start()
 
@@ -153,11 +157,18 @@ def _job(argv, log, ranks, fault, options):
 
 
 def _worker(argv, fault):
+    import torch.distributed as dist
+
     import train
 
     if fault:
         fault.arm()
-    train.main(argv)
+    if len(argv) == 1:
+        return train.main(argv[0])
+    train.init_distributed()
+    for line in argv:
+        train.train(train.parse_args(line))
+    dist.destroy_process_group()
 
 
 def _torchrun(argv, ranks, fault, nodes=1, endpoint="localhost:0", max_restarts=0):

@@ -812,6 +812,27 @@ def test_a_mistake_of_the_second_stage_ends_the_first(tiny, tmp_path, monkeypatc
         assert more[0] in refusal(train.train, train.parse_args(command))
 
 
+def test_a_hub_name_out_of_reach_is_named_at_once(tiny, tmp_path, monkeypatch):
+    def unreachable(address, timeout):
+        assert timeout <= 5 and address[1] == 443
+        raise OSError("Name or service not known")
+
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(modeling.socket, "create_connection", unreachable)
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", None)  # which would retry
+    flags = [*frozen.flags(tiny, tmp_path), "--model_name_or_path", "nobody/nothing-of-this-name"]
+    text = refusal(Run, train.parse_args(flags))
+    assert "nobody/nothing-of-this-name: no such folder" in text and "Name or service" in text
+
+
 def test_missing_vllm_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     config = train.parse_args([*frozen.flags(tiny, tmp_path), "--engine", "vllm"])

@@ -4,6 +4,7 @@ Jobs run the transformers engine on one thread, where the same seed gives the sa
 with what was not, file by file.
 """
 
+import importlib.util
 import json
 import os
 import random
@@ -135,6 +136,24 @@ def test_two_ranks_resume_on_two_and_on_one(command, start, tmp_path):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     weights, expected = (load_file(out / "checkpoint-5/model.safetensors") for out in (one, whole))
     assert frozen.relative_difference(weights, expected) < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_resuming_with_vllm(ranks, start, tmp_path):
+    """Four steps in one go, and two and two; the demo's model, for vLLM on a CPU knows few head sizes."""
+
+    def command(name, steps):
+        text = f"""--algo toolupt @{frozen.REPO}/recipes/demo.args --model_name_or_path {frozen.TOY}
+        --output_dir {tmp_path / name} --max_steps {steps} --train_batch_size 4 --num_generations 4 --eval_size 4
+        --eval_steps 0 --save_steps 2 --resume_from_checkpoint latest"""
+        return text.split()
+
+    finished(start([command("whole", 4), command("parts", 2), command("parts", 4)], ranks=ranks))
+    whole, parts = untimed(tmp_path / "whole"), untimed(tmp_path / "parts")
+    assert [row["step"] for row in parts] == [0, 1, 2, 3, 4]
+    for row, expected in zip(parts, whole, strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(command, start, tmp_path):
