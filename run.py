@@ -558,7 +558,7 @@ def remove(out: Path, steps: list[int]) -> None:
 
 def lock(out: Path):
     """An open file that is locked until this process ends; ValueError where another run holds it."""
-    file = open(out / ".lock", "w")  # noqa: SIM115: open as long as the run
+    file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

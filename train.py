@@ -1457,7 +1457,7 @@ def main(argv: list[str] | None = None) -> None:
         run = train(config)
         if first:
             print(report.summary(run.out, run.tokenizer))
-    except BaseException as error:  # noqa: BLE001: nothing may leave a rank waiting
+    except BaseException as error:  # noqa: BLE001 - nothing may leave a rank waiting
         leave(error)
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-PATIENCE = 300  # seconds after which a job hangs
+PATIENCE = 900  # seconds after which a job hangs
 PRELOAD = [
     "jobs",
     "train",
@@ -159,10 +159,12 @@ def _job(argv, log, ranks, fault, options):
 def _worker(argv, fault):
     import torch.distributed as dist
 
+    import report
     import train
 
     if fault:
         fault.arm()
+    report.learning_curve = lambda out: out  # a second of each job, tested elsewhere
     if len(argv) == 1:
         return train.main(argv[0])
     train.init_distributed()

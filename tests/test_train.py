@@ -817,14 +817,8 @@ def test_a_hub_name_out_of_reach_is_named_at_once(tiny, tmp_path, monkeypatch):
         assert timeout <= 5 and address[1] == 443
         raise OSError("Name or service not known")
 
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-    ):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(modeling.socket, "create_connection", unreachable)
     monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", None)  # which would retry
@@ -1088,7 +1082,7 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
     monkeypatch.setattr(Run, "optimizer_step", watched)
     text = """--algo sft_dapo_star --sft_max_steps 4 --sft_learning_rate 0.01 --max_steps 1
     --learning_rate 0.001 --eval_steps 1 --save_total_limit 1 --save_steps 1"""
-    train.train(train.parse_args(short_flags(tiny, tmp_path, *text.split())))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path, *text.split())))
     assert evaluated == [1, 2, 3, 4]
     assert all(torch.equal(begin["weights"][name], w) for name, w in weights[2].items())
     for other in (0, 3, 4):
@@ -1110,7 +1104,7 @@ def weights_of_file(folder) -> dict:
 
 def test_sft_that_never_has_a_finite_validation_loss_ends_with_a_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validation_loss", lambda *_: math.nan)
-    command = short_flags(tiny, tmp_path, "--algo", "sft_dapo_star", "--sft_max_steps", "1")
+    command = frozen.short_flags(tiny, tmp_path, "--algo", "sft_dapo_star", "--sft_max_steps", "1")
     assert "no finite validation loss" in refusal(train.train, train.parse_args(command))
 
 
@@ -1134,7 +1128,7 @@ def test_validation_loss_is_equation_1_on_the_evaluation_subset(more, tiny, plai
 def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
     """A model that knows one answer by heart says it, EOS included, where the engine starts to sample."""
     more = "--algo sft --max_steps 30 --learning_rate 0.01 --save_steps 30".split()
-    train.train(train.parse_args(short_flags(tiny, tmp_path, *more)))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path, *more)))
     checkpoint, tokenizer = tmp_path / "out/checkpoint-30", AutoTokenizer.from_pretrained(tiny)
     engine = rollout.make_engine("transformers", str(checkpoint), max_model_len=300)
     examples = data.load("jsonl", tmp_path / "short.jsonl")
