@@ -1448,7 +1448,8 @@ def main(argv: list[str] | None = None) -> None:
         return inspect(argv)
     config = parse_args(argv)
     init_distributed()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun killed: its ranks save and leave too
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # where torchrun is killed its ranks save and leave too
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     first = dist.get_rank() == 0
     if first:
