@@ -147,7 +147,7 @@ def test_two_ranks_resume_with_vllm(start, tmp_path):
     def command(name, steps):
         text = f"""--algo toolupt @{frozen.REPO}/recipes/demo.args --model_name_or_path {frozen.TOY}
         --output_dir {tmp_path / name} --max_steps {steps} --train_batch_size 4 --num_generations 4 --eval_size 4
-        --eval_steps 0 --save_steps 2 --resume_from_checkpoint latest"""
+        --eval_steps 2 --save_steps 2 --resume_from_checkpoint latest"""
         return text.split()
 
     finished(start([command("whole", 4), command("parts", 2), command("parts", 4)], ranks=2))
