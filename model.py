@@ -14,16 +14,25 @@ Log-probs are in packing.py. Where a process group exists, all ranks call `shard
 
 import copy
 import json
+import os
 import re
 import shutil
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import (
+    snapshot_download,
+    split_torch_state_dict_into_shards,
+    try_to_load_from_cache,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -70,6 +79,7 @@ def load(
             model_name_or_path,
             dtype=dtype,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
             trust_remote_code=trust_remote_code,
             **_quantised(quant, lora_rank, dtype),
         )
@@ -236,7 +246,7 @@ def save(
     if hasattr(model, "peft_config"):
         _save_adapter(model, temporary / "adapter")
     if first:
-        _replace(path, temporary)
+        replace_folder(path, temporary)
     if dist.is_initialized():
         dist.barrier()
 
@@ -247,7 +257,7 @@ def _check_folder(name: str) -> None:
     if not path.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
             raise ValueError(f"{name}: no such folder; give one, or a name on the Hugging Face Hub")
-        return
+        return _check_hub(name)
     for what, patterns in {
         "config.json": ["config.json"],
         "*.safetensors": ["*.safetensors"],
@@ -255,6 +265,21 @@ def _check_folder(name: str) -> None:
     }.items():
         if not any(True for pattern in patterns for _ in path.glob(pattern)):
             raise ValueError(f"{name}: no {what} in this folder; write it with save_pretrained")
+
+
+def _check_hub(name: str) -> None:
+    """ValueError where a Hub name is neither cached nor within reach; transformers would retry for a minute."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str) or getproxies():
+        return
+    url = urlsplit(hub_constants.ENDPOINT)
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        socket.create_connection((url.hostname, port), timeout=5).close()
+    except OSError as error:
+        raise ValueError(
+            f"{name}: no such folder, not in the cache, and {url.hostname} is out of reach ({error}); "
+            "give a folder on this machine, e.g. toy_model"
+        ) from None
 
 
 def _not_loaded(name: str | Path, error: OSError) -> ValueError:
@@ -385,8 +410,11 @@ def check_disk(path: Path, needed: int) -> None:
         )
 
 
-def _replace(path: Path, new: Path) -> None:
-    """Renames `new` to `path`; an older folder of that name goes when its successor is whole."""
+def replace_folder(path: Path, new: Path) -> None:
+    """Renames `new` to `path`; an older folder of that name goes when its successor is whole and on disk."""
+    for file in filter(Path.is_file, new.iterdir()):
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

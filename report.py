@@ -1,12 +1,15 @@
 """What a run looks like: learning curve, coloured rollouts, trackers. Reads metrics.jsonl and rollouts.jsonl only.
 
 summary(out, tokenizer)   the lines that end a run: accuracy before and after, where things lie, one coloured rollout
-show(out, step)           `python train.py show RUN --step N`
+show(out, step)           `python train.py show RUN --step N`: responses in colour, and the same as a page
+page(rows, tokenizer)     that page: self-contained HTML, a tooltip on every token
 learning_curve(out)       out/learning_curve.png
 tracker(kind, ...)        TensorBoard or Weights & Biases beside metrics.jsonl
 """
 
+import html
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,8 +50,11 @@ def summary(out: Path, tokenizer) -> str:
     return "\n".join(lines)
 
 
-def show(out: Path, step: int) -> str:
-    """The responses of one step, tokens coloured by advantage; ValueError where the step has none."""
+def show(out: Path, step: int, by: str = "advantages") -> str:
+    """The responses of one step in colour, and where their HTML page lies; ValueError where the step has none.
+
+    by  "advantages" | "token_rewards": what colours the tokens
+    """
     from transformers import AutoTokenizer
 
     config = next(_lines(out / "metrics.jsonl"))
@@ -56,23 +62,94 @@ def show(out: Path, step: int) -> str:
     if not rows:
         raise ValueError(f"{out}/rollouts.jsonl has no step {step}; see --step")
     tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
-    return "\n\n".join(coloured(row, tokenizer) for row in rows)
+    if any(row[by] is None for row in rows):
+        raise ValueError(f"{out} was trained without {by}: drop --by")
+    path = out / f"step-{step}.html"
+    path.write_text(page(rows, tokenizer), encoding="utf-8")
+    return "\n\n".join([*(coloured(row, tokenizer, by) for row in rows), f"page   {path}"])
 
 
-def coloured(row: dict, tokenizer) -> str:
-    """One response for a terminal: its tokens on green (positive advantage) or red, stronger with size."""
-    strongest = max(map(abs, row["advantages"]), default=0) or 1
+def coloured(row: dict, tokenizer, by: str = "advantages") -> str:
+    """One response for a terminal: its tokens on green (positive) or red, stronger with size."""
+    strongest = _largest(row[by])
     text = ""
-    for token, advantage in zip(row["token_ids"], row["advantages"]):
-        piece = tokenizer.decode([token])
-        if advantage:
-            shade = SHADES[1 if advantage > 0 else -1][min(3, int(4 * abs(advantage) / strongest))]
+    for token, value in zip(row["token_ids"], row[by]):
+        piece = visible(tokenizer.decode([token]))
+        if value and math.isfinite(value):
+            shade = SHADES[1 if value > 0 else -1][min(3, int(4 * abs(value) / strongest))]
             piece = "\n".join(
                 f"\033[30;48;5;{shade}m{part}{PLAIN}" if part else "" for part in piece.split("\n")
             )
         text += piece
     head = f"step {row['step']}  {row['id']}  response {row['k']}  reward {row['reward']:.2f}"
-    return f"{head}\n{text}\nexpert: {row['target']}"
+    return f"{visible(head)}\n{text}\nexpert: {visible(row['target'])}"
+
+
+def visible(text: str) -> str:
+    """The text without control characters: what a model writes must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>__TITLE__</title>
+<style>
+body { font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
+h2 { font-size: 1em; margin: 2em 0 0.3em } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.5em }
+.expert { color: #666 } label { margin-right: 1em }
+span { border-radius: 2px; background: rgb(var(--a)) } span:hover { outline: 1px solid #000 }
+#reward:checked ~ main span { background: rgb(var(--r)) }
+</style>
+<h1>__TITLE__</h1>
+<p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its numbers:
+log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
+<input type="radio" name="by" id="advantage" checked><label for="advantage">advantage</label>
+<input type="radio" name="by" id="reward"><label for="reward">token reward</label>
+<main>
+__BODY__
+</main></html>
+"""
+
+
+def page(rows: list[dict], tokenizer) -> str:
+    """Responses as one HTML page without any outside resource; every text in it is escaped.
+
+    rows  lines of rollouts.jsonl. A response without token rewards has its reward on every token
+    """
+    body = []
+    for row in rows:
+        rewards = row["token_rewards"] or [row["reward"]] * len(row["token_ids"])
+        columns = (row["token_ids"], row["logps"], row["sampler_logps"], rewards, row["advantages"])
+        tokens = []
+        for token, logp, sampled, reward, advantage in zip(*columns, strict=True):
+            p = math.exp(min(logp, 0.0))
+            about = (
+                f"token {token} {tokenizer.decode([token])!r}\nlog-prob {logp:.4f} (engine {sampled:.4f})\n"
+                f"token reward {reward:.4f}\nadvantage {advantage:.4f}\nphi {p * (1 - p):.4f}"
+            )
+            a, r = _shade(advantage, row["advantages"]), _shade(reward, rewards)
+            text = html.escape(visible(tokenizer.decode([token])))
+            tokens.append(
+                f'<span style="--a:{a};--r:{r}" title="{html.escape(about)}">{text}</span>'
+            )
+        head = f"{row['id']}, response {row['k']}, reward {row['reward']:.2f}"
+        body += [
+            f"<h2>{html.escape(head)}</h2>",
+            f"<pre>{''.join(tokens)}</pre>",
+            f'<pre class="expert">expert: {html.escape(visible(row["target"]))}</pre>',
+        ]
+    title = html.escape(f"step {rows[0]['step']}: {len(rows)} responses")
+    return PAGE.replace("__TITLE__", title).replace("__BODY__", "\n".join(body))
+
+
+def _shade(value: float, values: list[float]) -> str:
+    """Red, green and blue of a value: white at 0, full colour at the largest of `values`."""
+    faded = 255 - round(150 * abs(value) / _largest(values)) if math.isfinite(value) else 255
+    return f"{faded} 255 {faded}" if value > 0 else f"255 {faded} {faded}"
+
+
+def _largest(values: list[float]) -> float:
+    """The largest size of the finite values, 1 where all are 0."""
+    return max((abs(value) for value in values if math.isfinite(value)), default=0) or 1
 
 
 def milestones(out: Path) -> list[tuple[str, float]]:

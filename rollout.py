@@ -72,6 +72,12 @@ class Sample:
     finish_reason: str  # "stop" (EOS or a stop token) | "length" (max_tokens)
 
 
+def text_of(tokenizer, token_ids: list[int], finish_reason: str) -> str:
+    """The text of a completion: with special tokens, without the closing EOS."""
+    body = token_ids[:-1] if finish_reason == "stop" else token_ids
+    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def make_engine(
     kind: str,
     model_path: str,
@@ -129,6 +135,7 @@ def make_engine(
         "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
+        "load_format": "safetensors",  # never a pickle
     }
     if parallel:
         options["distributed_executor_backend"] = "external_launcher"
@@ -249,10 +256,7 @@ class Engine:
                 )
 
     def _sample(self, token_ids, logps, finish_reason):
-        body = token_ids[:-1] if finish_reason == "stop" else token_ids
-        text = self.tokenizer.decode(
-            body, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        text = text_of(self.tokenizer, token_ids, finish_reason)
         return Sample(token_ids, logps, text, finish_reason)
 
 
@@ -374,7 +378,9 @@ class TransformersEngine(Engine):
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         if dtype == "auto":
             dtype = "bfloat16" if on_gpu else "float32"
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=getattr(torch, dtype), use_safetensors=True
+        )
         self.model = model.to(self.device).eval()
         self._names = _aliases(self.model)
         self.max_num_seqs = max_num_seqs

@@ -10,22 +10,33 @@ output_dir/rollouts.jsonl           a line per response with all that it was tra
 output_dir/pairs.jsonl              iTool: a line per preference pair; searches.jsonl: a line per iteration
 output_dir/trees-ITERATION.jsonl    iTool: the search trees, for `python mcts.py show`
 output_dir/checkpoint-STEP          a plain save_pretrained folder
-output_dir/checkpoint-STEP-state    sharded weights and optimiser state, for resuming
+output_dir/checkpoint-STEP-state    sharded weights and optimiser state, for resuming on any number of ranks
+
+Whatever moment a run is killed at, what carries one of these names is whole: folders are written under a name that
+starts with a dot and renamed, and what lies there unfinished is cleared at the next start. Both folders hold
+safetensors: nothing is unpickled.
 """
 
+import fcntl
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -40,8 +51,17 @@ import model as modeling
 import report
 import rollout
 
-SKIPPED_STEPS = 3  # steps in a row without a finite gradient before the run stops
+SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
+STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came and the run left at a safe point; `signal` is its number."""
+
+    def __init__(self, number: int, text: str):
+        super().__init__(text)
+        self.signal = number
 
 
 class Clock:
@@ -81,6 +101,8 @@ class Run:
         )
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
+        self.saved, self.lock = 0, None
+        self.signal = 0  # number of the signal that asked this rank to stop
 
     def start(self) -> None:
         """Load engine, model and optimiser: what takes time and memory."""
@@ -112,6 +134,10 @@ class Run:
         weights = sum(4 * parameter.numel() for parameter in self.model.parameters())
         modeling.check_disk(self.out / "checkpoint", 4 * weights)  # model, and again with 2 moments
         self.out.mkdir(parents=True, exist_ok=True)
+        self.check_shared()
+        if self.rank == 0:
+            self.lock = lock(self.out)
+            clean(self.out)
         self.resume()
         self.metrics_file = self.rollouts_file = self.tracker = None
         self.searches = {}
@@ -193,20 +219,22 @@ class Run:
 
     # the optimiser
 
-    def optimizer_step(self, lr: float, grad_norm: float) -> int:
-        """Update the weights, unless the gradient is not finite; return how many steps in a row were skipped.
+    def optimizer_step(self, lr: float, loss: float, grad_norm: float, groups: list) -> int:
+        """Update the weights, unless loss or gradient are not finite; return how many steps in a row were skipped.
 
-        ValueError when that happens SKIPPED_STEPS times in a row. The gradient is forgotten either way.
+        loss, grad_norm  of the whole step: equal on all ranks
+        groups           this rank's train.Group, or pairs of iTool, written down before the run stops
+        ValueError when SKIPPED_STEPS in a row are not finite. The gradient is forgotten either way.
         """
-        self.skipped = 0 if math.isfinite(grad_norm) else self.skipped + 1
+        self.skipped = 0 if math.isfinite(loss + grad_norm) else self.skipped + 1
         if self.skipped == 0:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
         elif self.skipped == SKIPPED_STEPS:
             raise ValueError(
-                f"no finite gradient in {self.skipped} steps in a row; see the last responses in "
-                f"{self.out}/rollouts.jsonl, and lower --learning_rate"
+                f"no finite loss and gradient in {self.skipped} steps in a row (loss {loss}, gradient norm {grad_norm}); "
+                f"the last batch lies in {self.write_batch(groups)}; lower --learning_rate, or look for what is odd in it"
             )
         self.optimizer.zero_grad()
         return self.skipped
@@ -264,15 +292,42 @@ class Run:
 
     @contextmanager
     def progress(self, total: int, first: int | None = None, what: str = ""):
-        """A bar on rank 0, from `first`, or over steps from the one that the run resumed at."""
-        with tqdm(
-            total=total,
-            initial=self.first_step if first is None else first,
-            desc=what or self.config.algo,
-            disable=self.rank > 0,
-            dynamic_ncols=True,
-        ) as bar:
-            yield bar
+        """A bar on rank 0, from `first`, or over steps from the one that the run resumed at.
+
+        Within, SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
+        """
+
+        def note(number, frame):
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with tqdm(
+                total=total,
+                initial=self.first_step if first is None else first,
+                desc=what or self.config.algo,
+                disable=self.rank > 0,
+                dynamic_ncols=True,
+            ) as bar:
+                yield bar
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop_if_asked(self, step: int) -> None:
+        """Where any rank was asked to stop: save after `step` finished steps and raise Interrupted, on all ranks.
+
+        To be called while the weights are those after `step` steps: anywhere before the optimiser moves them.
+        """
+        number = int(self.all_max(self.signal))
+        if number:
+            if step > self.saved:
+                self.save(step)
+            name = signal.Signals(number).name
+            raise Interrupted(
+                number,
+                f"{name}: left after step {step}; --resume_from_checkpoint latest goes on from there",
+            )
 
     @staticmethod
     def postfix(metrics: dict) -> dict:
@@ -305,15 +360,26 @@ class Run:
             for row in part:
                 self.write(self.rollouts_file, row)
 
+    def write_batch(self, groups: list) -> Path:
+        """Write the groups of all ranks to bad_batch.jsonl, one line each, with prompts, tensors and NaN."""
+        gathered = [None] * self.world if self.rank == 0 else None
+        plain = [asdict(group) if is_dataclass(group) else group for group in groups]
+        dist.gather_object(plain, gathered)
+        path = self.out / "bad_batch.jsonl"
+        if gathered:
+            lines = [json.dumps(g, default=torch.Tensor.tolist) for part in gathered for g in part]
+            path.write_text("\n".join(lines) + "\n")
+        return path
+
+    # checkpoints
+
     def save(self, step: int) -> None:
-        """Write checkpoint-STEP, a plain model folder, and checkpoint-STEP-state, what resuming needs (DCP)."""
+        """Write checkpoint-STEP, a plain model folder, and then checkpoint-STEP-state, what resuming needs (DCP)."""
         self.out.mkdir(parents=True, exist_ok=True)
-        modeling.save(self.model, self.tokenizer, self.out / f"checkpoint-{step}")
-        weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED)
-        checkpoint.save(
-            {"model": weights, "optimizer": moments},
-            checkpoint_id=self.out / f"checkpoint-{step}-state",
-        )
+        path = self.out / f"checkpoint-{step}"
+        modeling.save(self.model, self.tokenizer, path)
+        save_state(self.model, self.optimizer, state_of(path))
+        self.saved = step
         limit = self.config.save_total_limit
         if self.rank == 0 and limit:
             remove(self.out, saved_steps(self.out)[:-limit])
@@ -321,27 +387,18 @@ class Run:
     def resume(self) -> None:
         """Take step, weights and optimiser from --resume_from_checkpoint; data and seeds follow from the step."""
         where = self.config.resume_from_checkpoint
-        if not where:
-            return
-        steps = saved_steps(self.out)
-        if where == "latest" and not steps:
-            return  # the first start of a job that always passes latest
+        found = [saved_steps(self.out)]
+        dist.broadcast_object_list(found)  # one view of the folder for all ranks
+        steps = found[0]
+        if not where or (where == "latest" and not steps):
+            return  # also the first start of a job that always passes latest
         folder = self.out / f"checkpoint-{steps[-1]}" if where == "latest" else Path(where)
-        state = folder.with_name(folder.name + "-state")
-        if not (state / ".metadata").exists():
+        if not state_of(folder).is_dir():
             raise ValueError(
-                f"--resume_from_checkpoint {where}: no optimiser state in {state}; choose among {steps}"
+                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; choose among {steps}"
             )
-        weights, moments = get_state_dict(self.model, self.optimizer, options=TRAINED)
-        checkpoint.load({"model": weights, "optimizer": moments}, checkpoint_id=state)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=weights,
-            optim_state_dict=moments,
-            options=TRAINED,
-        )
-        self.first_step = int(folder.name.removeprefix("checkpoint-"))
+        load_state(self.model, self.optimizer, state_of(folder))
+        self.first_step = self.saved = int(folder.name.removeprefix("checkpoint-"))
         later = [step for step in steps if step > self.first_step]
         if self.rank == 0 and later:
             print(
@@ -349,10 +406,30 @@ class Run:
             )
             remove(self.out, later)
 
+    def check_shared(self) -> None:
+        """ValueError on all ranks unless all of them see rank 0's output_dir: each writes its part of a checkpoint."""
+        token, missing = self.out / ".shared", 0
+        if self.rank == 0:
+            token.write_text("all ranks must see this file\n")
+        dist.barrier()
+        for _ in range(50):  # a network file system may need some seconds
+            missing = not token.exists()
+            if not missing:
+                break
+            time.sleep(0.1)
+        missing = self.all_sum({"ranks": missing})["ranks"]
+        if self.rank == 0:
+            token.unlink()
+        if missing:
+            raise ValueError(
+                f"--output_dir {self.out}: {missing:.0f} of {self.world} ranks do not see the files of rank 0; "
+                "choose a folder on a file system that all nodes share"
+            )
+
     def close(self) -> None:
         """Free the engine and close the records."""
         self.engine.close()
-        for file in (self.metrics_file, self.rollouts_file):
+        for file in (self.metrics_file, self.rollouts_file, self.lock):
             if file:
                 file.close()
 
@@ -378,7 +455,7 @@ def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
             ("searches.jsonl", list(searches.values())),
             ("pairs.jsonl", [pair for _, pairs in found.values() for pair in pairs]),
         ):
-            new = out / f".{name}.kept"
+            new = out / f".{name}.incomplete"
             new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             new.rename(out / name)
     return found
@@ -386,28 +463,123 @@ def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
 
 def open_records(path: Path, step: int):
     """Open a .jsonl file for appending, without the lines of steps after `step`: those will be run again."""
-    kept = path.with_name(f".{path.name}.kept")
+    kept = path.with_name(f".{path.name}.incomplete")
     with open(kept, "w") as new:
         if step and path.exists():
-            with open(path) as old:  # a crash may have cut the last line
+            with open(path) as old:  # a kill may have cut the last line
                 whole = (line for line in old if line.endswith("\n"))
                 new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
+        new.flush()
+        os.fsync(new.fileno())
     kept.rename(path)
     return open(path, "a")
 
 
-def saved_steps(out: Path) -> list[int]:
-    """Steps of the whole checkpoints in `out`, ascending: DCP writes .metadata last."""
-    return sorted(
-        int(p.parent.name.split("-")[1]) for p in out.glob("checkpoint-*-state/.metadata")
+def state_of(folder: Path) -> Path:
+    """The folder that holds the optimiser state of a checkpoint."""
+    return folder.with_name(folder.name + "-state")
+
+
+def training_state(model, optimizer) -> dict:
+    """Weights and moments by name, each tensor once, sharded as they are; all that is not a function of (config, step)."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    once = {name for name, _ in model.named_parameters()}  # tied weights have two names
+    return {
+        "model": {name: weights[name] for name in weights if name in once},
+        "optimizer": moments["state"],
+    }
+
+
+def save_state(model, optimizer, path: Path) -> None:
+    """Write weights and moments as sharded safetensors (DCP); the folder appears when it is whole, all ranks call."""
+    state = training_state(model, optimizer)
+    sizes = {f"model.{name}": tensor.nbytes for name, tensor in state["model"].items()}
+    for name, moments in state["optimizer"].items():
+        sizes |= {f"optimizer.{name}.{key}": tensor.nbytes for key, tensor in moments.items()}
+    files, filled = {}, 0
+    for name, size in sizes.items():
+        filled += size
+        files[name] = 1 + filled // STATE_FILE_BYTES
+    files = {name: 1 + sorted({*files.values()}).index(file) for name, file in files.items()}
+    temporary = path.with_name(f".{path.name}.incomplete")
+    if dist.get_rank() == 0:  # the others write when rank 0 has planned the save
+        shutil.rmtree(temporary, ignore_errors=True)
+    writer = HuggingFaceStorageWriter(
+        str(temporary), fqn_to_index_mapping=files, save_distributed=True
+    )
+    try:
+        checkpoint.save(state, storage_writer=writer)
+    except checkpoint.CheckpointException as error:
+        raise OSError(f"{temporary} could not be written: {last_line(error)}") from error
+    if dist.get_rank() == 0:
+        modeling.replace_folder(path, temporary)
+    dist.barrier()
+
+
+def load_state(model, optimizer, path: Path) -> None:
+    """Read what `save_state` wrote, on any number of ranks; ValueError where it is not of this model."""
+    state = training_state(model, optimizer)
+    try:
+        checkpoint.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+    except checkpoint.CheckpointException as error:
+        raise ValueError(
+            f"{path} does not hold the state of this model ({last_line(error)}): choose another checkpoint"
+        ) from error
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    weights |= state["model"]
+    moments["state"] = state["optimizer"]
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=moments,
+        options=TRAINED,
     )
 
 
+def last_line(error: BaseException) -> str:
+    """What went wrong, at the end of DCP's traceback of tracebacks."""
+    return str(error).strip().splitlines()[-1]
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the checkpoints in `out`, ascending: those with a model folder and a state to resume from."""
+    states = out.glob("checkpoint-*-state")
+    steps = (path.name.split("-")[1] for path in states)
+    return sorted(int(step) for step in steps if (out / f"checkpoint-{step}").is_dir())
+
+
 def remove(out: Path, steps: list[int]) -> None:
-    """Delete the checkpoints of these steps."""
+    """Delete the checkpoints of these steps; a kill in between leaves what `clean` clears."""
     for step in steps:
-        for folder in (f"checkpoint-{step}-state", f"checkpoint-{step}"):
-            shutil.rmtree(out / folder, ignore_errors=True)
+        for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
+            (out / name).rename(out / f".{name}.old")
+            shutil.rmtree(out / f".{name}.old", ignore_errors=True)
+
+
+def lock(out: Path):
+    """An open file that is locked until this process ends; ValueError where another run holds it."""
+    file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes into --output_dir {out}: end it, or choose another"
+        ) from None
+    return file
+
+
+def clean(out: Path) -> None:
+    """Clear what a kill left unfinished; where the rename of a new folder did not happen the old one comes back."""
+    for old in out.glob(".checkpoint-*.old"):
+        path = out / old.name[1 : -len(".old")]
+        if path.name.endswith("best") and not path.exists():
+            old.rename(path)
+    for path in (*out.glob(".checkpoint-*.incomplete"), *out.glob(".checkpoint-*.old")):
+        shutil.rmtree(path)
+    for state in out.glob("checkpoint-*-state"):
+        if not (out / state.name.removesuffix("-state")).exists():
+            shutil.rmtree(state)
 
 
 def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
@@ -500,6 +672,8 @@ def check(config, world: int) -> None:
         raise ValueError(
             "--num_generations 1: a group advantage compares responses; take at least 2"
         )
+    if config.max_logp_difference < 0:
+        raise ValueError(f"--max_logp_difference {config.max_logp_difference}: in nat, 0 or above")
     if config.tis_cap < 0:
         raise ValueError(f"--tis_cap {config.tis_cap}: take 0 (off) or a positive cap, 2 is usual")
     if not 0 <= config.balance_low <= config.balance_high <= 1:

@@ -32,13 +32,18 @@ backward pass, and gradients are summed, so the result does not depend on the sp
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import math
 import os
 import random
+import signal
 import socket
 import sys
+import time
+import traceback
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -47,6 +52,7 @@ from typing import get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import baselines
 import data
@@ -61,7 +67,7 @@ import rewards
 import rollout
 import simpo
 import spo
-from run import Clock, Run, check
+from run import Clock, Interrupted, Run, check
 
 
 # fmt: off
@@ -168,7 +174,7 @@ class Config:
     save_total_limit: int = 2  # older checkpoints are deleted; 0: keep all
     resume_from_checkpoint: str = ""  # latest, or RUN/checkpoint-STEP: go on with its step, weights and optimiser
     log_rollouts: bool = True  # write every response with its rewards and advantages to rollouts.jsonl
-    max_logp_difference: float = 0.1  # nat; engine and trainer further apart on average: the run stops
+    max_logp_difference: float = 0.0  # nat; engine and trainer further apart on average: the run stops; 0: `check_engine`
     report_to: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
 # fmt: on
 
@@ -297,6 +303,7 @@ NEEDS |= {
     for name in _OF_ITOOL
 }
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
+ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
 ROUNDS = 10  # DAPO: generation batches per step before dynamic sampling gives up
 
 
@@ -337,6 +344,7 @@ def run_rl(config: Config, run: Run) -> None:
     """Reinforcement learning, with or without experts: every row of PRESETS but the SFT stage."""
     with run.progress(config.max_steps) as bar:
         for step in range(run.first_step, config.max_steps):
+            run.stop_if_asked(step)
             clock = Clock()
 
             # 1 sample a batch, 2 roll out, 3 reward
@@ -361,6 +369,7 @@ def run_rl(config: Config, run: Run) -> None:
                 rounds += 1
             found = run.all_sum({"kept": len(groups), "sampled": sampled})
             groups = groups[:wanted]  # a rank never trains on fewer; what is over is dropped
+            run.stop_if_asked(step)
 
             # 4 advantage
             with clock("advantage"):
@@ -395,7 +404,7 @@ def run_rl(config: Config, run: Run) -> None:
             with clock("update"):
                 lr = learning_rate_at(config, step)
                 grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                skipped = run.optimizer_step(lr, grad_norm)
+                skipped = run.optimizer_step(lr, stats["loss"], grad_norm, groups)
 
             # 7 weight sync
             with clock("sync"):
@@ -437,6 +446,7 @@ def run_sft(config: Config, run: Run) -> Path:
         for stage in stages:
             start, end = end, end + stage.steps
             for step in range(max(start, run.first_step), end):
+                run.stop_if_asked(step)
                 clock = Clock()
                 if step == start:
                     run.restart_optimizer()
@@ -455,9 +465,10 @@ def run_sft(config: Config, run: Run) -> Path:
                             stats[name] += float(value)
                     grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                     lr = learning_rate_at(config, step - start, stage.steps, stage.learning_rate)
-                    skipped = run.optimizer_step(lr, grad_norm)
+                    stats = run.all_sum(stats)
+                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, groups)
                 metrics = {
-                    **run.all_sum(stats),
+                    **stats,
                     "skipped": skipped,
                     "grad_norm": grad_norm,
                     "learning_rate": lr,
@@ -507,16 +518,17 @@ def run_itool(config: Config, run: Run) -> None:
         first = min(max(start, run.first_step), end)
         with run.progress(end, first, f"iteration {iteration}, {config.preference}") as bar:
             for step in range(first, end):
+                run.stop_if_asked(step)
                 clock = Clock()
                 if step == start:
                     run.restart_optimizer()
                 with clock("update"):
-                    stats = preference_gradient(
-                        config, run, pair_batch(config, trained, iteration, step - start)
-                    )
+                    batch = pair_batch(config, trained, iteration, step - start)
+                    stats = preference_gradient(config, run, batch)
                     grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                     lr = learning_rate_at(config, step - start, steps, config.learning_rate)
-                    skipped = run.optimizer_step(lr, grad_norm)
+                    mine = batch[run.rank :: run.world]
+                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
                 metrics = {**stats, "iteration": iteration, "skipped": skipped}
                 metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics()}
                 last = step + 1 == end
@@ -678,6 +690,9 @@ def roll_out(config: Config, run: Run, examples: list, position: int) -> list[Gr
         max_tokens=config.max_completion_length,
         seeds=seeds,
     )
+    for group in samples:
+        for sample in group:
+            check_sample(run.tokenizer, sample)
     use_expert = config.expert != "none"
     return [
         Group(example, prompt, target, target if use_expert else [], seed, answers)
@@ -867,12 +882,33 @@ def tis_weights(config: Config, rows: Rows, logps: Tensor) -> Tensor:
     )
 
 
+def check_sample(tokenizer, sample: rollout.Sample) -> None:
+    """Stop the run when the engine reads its tokens otherwise than the trainer, or has no log-probs for them."""
+    ids, stopped = sample.token_ids, sample.finish_reason == "stop"
+    text = rollout.text_of(tokenizer, ids, sample.finish_reason)
+    if text != sample.text or (stopped and ids[-1] != tokenizer.eos_token_id):
+        raise ValueError(
+            f"the engine reads its tokens {ids[-20:]} as {sample.text[-60:]!r} ({sample.finish_reason}), the trainer's "
+            f"tokenizer as {text[-60:]!r}: give both the same tokenizer files"
+        )
+    if not all(logp <= 1e-3 for logp in sample.logps):  # NaN too; rounding may pass 0
+        raise ValueError(
+            f"the engine gives log-probs that are none: {[p for p in sample.logps if not p <= 1e-3][:5]}; "
+            "compare with --engine transformers"
+        )
+
+
 def check_engine(config: Config, difference: float, step: int) -> None:
-    """Stop the run when engine and trainer disagree about the same tokens: they hold different models."""
-    if difference > config.max_logp_difference:
+    """Stop the run when engine and trainer disagree about the same tokens: they hold different models.
+
+    Where both compute in float32 they agree to 1e-6 nat and the limit is 1e-3; bf16 and 4-bit weights need 0.1.
+    """
+    exact = config.quant == "none" and not torch.cuda.is_available()
+    limit = config.max_logp_difference or (1e-3 if exact else 0.1)
+    if difference > limit:
         raise ValueError(
             f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by {difference:.3f} nat on "
-            f"average (limit {config.max_logp_difference}): it samples from other weights, another tokenizer or other "
+            f"average (limit {limit}): it samples from other weights, another tokenizer or other "
             "sampling settings. Check the weight sync, or compare with --engine transformers"
         )
 
@@ -1178,31 +1214,58 @@ def records(step: int, group: Group) -> list[dict]:
                 "logps": rounded(group.logps[k, :n]),
             }
         )
+        rows[-1]["crc32"] = checksum(rows[-1])
     return rows
+
+
+def checksum(row: dict) -> int:
+    """CRC-32 of a line of rollouts.jsonl without this field: finds what a disk or an editor changed."""
+    return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
 
 
 def audit(out: Path) -> str:
     """Recompute rewards, token rewards and advantages from rollouts.jsonl and compare with what was trained on.
 
+    Also that texts and targets are what the run's tokenizer reads and writes, that the means of each step are those
+    of metrics.jsonl, and that each line is as it was written (CRC-32).
     Returns one line that says what was checked; ValueError naming the first line that differs.
     """
     with open(out / "metrics.jsonl") as file:
         config = Config(**json.loads(next(file)))
-    checked, pending = 0, []
+        logged = {row["step"]: row for row in map(json.loads, file)}
+    tokenizer = modeling.load_tokenizer(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    checked, pending, seen = 0, [], defaultdict(list)
     with open(out / "rollouts.jsonl") as file:
         for number, line in enumerate(file, 1):
-            pending.append((number, json.loads(line)))
+            try:
+                pending.append((number, json.loads(line)))
+                if len(pending) == config.num_generations:
+                    _audit_group(config, pending, tokenizer, out)
+            except (json.JSONDecodeError, LookupError, TypeError, OverflowError) as error:
+                raise ValueError(f"{out}/rollouts.jsonl line {number}: {error!r}") from None
             if len(pending) == config.num_generations:
-                _audit_group(config, pending, out)
+                for _, row in pending:
+                    seen[row["step"]].append((row["reward"], len(row["token_ids"])))
                 checked, pending = checked + len(pending), []
     if pending:
         raise ValueError(
             f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of {config.num_generations} lines"
         )
-    return f"{checked} responses agree with their rewards, token rewards and advantages"
+    for step, pairs in seen.items():
+        means = [sum(column) / len(pairs) for column in zip(*pairs)]
+        for name, mean in zip(("reward", "completions/mean_length"), means):
+            if step in logged and not math.isclose(
+                logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9
+            ):
+                raise ValueError(
+                    f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has {logged[step][name]}"
+                )
+    return f"{checked} responses agree with their text, rewards, token rewards and advantages"
 
 
-def _audit_group(config: Config, lines: list[tuple[int, dict]], out: Path) -> None:
+def _audit_group(config: Config, lines: list[tuple[int, dict]], tokenizer, out: Path) -> None:
     rows = [row for _, row in lines]
     first = rows[0]
     example = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
@@ -1212,6 +1275,7 @@ def _audit_group(config: Config, lines: list[tuple[int, dict]], out: Path) -> No
     ]
     expert = first["target_ids"] if config.expert != "none" else []
     group = Group(example, [], first["target_ids"], expert, first["seed"], samples)
+    target_ids = data.target_ids(example, tokenizer)
     score(config, group)
     add_advantages(config, group)
     group.logps = torch.nn.utils.rnn.pad_sequence(
@@ -1219,10 +1283,18 @@ def _audit_group(config: Config, lines: list[tuple[int, dict]], out: Path) -> No
     )
     for (number, row), again in zip(lines, records(first["step"], group)):
         for name, value in again.items():
-            if json.loads(json.dumps(value)) != row[name]:
+            if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
                 raise ValueError(
                     f"{out}/rollouts.jsonl line {number}: {name} is {row[name]}, recomputed {value}"
                 )
+        text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
+        for name, again in (("text", text), ("target_ids", target_ids)):
+            if again != row[name]:
+                raise ValueError(
+                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]!r}, by the tokenizer {again!r}"
+                )
+        if row["crc32"] != checksum(row):
+            raise ValueError(f"{out}/rollouts.jsonl line {number} was changed: crc32 differs")
 
 
 # --------------------------------------------------------------------------------------------------------- the program
@@ -1360,20 +1432,29 @@ def inspect(argv: list[str]) -> None:
     parser.add_argument("command", choices=("audit", "show"))
     parser.add_argument("run", type=Path, help="output folder of a run")
     parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--by", choices=("advantages", "token_rewards"), default="advantages")
     args = parser.parse_args(argv)
     try:
-        print(audit(args.run) if args.command == "audit" else report.show(args.run, args.step))
+        shown = (
+            audit(args.run)
+            if args.command == "audit"
+            else report.show(args.run, args.step, args.by)
+        )
+        print(shown)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; ends with exit code 2 and one line on a user's mistake."""
+    """The command line; `leave` lists the exit codes."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["audit"], ["show"]):
         return inspect(argv)
     config = parse_args(argv)
     init_distributed()
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # where torchrun is killed its ranks save and leave too
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     first = dist.get_rank() == 0
     if first:
         print(announce(config, dist.get_world_size()), flush=True)
@@ -1381,14 +1462,37 @@ def main(argv: list[str] | None = None) -> None:
         run = train(config)
         if first:
             print(report.summary(run.out, run.tokenizer))
-    except (ValueError, OSError, ImportError) as error:
-        print(
-            f"error: {error}" if first else f"rank {dist.get_rank()}: error: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
+    except BaseException as error:  # noqa: BLE001 - nothing may leave a rank waiting
+        leave(error)
     dist.destroy_process_group()
+
+
+def leave(error: BaseException) -> None:
+    """Say why this rank ends and end it, at once: its peers may be waiting for it in a collective.
+
+    Exit code 2: a user's mistake or a check that failed, one line; 143 after SIGTERM and 130 after Ctrl-C, when all is
+    saved; 1: anything else, with a traceback. torchrun prints the first failure last, from the file that is written here.
+    """
+    rank = dist.get_rank()
+    plain, code = f"error: {error}", 2
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        number = getattr(error, "signal", signal.SIGINT)
+        plain, code = str(error) or "interrupted before the first step", 128 + number
+    elif not isinstance(error, (ValueError, OSError, ImportError)):
+        plain, code = "".join(traceback.format_exception(error)), 1
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ECHO)  # a peer ended first; torchrun tells, and ends this rank meanwhile
+    else:
+        error = error.with_traceback(None)  # torchrun prints one line, too
+        error.__cause__, error.__suppress_context__ = None, True
+    if code in (1, 2) or rank == 0:
+        print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)
+    if code in (1, 2):
+        get_error_handler().record_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

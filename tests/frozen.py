@@ -126,12 +126,29 @@ def flags(model: Path, folder: Path, *more) -> list[str]:
     return [*text.split(), *map(str, more)]
 
 
+def short_flags(model: Path, folder: Path, *more) -> list[str]:
+    """Real sampling of a random model: short prompts and responses, some examples with a right answer."""
+    rows = [
+        data.Example(f"short/{i}/0", [], [], f"say {i}", [], "<answer>\nno\n</answer>", "answer")
+        for i in range(8)
+    ]
+    rows = [data.Example(**{**vars(row), "system": "Tools: __TOOL_DESCS__"}) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_jsonl(rows, folder / "short.jsonl")
+    file = f"jsonl:{folder / 'short.jsonl'}"
+    text = f"""--algo toolupt --model_name_or_path {model} --train_file {file} --eval_file {file}
+    --output_dir {folder}/out --max_steps 2 --train_batch_size 4 --num_generations 2
+    --max_prompt_length 256 --max_completion_length 16 --engine transformers --eval_steps 0
+    --learning_rate 1e-3 --max_tokens_per_row 300 --no_gradient_checkpointing --save_steps 2"""
+    return [*text.split(), *map(str, more)]
+
+
 def one_step(config: train.Config) -> tuple[dict[str, torch.Tensor], Frozen]:
     """The gradient of the first step as the loop of train.py makes it, whole on every rank; and the engine."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     engine, gradient = Frozen(answers(tokenizer, examples())), {}
 
-    def capture(run, lr, grad_norm):
+    def capture(run, *_):
         for name, parameter in run.model.named_parameters():
             gradient[name] = parameter.grad.full_tensor().clone()
         run.optimizer.zero_grad()

@@ -8,9 +8,12 @@ import copy
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
+from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -809,6 +812,21 @@ def test_a_mistake_of_the_second_stage_ends_the_first(tiny, tmp_path, monkeypatc
         assert more[0] in refusal(train.train, train.parse_args(command))
 
 
+def test_a_hub_name_out_of_reach_is_named_at_once(tiny, tmp_path, monkeypatch):
+    def unreachable(address, timeout):
+        assert timeout <= 5 and address[1] == 443
+        raise OSError("Name or service not known")
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name.upper(), raising=False)
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(modeling.socket, "create_connection", unreachable)
+    monkeypatch.setattr(modeling.AutoTokenizer, "from_pretrained", None)  # which would retry
+    flags = [*frozen.flags(tiny, tmp_path), "--model_name_or_path", "nobody/nothing-of-this-name"]
+    text = refusal(Run, train.parse_args(flags))
+    assert "nobody/nothing-of-this-name: no such folder" in text and "Name or service" in text
+
+
 def test_missing_vllm_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     config = train.parse_args([*frozen.flags(tiny, tmp_path), "--engine", "vllm"])
@@ -839,25 +857,12 @@ def test_resuming_from_nowhere_is_named(tiny, tmp_path):
 # -------------------------------------------------------------------------------------- real rollouts of a tiny model
 
 
-def short_flags(tiny, folder, *more) -> list[str]:
-    """Real sampling of a random model: short prompts and responses, some examples with a right answer."""
-    rows = [
-        data.Example(f"short/{i}/0", [], [], f"say {i}", [], "<answer>\nno\n</answer>", "answer")
-        for i in range(8)
-    ]
-    rows = [data.Example(**{**vars(row), "system": "Tools: __TOOL_DESCS__"}) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_jsonl(rows, folder / "short.jsonl")
-    file = f"jsonl:{folder / 'short.jsonl'}"
-    text = f"""--algo toolupt --model_name_or_path {tiny} --train_file {file} --eval_file {file}
-    --output_dir {folder}/out --max_steps 2 --train_batch_size 4 --num_generations 2
-    --max_prompt_length 256 --max_completion_length 16 --engine transformers --eval_steps 0
-    --learning_rate 1e-3 --max_tokens_per_row 300 --no_gradient_checkpointing --save_steps 2"""
-    return [*text.split(), *map(str, more)]
-
-
 def metrics_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
 
 
 def noisy_rewards(monkeypatch):
@@ -880,13 +885,72 @@ def test_the_run_stops_when_the_engine_keeps_old_weights(tiny, tmp_path, monkeyp
         calls.append(run)
 
     noisy_rewards(monkeypatch)
-    command = short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
+    command = frozen.short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
     run = train.train(train.parse_args(command))  # with the sync nothing is wrong
     assert run is not None
     monkeypatch.setattr(train, "sync", only_once)
     text = refusal(train.train, train.parse_args(command))
     assert "differ from the trainer's" in text and "weight sync" in text
     assert re.match(r"step [1-9]\d*:", text), text
+
+
+class OtherTokenizer:
+    """A tokenizer of another model that happens to know the same ids: some read differently, or another id ends a text."""
+
+    def __init__(self, real, shift=0, eos=None):
+        self.real, self.shift = real, shift
+        self.eos_token_id = real.eos_token_id if eos is None else eos
+
+    def decode(self, ids, **options):
+        return self.real.decode([i + self.shift for i in ids], **options)
+
+
+@pytest.mark.parametrize("other", [{"shift": 1}, {"eos": 300}])
+def test_the_run_stops_when_the_engine_has_another_tokenizer(other, tiny, tmp_path, monkeypatch):
+    real = rollout.make_engine
+
+    def make(*arguments, **options):
+        engine = real(*arguments, **options)
+        engine.tokenizer = OtherTokenizer(engine.tokenizer, **other)
+        return engine
+
+    monkeypatch.setattr(rollout, "make_engine", make)
+    config = train.parse_args(frozen.short_flags(tiny, tmp_path, "--max_completion_length", 64))
+    with pytest.raises(ValueError, match="the trainer's tokenizer as .* same tokenizer files"):
+        for seed in range(20):  # until a response ends with the wrong EOS
+            train.train(
+                replace(config, seed=seed, num_generations=16, output_dir=f"{tmp_path}/{seed}")
+            )
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 1.5}, {"temperature": 0.7}, {"top_p": 0.5}, {"raw": True}]
+)
+def test_the_run_stops_when_the_engine_samples_otherwise(change, tiny, tmp_path, monkeypatch):
+    """Another temperature, a nucleus, or the log-probs of another temperature than the trainer's."""
+    real = rollout.TransformersEngine._complete
+
+    def complete(engine, prompts, seeds, temperature, max_tokens, top_p, *rest):
+        if temperature:  # not in evaluations
+            engine.raw = change.get("raw", False)
+            temperature, top_p = change.get("temperature", temperature), change.get("top_p", top_p)
+        return real(engine, prompts, seeds, temperature, max_tokens, top_p, *rest)
+
+    config = train.parse_args(frozen.short_flags(tiny, tmp_path, "--temperature", "1.2"))
+    train.train(config)  # as it should be, nothing is wrong
+    monkeypatch.setattr(rollout.TransformersEngine, "_complete", complete)
+    assert "step 1: the engine's log-probs" in refusal(train.train, config)
+
+
+def test_the_run_stops_at_log_probs_that_are_none(tiny, tmp_path, monkeypatch):
+    real = rollout.TransformersEngine._sample
+
+    def sample(engine, token_ids, logps, reason):
+        return real(engine, token_ids, [*logps[:-1], math.nan], reason)
+
+    monkeypatch.setattr(rollout.TransformersEngine, "_sample", sample)
+    text = refusal(train.train, train.parse_args(frozen.short_flags(tiny, tmp_path)))
+    assert "log-probs that are none: [nan]" in text
 
 
 def weights_of(run) -> dict:
@@ -913,14 +977,22 @@ def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch
     noisy_rewards(monkeypatch)
     monkeypatch.setattr(train, "policy_loss", poisoned)
     monkeypatch.setattr(Run, "optimizer_step", watched)
-    train.train(train.parse_args(short_flags(tiny, tmp_path / "1")))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path / "1")))
     assert before == {0: False, 1: True}
     assert [row["skipped"] for row in metrics_of(tmp_path / "1/out")[2:]] == [1, 0]
 
     before.clear()
     bad |= {1, 2, 3}
-    command = short_flags(tiny, tmp_path / "2", "--max_steps", "9")
-    assert "no finite gradient in 3 steps" in refusal(train.train, train.parse_args(command))
+    command = frozen.short_flags(tiny, tmp_path / "2", "--max_steps", "9")
+    text = refusal(train.train, train.parse_args(command))
+    assert "no finite loss and gradient in 3 steps" in text
+    file = tmp_path / "2/out/bad_batch.jsonl"
+    assert str(file) in text
+    groups = [json.loads(line) for line in file.read_text().splitlines()]
+    third = [row for row in rollouts_of(tmp_path / "2/out") if row["step"] == 3]
+    assert len(groups) == 4 and all(group["prompt"] for group in groups)
+    samples = [sample["token_ids"] for group in groups for sample in group["samples"]]
+    assert samples == [row["token_ids"] for row in third]
     assert before == {0: False, 1: False}  # the third raises
 
 
@@ -933,7 +1005,7 @@ def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch)
         return real(config, run, examples, position)
 
     monkeypatch.setattr(train, "roll_out", counted)
-    command = [*short_flags(tiny, tmp_path), "--algo", "dapo"]
+    command = [*frozen.short_flags(tiny, tmp_path), "--algo", "dapo"]
     text = refusal(train.train, train.parse_args(command))
     assert "10 rounds gave 0 of 4 prompts" in text
     assert batches == [(position, 4) for position in range(10)]
@@ -958,7 +1030,7 @@ def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
 
     def go(folder, steps, *more):
         steps = ["--max_steps", steps, "--eval_steps", "1"]
-        config = train.parse_args(short_flags(tiny, tmp_path / folder, *steps, *more))
+        config = train.parse_args(frozen.short_flags(tiny, tmp_path / folder, *steps, *more))
         train.train(config)
         return tmp_path / folder / "out"
 
@@ -1010,7 +1082,7 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
     monkeypatch.setattr(Run, "optimizer_step", watched)
     text = """--algo sft_dapo_star --sft_max_steps 4 --sft_learning_rate 0.01 --max_steps 1
     --learning_rate 0.001 --eval_steps 1 --save_total_limit 1 --save_steps 1"""
-    train.train(train.parse_args(short_flags(tiny, tmp_path, *text.split())))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path, *text.split())))
     assert evaluated == [1, 2, 3, 4]
     assert all(torch.equal(begin["weights"][name], w) for name, w in weights[2].items())
     for other in (0, 3, 4):
@@ -1032,7 +1104,7 @@ def weights_of_file(folder) -> dict:
 
 def test_sft_that_never_has_a_finite_validation_loss_ends_with_a_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "validation_loss", lambda *_: math.nan)
-    command = short_flags(tiny, tmp_path, "--algo", "sft_dapo_star", "--sft_max_steps", "1")
+    command = frozen.short_flags(tiny, tmp_path, "--algo", "sft_dapo_star", "--sft_max_steps", "1")
     assert "no finite validation loss" in refusal(train.train, train.parse_args(command))
 
 
@@ -1056,7 +1128,7 @@ def test_validation_loss_is_equation_1_on_the_evaluation_subset(more, tiny, plai
 def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
     """A model that knows one answer by heart says it, EOS included, where the engine starts to sample."""
     more = "--algo sft --max_steps 30 --learning_rate 0.01 --save_steps 30".split()
-    train.train(train.parse_args(short_flags(tiny, tmp_path, *more)))
+    train.train(train.parse_args(frozen.short_flags(tiny, tmp_path, *more)))
     checkpoint, tokenizer = tmp_path / "out/checkpoint-30", AutoTokenizer.from_pretrained(tiny)
     engine = rollout.make_engine("transformers", str(checkpoint), max_model_len=300)
     examples = data.load("jsonl", tmp_path / "short.jsonl")
@@ -1068,7 +1140,7 @@ def test_sft_trains_the_very_tokens_that_sampling_asks_for(tiny, tmp_path):
 
 
 def test_old_checkpoints_go(tiny, tmp_path):
-    command = short_flags(tiny, tmp_path, "--max_steps", "3", "--save_steps", "1")
+    command = frozen.short_flags(tiny, tmp_path, "--max_steps", "3", "--save_steps", "1")
     train.train(train.parse_args([*command, "--save_total_limit", "2"]))
     names = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
     assert names == {f"checkpoint-{n}{x}" for n in (2, 3) for x in ("", "-state")}
@@ -1149,6 +1221,51 @@ def test_audit_finds_a_changed_line(finished, tmp_path, change):
     assert change in (flip_token, flip_text) or found == number
 
 
+def test_audit_finds_every_flipped_digit(finished, tmp_path):
+    """Any digit of any field, token ids and log-probs and seeds included; and any letter of a text."""
+    out = tmp_path / "flipped"
+    shutil.copytree(finished, out)
+    text, rng = (out / "rollouts.jsonl").read_text(), random.Random(3)
+    places = [i for i, c in enumerate(text) if c.isdigit()]
+    for place in rng.sample(places, 60):
+        other = rng.choice([d for d in "0123456789" if d != text[place]])
+        (out / "rollouts.jsonl").write_text(text[:place] + other + text[place + 1 :])
+        with pytest.raises(ValueError, match=r"rollouts\.jsonl"):
+            train.audit(out)
+    first = text.index('"text": "') + 9
+    (out / "rollouts.jsonl").write_text(text[:first] + "~" + text[first + 1 :])
+    with pytest.raises(ValueError, match="line 1: "):
+        train.audit(out)
+
+
+def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(finished, tmp_path):
+    """Lines that are consistent in themselves, checksums included, but are not what was sampled or logged."""
+    out = tmp_path / "forged"
+    shutil.copytree(finished, out)
+    rows = rollouts_of(out)
+
+    def forge(change):
+        forged = copy.deepcopy(rows)
+        change(forged)
+        for row in forged:
+            row["crc32"] = train.checksum(row)
+        (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged))
+
+    def other_token(forged):  # in the noise of an answer: neither reward nor advantage change
+        row = next(r for r in forged if r["kind"] == "answer" and r["finish_reason"] == "length")
+        row["token_ids"][4] = row["token_ids"][5]
+        assert row["token_ids"] != rows[forged.index(row)]["token_ids"]
+
+    forge(lambda forged: None)
+    assert train.audit(out).startswith("32 responses agree")
+    forge(other_token)
+    with pytest.raises(ValueError, match="text is .* by the tokenizer"):
+        train.audit(out)
+    forge(lambda forged: forged.__setitem__(slice(0, K), copy.deepcopy(forged[K : 2 * K])))
+    with pytest.raises(ValueError, match="of step 1 is .* metrics.jsonl has"):
+        train.audit(out)
+
+
 def test_audit_finds_a_missing_line(finished, tmp_path):
     out = tmp_path / "short"
     shutil.copytree(finished, out)
@@ -1167,6 +1284,71 @@ def test_show_colours_tokens_by_advantage(finished, capsys):
         report.show(finished, 9)
     train.main(["audit", str(finished)])
     assert "32 responses agree" in capsys.readouterr().out
+
+
+class Texts(HTMLParser):
+    """Visible text, and the titles of spans, of a page; what would load or run something is an error."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.titles, self.open = "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "img", "iframe", "object"), tag
+        assert not {name for name, _ in attributes} & {"src", "href"}, attributes
+        assert not any(name.startswith("on") for name, _ in attributes), attributes
+        self.open.append(tag)
+        if tag == "span":
+            self.titles.append(dict(attributes)["title"])
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "pre" in self.open:
+            self.text += data
+
+
+def test_the_page_holds_every_number_and_needs_nothing_else(finished):
+    train.main(["show", str(finished), "--step", "2", "--by", "token_rewards"])
+    text = (finished / "step-2.html").read_text()
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    page, rows = Texts(text), [r for r in rollouts_of(finished) if r["step"] == 2]
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    pieces = [[tokenizer.decode([i]) for i in row["token_ids"]] for row in rows]
+    shown = [report.visible("".join(p)) + report.visible(r["target"]) for p, r in zip(pieces, rows)]
+    assert page.text.replace("expert: ", "") == "".join(shown)
+    columns = ("token_ids", "logps", "sampler_logps", "token_rewards", "advantages")
+    tokens = [values for row in rows for values in zip(*(row[name] for name in columns))]
+    assert len(page.titles) == len(tokens)
+    for title, (token, logp, sampled, reward, advantage) in zip(page.titles, tokens):
+        numbers = [float(x) for x in re.findall(r"(?<=[a-z] )-?\d+\.\d+", title)]
+        phi = math.exp(logp) * (1 - math.exp(logp))
+        assert numbers == pytest.approx([logp, sampled, reward, advantage, phi], abs=6e-5)
+        assert title.startswith(f"token {token} ")
+
+
+def test_the_page_and_the_terminal_are_not_steered_by_what_a_model_writes():
+    evil = [
+        "</pre><script>alert(1)</script>",
+        '"><b onmouseover="x">',
+        "\x1b[2J\x1b]0;t\x07",
+        "&lt;",
+    ]
+    tokenizer = SimpleNamespace(decode=lambda ids: evil[ids[0]])
+    row = {
+        "step": 1, "id": "<i>x</i>", "k": 0, "reward": -3.0, "target": "".join(evil), "token_ids": [0, 1, 2, 3],
+        "logps": [-0.5, math.nan, -2.0, 0.0], "sampler_logps": [-1.0] * 4, "token_rewards": None,
+        "advantages": [1.0, -1.0, 0.0, math.nan],
+    }  # fmt: skip
+    page = report.page([row], tokenizer)
+    shown = "".join(evil).replace("\x1b", "\\x1b").replace("\x07", "\\x07")
+    assert Texts(page).text == shown + "expert: " + shown
+    assert "\x1b" not in page and "<i>x" not in page
+    text = report.coloured({**row, "advantages": [0.0] * 4}, tokenizer)
+    assert "\x1b" not in text and "\x07" not in text
 
 
 def test_colours_follow_sign_and_size():

@@ -1,0 +1,151 @@
+"""A long run: 500 steps of the demo on two ranks; does memory, open files or disk use grow?
+
+    python bench/long.py                        about a quarter of an hour on two cores -> bench/long.json, bench/long.png
+    python bench/long.py --steps 40 --engine transformers --out /tmp/long.json
+
+Starts `torchrun train.py` and looks at its ranks twice a second in /proc: resident memory, open file handles, threads;
+and at the size of the output folder. A row of the JSON is the last look before each fifth step. The verdict compares
+the rows after step 50 with the row of step 50: resident memory of each rank within 10 %, no more file handles, and no
+more files than two checkpoints and the records, whose growth per step is what a step writes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+from common import BENCH, REPO
+
+FLAGS = (
+    "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 --eval_size 16 "
+    "--save_steps 25 --save_total_limit 2"
+)
+SETTLED = 50  # steps until caches, allocator and compiled code have their size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--engine", default="vllm")
+    parser.add_argument("--out", type=Path, default=BENCH / "long.json")
+    args = parser.parse_args()
+    machine = common.machine()
+    folder = Path(tempfile.mkdtemp(prefix="long-"))
+    try:
+        rows, seconds = watch(args.steps, args.engine, folder)
+        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines[1:]]
+        assert steps == list(range(args.steps + 1)), "a step is missing"
+    finally:
+        shutil.rmtree(folder)
+    verdict = judge(rows)
+    record = {"steps": args.steps, "engine": args.engine, "flags": FLAGS, "seconds": round(seconds)}
+    common.write(args.out, {"machine": machine, **record, **verdict, "rows": rows})
+    draw(rows, verdict, args.out.with_suffix(".png"))
+    print(json.dumps(verdict, indent=1))
+
+
+def watch(steps: int, engine: str, folder: Path) -> tuple[list[dict], float]:
+    """Run it; a row per fifth step, and the seconds of all."""
+    out, log = folder / "run", folder / "log"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["train.py", "--algo", "toolupt", "@recipes/demo.args", *FLAGS.split()]
+    command += ["--output_dir", out, "--max_steps", steps, "--engine", engine]
+    rows, start = {}, time.monotonic()
+    with open(log, "w") as file:
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        job = subprocess.Popen(
+            [*map(str, command)], cwd=REPO, env=env, stdout=file, stderr=subprocess.STDOUT
+        )
+        while job.poll() is None:
+            step = steps_done(out)
+            if step % 5 == 0 and (look := ranks_of(job.pid)):
+                rows[step] = {"step": step, **look, "output_bytes": size_of(out)}
+            time.sleep(0.5)
+    assert job.returncode == 0, log.read_text()[-3000:]
+    return list(rows.values()), time.monotonic() - start
+
+
+def steps_done(out: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    return max(0, path.read_text().count("\n") - 2) if path.exists() else 0
+
+
+def ranks_of(agent: int) -> dict[str, list[int]]:
+    """Resident bytes, file handles and threads of each rank; {} while one of them comes or goes."""
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        looks = []
+        for pid in children:
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            )
+            handles = len(os.listdir(f"/proc/{pid}/fd"))
+            looks.append((int(status["VmRSS"].split()[0]) * 1024, handles, int(status["Threads"])))
+    except (OSError, KeyError):
+        return {}
+    return (
+        dict(zip(("rss", "handles", "threads"), map(list, zip(*looks)))) if len(looks) == 2 else {}
+    )
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below; a checkpoint may go while we look."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:
+            pass
+    return total
+
+
+def judge(rows: list[dict]) -> dict:
+    """What the rows after step 50 say against the row of step 50."""
+    settled = [row for row in rows if row["step"] >= SETTLED] or rows[-1:]
+    base, growth = settled[0], []
+    for rank, rss in enumerate(base["rss"]):
+        growth.append(round(max(row["rss"][rank] for row in settled) / rss - 1, 4))
+    handles = [max(row["handles"][rank] for row in settled) for rank in range(2)]
+    return {
+        "rss_growth_after_step_50": growth,
+        "handles_at_step_50": base["handles"],
+        "most_handles_after": handles,
+        "memory_is_stable": max(growth) <= 0.1,
+        "handles_are_bounded": all(n <= m + 8 for n, m in zip(handles, base["handles"])),
+        "output_bytes": [base["output_bytes"], settled[-1]["output_bytes"]],
+    }
+
+
+def draw(rows: list[dict], verdict: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.5))
+    steps = [row["step"] for row in rows]
+    for rank in range(2):
+        axes[0].plot(steps, [row["rss"][rank] / 2**20 for row in rows], label=f"rank {rank}")
+        axes[1].plot(steps, [row["handles"][rank] for row in rows], label=f"rank {rank}")
+    axes[2].plot(steps, [row["output_bytes"] / 2**20 for row in rows])
+    titles = ("resident memory, MiB", "open file handles", "output folder, MiB")
+    for axis, title in zip(axes, titles):
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    grown = max(verdict["rss_growth_after_step_50"])
+    figure.suptitle(f"{steps[-1]} steps on two ranks; memory {grown:+.1%} after step {SETTLED}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
