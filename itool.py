@@ -37,7 +37,7 @@ LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the op
 SELF_EVALUATION = ("paper", "cache", "none")
 COUNTS = (  # what a search counts, in searches.jsonl
     "expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations", "evaluation_tokens",
-    "ends", "ends_parsed", "ends_over_length", "ends_correct",
+    "evaluations_too_long", "ends", "ends_parsed", "ends_over_length", "ends_correct",
 )  # fmt: skip
 SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.4: "four responses"
 
@@ -95,6 +95,15 @@ def _gradable(target: str) -> bool:
 
 
 # -------------------------------------------------------------------------------------------- the search
+
+
+def search_config(config) -> SearchConfig:
+    """Table 7's limits as the search wants them."""
+    return SearchConfig(
+        depth=config.mcts_depth, width=config.mcts_width, simulation=config.mcts_simulation,
+        iterations=config.mcts_iterations, c=config.mcts_c, discount=config.mcts_discount,
+        max_similarity=config.max_similarity, min_gap=config.min_gap, min_q=config.min_q,
+    )  # fmt: skip
 
 
 class Searcher:
@@ -163,7 +172,6 @@ class Searcher:
             top_p=self.top_p,
             max_tokens=self.max_tokens,
             seeds=[_hash(key) for key in keys],
-            progress=True,
         )
         self.stats["samples"] = sum(map(len, drawn))
         self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
@@ -222,6 +230,10 @@ class Searcher:
             question(self.tokenizer, self.self_evaluation, self.examples[root].target, text)
             for root, text in new
         ]
+        room = self.engine.max_model_len - 1
+        self.stats["evaluations_too_long"] += sum(len(prompt) > room for prompt in prompts)  # C = 0
+        new = [state for state, prompt in zip(new, prompts) if len(prompt) <= room]
+        prompts = [prompt for prompt in prompts if len(prompt) <= room]
         for state, options in zip(new, self.engine.option_probs(prompts)):
             self.confidences[state] = mcts.confidence(options)
             self.stats["option_mass"] += sum(options.values())
@@ -233,6 +245,8 @@ class Searcher:
         if not node.terminal:
             return 0.0
         error = rewards.error_type(text, self.examples[root].target)
+        if not text.replace("<answer>", "").replace("</answer>", "").strip():
+            error = error or "Other"  # an empty answer is no answer
         self.stats["ends"] += 1
         self.stats["ends_parsed"] += error != "Code Syntax"
         self.stats["ends_over_length"] += node.reason == "length"
@@ -262,6 +276,8 @@ class Searcher:
 
 def question(tokenizer, order: str, target: str, response: str) -> list[int]:
     """Table 10's prompt as token ids, up to the option's letter; order "paper" or "cache"."""
+    for token in tokenizer.all_special_tokens:  # what a model writes must not open a turn here
+        response = response.replace(token, "")
     user = mcts.EVAL_PROMPT["user"]
     if order == "cache":
         head, rest = user.split("\n\n", 1)
@@ -287,7 +303,9 @@ def pair_rows(
         if pair.dropped_by:
             continue
         row = _row(example, pair.prefix_ids, pair.chosen_ids, pair.rejected_ids)
-        row |= {"prefix": pair.node.state_text, "depth": pair.node.depth}
+        path = pair.node.path
+        steps = [parent.children.index(child) for parent, child in itertools.pairwise(path)]
+        row |= {"prefix": pair.node.state_text, "path": steps, "depth": pair.node.depth}
         for side, node in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             row |= {side: node.text, f"{side}_p": node.prior, f"{side}_Q": node.Q}
             row |= {f"{side}_R": node.R, f"{side}_N": node.N}
@@ -329,7 +347,10 @@ def summary(row: dict) -> str:
         )
     if row["evaluations"]:
         text += f", option mass {row['option_mass']:.3f}"
-    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out; dropped: {drops}"
+    per_tree = (row["pairs"] + row["held_out"]) / max(1, row["trees"])
+    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree); dropped: {drops}"
+    if row["evaluations_too_long"]:
+        text += f"; {row['evaluations_too_long']} states too long to be graded"
     if row["evaluations"] and row["option_mass"] < 0.01:
         text += (
             "\n  the model hardly puts its mass on the letters A to D: its self-evaluation says little; "

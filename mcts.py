@@ -25,7 +25,7 @@ Departures from the paper, and choices where it is silent:
     nodes stay in the tree.
  7. discount 1.0 (Xie et al. 2024) and the similarity measure (the authors' code) are not in it.
 
-Try it:  python mcts.py show trees.jsonl --svg trees.svg      (trees of `tree_to_dict`, one a line)
+Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line; also trees.svg)
 Standard library only, no sibling imported: copy this file on its own.
 """
 
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     show.add_argument(
         "file", type=Path, help="JSON of tree_to_dict: one tree, a list, or one per line"
     )
-    show.add_argument("--svg", type=Path, help="write a picture of all trees there")
+    show.add_argument("--svg", type=Path, help="picture of all trees; default: FILE with .svg")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know
     trees = []
@@ -419,8 +419,9 @@ def main(argv: list[str] | None = None) -> None:
         pairs = all_pairs(root, config)
         kept = sum(not pair.dropped_by for pair in pairs)
         print(f"{len(pairs)} pairs, {kept} kept\n")
-    if args.svg:
-        args.svg.write_text(svg(trees), encoding="utf-8")
+    picture = args.svg or args.file.with_suffix(".svg")
+    picture.write_text(svg(trees), encoding="utf-8")
+    print(picture)
 
 
 # ---- private ----

@@ -39,7 +39,8 @@ def summary(out: Path, tokenizer) -> str:
     if (out / "searches.jsonl").exists():
         lines += [f"             {iterations(out)}"]
         lines += [f"pairs        {out / 'pairs.jsonl'}"]
-        lines += [f"trees        python mcts.py show {out}/trees-1.jsonl --svg {out}/trees.svg"]
+        if (out / "trees-1.jsonl").exists():
+            lines += [f"trees        python mcts.py show {out}/trees-1.jsonl"]
     if (out / "rollouts.jsonl").exists():
         lines += [
             "",

@@ -95,10 +95,12 @@ class Run:
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
-        check_context(config)
+        check_context(config, self.longest())
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
+        if config.stages in ("warmup", "itool"):
+            self.pool()  # one that is too small is refused here, not after the warm-up
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
         self.saved, self.lock = 0, None
@@ -142,7 +144,8 @@ class Run:
         self.metrics_file = self.rollouts_file = self.tracker = None
         self.searches = {}
         if config.stages == "itool":
-            self.searches = read_searches(self.out, self.first_step)
+            again = self.first_step > 0 or config.resume_from_checkpoint == "latest"
+            self.searches = read_searches(self.out, self.first_step if again else -1)
             dist.barrier()
         if self.rank == 0:
             self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
@@ -245,6 +248,13 @@ class Run:
 
     # iTool
 
+    def pool(self) -> tuple[list[data.Example], int]:
+        """The examples that the replay buffer is chosen from, and how many cannot be graded."""
+        config = self.config
+        return itool.pool_of(
+            self.examples, config.pool_fraction, config.buffer_fraction, config.seed
+        )
+
     def searcher(self, seed: str) -> itool.Searcher:
         """The tree search of this run's engine."""
         config = self.config
@@ -282,7 +292,7 @@ class Run:
 
     def log_trees(self, iteration: int, trees: list[dict]) -> None:
         """Write the trees of all ranks to trees-ITERATION.jsonl."""
-        trees = self.all_gather(trees)
+        trees = sorted(self.all_gather(trees), key=lambda tree: tree["tree"])
         if self.rank == 0 and trees:
             with open(self.out / f"trees-{iteration}.jsonl", "w") as file:
                 for tree in trees:
@@ -437,12 +447,13 @@ class Run:
 def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
     """Iteration -> summary and pairs of the searches made before `step`; the later ones are forgotten.
 
-    Call it on all ranks, then a barrier: rank 0 rewrites the two files.
+    step  optimiser steps that the run goes on from; -1: it begins anew, nothing is kept
+    Call it on all ranks, then a barrier: rank 0 rewrites the two files and deletes other trees.
     """
     kept = {}
     for name in ("searches.jsonl", "pairs.jsonl"):
         path = out / name
-        lines = path.read_text().split("\n")[:-1] if step and path.exists() else []
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         kept[name] = [json.loads(line) for line in lines]  # a crash may have cut the last line
     searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
     found = {
@@ -458,6 +469,9 @@ def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
             new = out / f".{name}.incomplete"
             new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             new.rename(out / name)
+        for path in out.glob("trees-*.jsonl"):
+            if path.stem not in {f"trees-{iteration}" for iteration in found}:
+                path.unlink()
     return found
 
 
@@ -735,11 +749,15 @@ def check_itool(config) -> None:
     for name in ("pool_fraction", "buffer_fraction", "top_p"):
         if not 0 < getattr(config, name) <= 1:
             raise ValueError(f"--{name} {getattr(config, name)}: take a share above 0, at most 1")
-    for name in ("iterations", "preference_epochs", "warmup_epochs"):
+    for name in ("iterations", "preference_epochs", "warmup_epochs", "mcts_iterations"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
     if not 0 <= config.held_out_pairs < 1:
         raise ValueError(f"--held_out_pairs {config.held_out_pairs}: a share, 0 .. below 1")
+    for name in ("simpo_beta", "dpo_beta", "ipo_tau", "orpo_lam"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} {getattr(config, name)}: must be positive")
+    itool.search_config(config)  # refuses depths and roll-outs below the least
     if config.mcts_width < 2:
         raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
     if len(config.warmup_learning_rates) != 3:
@@ -751,15 +769,12 @@ def check_itool(config) -> None:
         )
 
 
-def check_context(config) -> None:
-    """Refuse lengths beyond what the model can read."""
+def check_context(config, wanted: int) -> None:
+    """Refuse lengths beyond what the model can read; wanted  tokens of the longest sequence."""
     model = AutoConfig.from_pretrained(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    room, wanted = (
-        model.max_position_embeddings,
-        config.max_prompt_length + config.max_completion_length,
-    )
+    room = model.max_position_embeddings
     if wanted > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length {config.max_prompt_length} and "

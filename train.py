@@ -204,7 +204,7 @@ PRESETS = {
     "toolupt_no_spo": {"expert": "sft"},
     "itool": {
         "stages": "warmup,itool", "expert": "none", "advantage": "group", "lora_rank": 16,
-        "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "train_file": ["toolace"], "eval_fraction": 0.1,
+        "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "eval_fraction": 0.1, "seed": 42,
         "train_batch_size": 64, "temperature": 1.5, "max_completion_length": 512, "learning_rate": 1e-6,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.0, "entropy_coef": 0.0,
     },
@@ -246,7 +246,7 @@ SOURCES = {
     "itool advantage group": "not read by iTool",
     "lora_rank 16": "iTool Table 7",
     "model_name_or_path meta-llama/Llama-3.1-8B-Instruct": "iTool 4.1",
-    "train_file toolace": "iTool 4.1",
+    "seed 42": "iTool Table 7",
     "eval_fraction 0.1": "iTool 4.1: 90 % for the warm-up",
     "train_batch_size 64": "iTool's script and Table 9",
     "temperature 1.5": "iTool Table 7, of the search",
@@ -301,6 +301,21 @@ _OF_ITOOL = _NAMES[_NAMES.index("warmup") : _NAMES.index("held_out_pairs") + 1]
 NEEDS |= {
     name: ("--algo itool", lambda c: {"warmup", "itool"} & {*c.stages.split(",")})
     for name in _OF_ITOOL
+}
+for _loss, _scales in {
+    "simpo": ("simpo_beta", "simpo_margin"), "dpo": ("dpo_beta",), "ipo": ("ipo_tau", "ipo_mean"), "orpo": ("orpo_lam",),
+}.items():  # fmt: skip
+    NEEDS |= {
+        name: (
+            f"--algo itool --preference {_loss}",
+            lambda c, loss=_loss: "itool" in c.stages and c.preference == loss,
+        )
+        for name in _scales
+    }
+NEEDS |= {
+    name: ("--algo itool, with its search", lambda c: "itool" in c.stages and c.mcts)
+    for name in _OF_ITOOL
+    if name.startswith("mcts_") or name in ("max_similarity", "min_gap", "min_q", "self_evaluation")
 }
 BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
@@ -495,9 +510,7 @@ def run_sft(config: Config, run: Run) -> Path:
 
 def run_itool(config: Config, run: Run) -> None:
     """iTool's iterations (section 3.2): hard examples, tree search, preference pairs, preference optimisation."""
-    pool, ungraded = itool.pool_of(
-        run.examples, config.pool_fraction, config.buffer_fraction, config.seed
-    )
+    pool, ungraded = run.pool()
     run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
     end = 0  # optimiser steps up to and with the iteration
     for iteration in range(1, config.iterations + 1):
@@ -544,6 +557,8 @@ def run_itool(config: Config, run: Run) -> None:
         if first < end:
             accuracy = metrics["eval/accuracy"]
             run.say(f"after iteration {iteration}: {accuracy:.1%} exact match on held-out examples")
+        elif start == end:
+            run.say(f"after iteration {iteration}: exact match as before")
     if end == 0:
         run.say("no iteration found a pair: the model is saved as it was")
         run.save(0)
@@ -664,7 +679,9 @@ def learning_rate_at(
     """
     steps = config.max_steps if steps is None else steps
     peak = config.learning_rate if peak is None else peak
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = min(
+        math.ceil(config.warmup_ratio * steps), steps - 1
+    )  # a single step must not have rate 0
     if step < warmup:
         return peak * step / warmup
     if config.lr_scheduler_type == "constant":
@@ -997,7 +1014,7 @@ def find_pairs(
     mine = chosen[run.rank :: run.world]
     prompts = [run.ids(example)[0] for example in mine]
     searcher = run.searcher(f"{config.seed}/{iteration}")
-    limits = search_config(config)
+    limits = itool.search_config(config)
     with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
         if config.mcts:
             trees = searcher.search(mine, prompts, limits, lambda done: bar.update(done - bar.n))
@@ -1007,21 +1024,25 @@ def find_pairs(
             bar.update(len(mine))
     run.engine.sleep()
     drops, pairs = Counter(), []
-    for example, (rows, dropped) in zip(mine, found):
+    places = range(run.rank, len(chosen), run.world)
+    for place, example, (rows, dropped) in zip(places, mine, found):
         drops.update(dropped)
         held_out = itool.is_held_out(example, config.held_out_pairs, config.seed)
-        pairs += [{"iteration": iteration, "held_out": held_out, **row} for row in rows]
+        own = {"iteration": iteration, "tree": place, "held_out": held_out}
+        pairs += [{**own, **row} for row in rows]
     saved = [
         mcts.tree_to_dict(
-            tree, limits, iteration=iteration, id=e.id, query=e.query, target=e.target
+            tree, limits, tree=place, iteration=iteration, id=e.id, query=e.query, target=e.target
         )
-        for tree, e in zip(trees, mine)
+        for place, tree, e in zip(places, trees, mine)
     ]
     run.log_trees(iteration, saved)
-    pairs = run.all_gather(pairs)
+    pairs = sorted(run.all_gather(pairs), key=lambda pair: pair["tree"])  # whatever the ranks
     with clock("reference"):
         add_references(config, run, pairs)
-    check_engine(config, engine_difference(pairs), step)
+    apart = engine_difference(pairs)
+    if config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
+        check_engine(config, apart, step)
     stats, drops = run.all_count(searcher.stats), run.all_count(drops)
     held_out = sum(pair["held_out"] for pair in pairs)
     mean = lambda kind: (
@@ -1031,18 +1052,10 @@ def find_pairs(
     summary |= {"perplexity/calls": mean(True), "perplexity/answers": mean(False)}
     summary |= {"pairs": len(pairs) - held_out, "held_out": held_out, "dropped": dict(drops)}
     summary |= {name: stats[name] for name in itool.COUNTS}
+    summary["sampling/sampling_logp_difference/mean"] = apart
     summary["option_mass"] = stats["option_mass"] / max(1, stats["evaluations"])
     summary |= held_out_metrics(config, run, [pair for pair in pairs if pair["held_out"]])
     return summary | clock.metrics(), pairs
-
-
-def search_config(config: Config) -> mcts.SearchConfig:
-    """Table 7's limits as the search wants them."""
-    return mcts.SearchConfig(
-        depth=config.mcts_depth, width=config.mcts_width, simulation=config.mcts_simulation,
-        iterations=config.mcts_iterations, c=config.mcts_c, discount=config.mcts_discount,
-        max_similarity=config.max_similarity, min_gap=config.min_gap, min_q=config.min_q,
-    )  # fmt: skip
 
 
 def perplexities(config: Config, run: Run, examples: list) -> list[float]:
@@ -1399,6 +1412,8 @@ def train(config: Config) -> Run:
         if name == "sft":
             own = {**PRESETS["sft"], **own, "max_steps": config.sft_max_steps}
             own |= {"learning_rate": config.sft_learning_rate}
+        if name == "warmup":
+            own["quant"] = "none"  # Appendix B.1: LoRA in the warm-up, QLoRA after it
         first = replace(config, **own)
         where = config.resume_from_checkpoint  # a path belongs to the stage whose folder it lies in
         if where not in ("", "latest"):

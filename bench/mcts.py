@@ -1,11 +1,11 @@
 """iTool's search against a naive loop on the same trees: seconds, generated and prefilled tokens per tree.
 
-    python bench/mcts.py --model toy_model --trees 100 --naive_trees 20      six minutes on two CPU cores
+    python bench/mcts.py --model toy_model --trees 100
 
     ours    itool.Searcher over vLLM: all trees in lock step, shared prompts cached, a sample's unused rest reused,
             one forward pass per self-evaluation, equal states graded once
     naive   one transformers `generate` per sample (each of a node's `width`) and four per self-evaluation
-            (four tokens each, as iTool samples them), one sequence at a time, on the first trees of the same search
+            (four tokens each, as iTool samples them), one sequence at a time
 
 The naive loop replays the trees that the search has grown: the same states, as many tokens per sample, the same
 number of nodes to grade. Both arms run in this process, ours first and once more after the naive one; the time of ours is the
@@ -125,7 +125,6 @@ def main() -> None:
     )
     parser.add_argument("--model", default="toy_model")
     parser.add_argument("--trees", type=int, default=100)
-    parser.add_argument("--naive_trees", type=int, default=20)
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--self_evaluation", choices=("paper", "cache"), default="paper")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -141,8 +140,7 @@ def main() -> None:
     engine.generate(prompts[:4], n=1, temperature=1.0, max_tokens=4)  # warm
 
     first, roots, searcher = ours(args, tokenizer, examples, prompts, engine)
-    part = slice(args.naive_trees)
-    slow = naive(args, tokenizer, examples[part], roots[part], searcher)
+    slow = naive(args, tokenizer, examples, roots, searcher)
     read = prefilled(roots, searcher.stats)
     second, *_ = ours(args, tokenizer, examples, prompts, engine)
 

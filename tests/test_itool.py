@@ -99,6 +99,7 @@ class Scripted:
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.lists = [[*encode(text), *[tokenizer.eos_token_id] * end] for text in texts]
         self.calls, self.seeds, self.questions = Counter(), [], []
+        self.max_model_len = 4096
 
     def generate(self, prompts, *, n, max_tokens, seeds, **_):
         self.calls["generate"] += 1
@@ -229,6 +230,35 @@ def test_the_question_is_table_10_s(tokenizer, order):
     assert text.endswith("The option of overall quality is (")
     early = text.index("THE TARGET") < text.index("Evaluation Criteria")
     assert early == (order == "paper")
+
+
+def test_a_state_too_long_to_be_graded_counts_as_c_zero(tokenizer):
+    example = data.Example("x/1", [], [], "q", [], CALL % 3, "tool_call")
+    engine = Scripted(tokenizer, [[100, 200, 300]], TEXTS)
+    engine.max_model_len = len(itool.question(tokenizer, "paper", example.target, "")) + 20
+    searcher = itool.Searcher(engine, tokenizer, max_tokens=128)
+    [root] = searcher.search([example], [[100, 200, 300]], TABLE_7)
+    assert searcher.stats["evaluations_too_long"] > 0
+    for node in nodes_of(root):
+        if node.parent:
+            ids = itool.question(tokenizer, "paper", example.target, node.state_text)
+            assert (node.C == 0.0) == (len(ids) >= engine.max_model_len)
+
+
+def test_an_empty_answer_is_not_right(tokenizer):
+    texts = ["<answer></answer>", "<answer>\nYes, it is.\n</answer>"]
+    example = data.Example("x/1", [], [], "q", [], "<answer>\nYes.\n</answer>", "answer")
+    searcher = itool.Searcher(
+        Scripted(tokenizer, [[5, 6]], texts), tokenizer, self_evaluation="none"
+    )
+    [root] = searcher.search([example], [[5, 6]], TABLE_7)
+    ends = {n.state_text: n.O for n in nodes_of(root) if n.terminal}
+    assert ends == {texts[0]: -1.0, texts[1]: 1.0}
+
+
+def test_a_sampled_control_token_opens_no_turn_in_the_question(tokenizer):
+    clean = itool.question(tokenizer, "paper", "T", "ab")
+    assert itool.question(tokenizer, "paper", "T", f"a{tokenizer.eos_token}b") == clean
 
 
 def test_without_self_evaluation_c_is_zero_and_nobody_is_asked(tokenizer):
@@ -410,7 +440,10 @@ def test_learning_rates_are_table_6_s_and_9_s():
         train.learning_rate_at(config, 24, 25, 1e-6), 5.089279059534e-09, rel_tol=1e-9
     )
     assert config.warmup_learning_rates == [5e-5, 2e-5, 1e-5] and config.learning_rate == 1e-6
-    assert train.parse_args(["--algo", "itool", "--preference", "dpo"]).learning_rate == 3e-7
+    for preference, rate in {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}.items():
+        own = train.parse_args(["--algo", "itool", "--preference", preference])
+        assert own.learning_rate == rate
+    assert train.learning_rate_at(config, 0, 1, 1e-6) == 1e-6  # a single step must move
     own = ["--algo", "itool", "--preference", "dpo", "--learning_rate", "2e-7"]
     assert train.parse_args(own).learning_rate == 2e-7
 
@@ -491,9 +524,9 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
     merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
     assert all(torch.allclose(merged[name], after[name], atol=1e-6) for name in after)
 
-    shown = launch("mcts.py", "show", out / "trees-1.jsonl", "--svg", out / "trees.svg")
+    shown = launch("mcts.py", "show", out / "trees-1.jsonl")
     assert shown.returncode == 0 and "pairs" in shown.stdout
-    assert (out / "trees.svg").read_text().startswith("<svg")
+    assert (out / "trees-1.svg").read_text().startswith("<svg")
 
 
 def itool_alone(out, *more):
@@ -534,12 +567,26 @@ def test_a_run_that_was_cut_inside_an_iteration_goes_on(tmp_path):
 
 def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
     out = tmp_path / "out"
-    done = itool_alone(out, "--min_q", 9, "--iterations", 1)
+    done = itool_alone(out, "--min_q", 9, "--iterations", 1, "--self_evaluation", "paper")
     assert done.returncode == 0, done.stderr[-3000:]
     text = done.stdout + done.stderr
-    assert "no pair to train on" in text and "accept_q" in text and "saved as it was" in text
+    assert (
+        "option mass" in text
+        and "no pair to train on" in text
+        and "accept_q" in text
+        and "saved as it was" in text
+    )
     before, after = weights_of(frozen.TOY), weights_of(out / "checkpoint-0")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--preference", "dpo", "--simpo_beta", "2"], ["--no_mcts", "--mcts_depth", "2"]]
+)
+def test_a_flag_that_another_switches_off_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--algo", "itool", *wrong])
+    assert "has no effect" in capsys.readouterr().err
 
 
 def test_a_flag_of_itool_is_refused_elsewhere(capsys):
@@ -566,6 +613,9 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
         (["--quant", "4bit", "--lora_rank", "0"], "--lora_rank"),
         (["--warmup_learning_rates", "1e-5"], "give three"),
         (["--iterations", "0"], "--iterations 0"),
+        (["--mcts_iterations", "0"], "--mcts_iterations 0"),
+        (["--mcts_depth", "0"], "depth=0"),
+        (["--simpo_beta", "0"], "--simpo_beta"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags, message, tiny, tmp_path):
