@@ -10,9 +10,9 @@ demo: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -q
 
-# into whichever environment is active: what BFCL needs, nothing else touched
+# into .venv if there is one, else into the environment of python3: what BFCL needs, nothing else touched
 eval-deps:
-	python -m pip install --no-deps -r requirements-eval.txt
+	$(or $(wildcard .venv/bin/python),python3) -m pip install --no-deps -r requirements-eval.txt
 
 .venv/installed: requirements.txt requirements-test.txt requirements-peer.txt requirements-eval.txt install.sh
 	bash install.sh
