@@ -5,7 +5,8 @@
 
 A sample is right if the response is one call of the gold API with equal arguments (ToolSearcher, the
 45 searches of level 2: the name only, since its free-text keywords cannot be matched). Values
-are compared as values: "5" is 5, "['a']" is ["a"], blanks around strings do not count. Deterministic,
+are compared as values: "5" is 5, "True" or "true" is true, "['a']" is ["a"], blanks around strings do
+not count. Deterministic,
 offline, and 100 % for the gold answers, which the official execution is not (84.5 % on level 1, for
 lost state and changed databases); it is not implemented here.
 
@@ -126,10 +127,14 @@ def _same(a, b) -> bool:
 
 
 def _value(value):
-    """Strings that read as numbers, lists or dicts as those; other strings without blanks around."""
+    """Strings that read as numbers, booleans, lists or dicts as those; others without blanks around."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, int):
+        return Decimal(value)  # str() refuses more than 4,300 digits
     text = str(value).strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if re.fullmatch(r"[-+]?(0|[1-9]\d*)(\.\d+)?", text):
         return Decimal(text)
     if text[:1] in ("[", "{"):
