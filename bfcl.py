@@ -192,6 +192,7 @@ def conversation(
                 if not calls:
                     break
                 results = execute([call_string(call, methods) for call in calls], entry)
+                results = [encodable(result) for result in results]
                 record["observations"][-1].append(results)
                 steps = [*steps, (text, "\n".join(results))]
                 if len(record["observations"][-1]) > prompts.MAXIMUM_STEP_LIMIT:
@@ -206,15 +207,15 @@ def judge(entry: Entry, turns: list[list[list | None]], force_quit: bool = False
     """The verdict on a case: correct, error_type (the package's), error, error_class (iTool Figure 3).
 
     turns  the calls of each response of each turn, None or [] where it has none
+
+    Where a checker itself raised, error_type ends with :raised; a class that no check tells is "Other".
     """
+    if entry.category in MULTI_TURN:
+        _need_main_thread()
     try:
         verdict = _judge(entry, turns, force_quit)
-    except Exception as error:  # the checkers raise on what they did not foresee
-        verdict = {
-            "valid": False,
-            "error_type": "checker",
-            "error": f"{type(error).__name__}: {error}",
-        }
+    except Exception as error:  # the multi-turn checker raises on what it did not foresee
+        verdict = _raised("multi_turn", error)
     finally:
         purge(entry.id)
     if verdict["valid"]:
@@ -242,7 +243,13 @@ def accepted(entry: Entry) -> list[dict]:
 
 def error_class(error_type: str) -> str:
     """iTool's class (Figure 3) of one of the package's error types."""
-    values = ("type_error", "value_error", "dict_checker", "list_dict_checker")
+    values = (
+        "type_error",
+        "value_error",
+        "dict_checker",
+        "list_dict_checker",
+        "ast_checker:raised",
+    )
     if error_type.startswith(values):
         return "Parameter Value"
     names = {
@@ -269,6 +276,11 @@ def call_string(call: dict, methods: set[str]) -> str:
     return "no_such_function()" if known else f"{name}()"
 
 
+def encodable(text: str) -> str:
+    """The text with ? for lone surrogates, which JSON may hold and tokenizers refuse."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def methods_of(classes: list[str]) -> set[str]:
     """Names of the public methods of the simulator's classes."""
     names = set()
@@ -280,7 +292,7 @@ def methods_of(classes: list[str]) -> set[str]:
 
 def execute(calls: list[str], entry: Entry) -> list[str]:
     """Results of calls on the case's own instances, which keep their state until `purge`."""
-    assert threading.current_thread() is threading.main_thread(), "time limits need the main thread"
+    _need_main_thread()
     where = (entry.checked["initial_config"], entry.checked["involved_classes"], "model", entry.id)
     return package().simulator.execute_multi_turn_func_call(
         calls, *where, long_context="long_context" in entry.id
@@ -352,14 +364,26 @@ def _judge(entry, turns, force_quit):
 def _check(entry, calls, truth, category):
     languages = package().enums.Language
     language = {"simple_java": languages.JAVA, "simple_javascript": languages.JAVASCRIPT}
-    return package().ast.ast_checker(
-        entry.checked["function"],
-        [{call["name"]: call["params"]} for call in calls],
-        truth,
-        language.get(category, languages.PYTHON),
-        category,
-        "model",
-    )
+    try:
+        return package().ast.ast_checker(
+            entry.checked["function"],
+            [{call["name"]: call["params"]} for call in calls],
+            truth,
+            language.get(category, languages.PYTHON),
+            category,
+            "model",
+        )
+    except Exception as error:  # on values that it did not foresee, such as 10**400 for a float
+        return _raised("ast_checker", error)
+
+
+def _raised(checker, error):
+    text = f"{type(error).__name__}: {error}"
+    return {"valid": False, "error_type": f"{checker}:raised", "error": text}
+
+
+def _need_main_thread():
+    assert threading.current_thread() is threading.main_thread(), "time limits need the main thread"
 
 
 def _paired_class(entry, calls):
@@ -406,7 +430,6 @@ def _judge_multi_turn(entry, turns, force_quit):
         [[call_string(call, methods) for call in calls] for calls in turn if calls]
         for turn in turns
     ]
-    assert threading.current_thread() is threading.main_thread(), "time limits need the main thread"
     return package().multi_turn.multi_turn_checker(
         strings, entry.truth, entry.checked, entry.category, "model"
     )

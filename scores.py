@@ -36,6 +36,10 @@ LABELS = {
     "answer": "Answers",
 }  # in the order of the papers' tables
 SAMPLES = 1000  # of the bootstrap
+# Of settings.json, what a figure depends on beside the model.
+SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
+SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
+SETTINGS += ("versions",)
 
 
 def file_columns(counts: dict) -> dict:
@@ -100,17 +104,13 @@ def compare(outs: list[Path]) -> str:
         raise ValueError("the runs have no case in common")
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
-    for name in (
-        "bfcl_eval",
-        "prompt",
-        "format",
-        "max_tokens",
-        "max_model_len",
-        "temperature",
-        "keep_steps",
-    ):
-        if len({str(s[name]) for s in settings}) > 1:
-            lines += [f"WARNING: {name} differs: " + ", ".join(str(s[name]) for s in settings)]
+    for name in SETTINGS:
+        if len({str(s.get(name)) for s in settings}) > 1:
+            lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
+    targets = [{row["id"]: row.get("target") for row in rows} for rows in results]
+    other = sorted(i for i in common if any(t[i] != targets[0][i] for t in targets))
+    if other:
+        raise ValueError(f"{len(other)} common cases have different targets, {other[0]} for one")
     results = [[row for row in rows if row["id"] in common] for rows in results]
     return "\n".join([*lines, "", *_column_table(results, settings, list(map(str, outs)))])
 
@@ -122,8 +122,9 @@ def errors(path: Path) -> str:
     ValueError naming the line that does not.
     """
     counts, right = {}, Counter()
-    for number, row in enumerate(read_rows(path), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
+            row = json.loads(line)
             kind = rewards.error_type(
                 row["response"] if "response" in row else row["text"], row["target"]
             )
@@ -208,7 +209,9 @@ def _column_table(results, settings, names):
     if "live_multi_turn" in exact[0]:
         spread["live_multi_turn"] = (spread["live"] + spread["multi_turn"]) / 2
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
-    lines = [f"| | {' | '.join(LABELS[name] for name in shown)} |", "|---" * (len(shown) + 1) + "|"]
+    whole = set.intersection(*(_whole(rows, s) for rows, s in zip(results, settings)))
+    labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
+    lines = [f"| | {' | '.join(labels)} |", "|---" * (len(shown) + 1) + "|"]
     for j, name in enumerate(names):
         cells = [f"{exact[j][c]:.2f} {_interval(spread[c][:, j])}" for c in shown]
         lines += [f"| {name} | {' | '.join(cells)} |"]
@@ -232,6 +235,23 @@ def _columns(rows, settings):
     if settings["half"] is not None and {"live", "multi_turn"} <= found.keys():
         found["live_multi_turn"] = (found["live"] + found["multi_turn"]) / 2
     return {k: v for k, v in found.items() if whole or not k.startswith("overall")}
+
+
+def _whole(rows, settings):
+    """Names of the columns all of whose cases are there."""
+    counts = _counts(rows)
+    full = {k: c for k, c in counts.items() if c[1] >= settings["sizes"][k]}
+    names = set(COLUMNS[settings["bench"]](full))
+    if len(full) < len(counts):
+        names -= {"accuracy"}  # of all categories
+    return names | ({"live_multi_turn"} if {"live", "multi_turn"} <= names else set())
+
+
+def _clean(row, form):
+    """Whether the only response is one answer and nothing else (ToolUPT: R_format = 1)."""
+    if row["kinds"] != [["answer"]]:
+        return False
+    return form == "python" or rewards.binary(row["turns"][0][0], "<answer>any</answer>") == 1
 
 
 def _interval(values):
@@ -265,7 +285,7 @@ def _notes(rows, settings):
     for category in ("irrelevance", "live_irrelevance"):
         mine = [row for row in rows if row["category"] == category]
         if mine:
-            clean = sum(row["kinds"] == [["answer"]] for row in mine)
+            clean = sum(_clean(row, settings["format"]) for row in mine)
             share = f"{100 * clean / len(mine):.2f} % ({clean} of {len(mine)})"
             lines += [f"- {category}: {share} are clean answers; BFCL also credits broken calls."]
     if settings["bench"] == "bfcl":
@@ -273,7 +293,11 @@ def _notes(rows, settings):
             "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6: the scale of ToolUPT's tables.",
             "- Overall (v3) is the mean of BFCL-v3's three parts, another scale. A model that never calls a tool",
             "  gets 16.67 on the first.",
+            "- Error types: a wrong multi-turn case, a call where none is due and none where one is due"
+            " (relevance) are Other.",
         ]
+        raised = sum(str(row.get("error_type")).endswith(":raised") for row in rows)
+        lines += [f"- {raised} verdicts are wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
         sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}

@@ -191,6 +191,57 @@ def test_python_form():
     ]
 
 
+HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
+
+
+@pytest.mark.parametrize(
+    ("form", "response", "kind"),
+    [
+        ("toolupt", '<tool_call>{"name": "f", <answer>ok</answer>', "malformed"),
+        ("toolupt", "<answer>ok</answer><tool_call>", "answer"),
+        ("python", "[f(a={(1, 2): 3})]", "malformed"),
+        ("python", "[f(a={1, 2})]", "malformed"),
+        ("python", HUGE, "malformed"),
+        ("python", "find(city=1)", "malformed"),
+        ("python", "Here:\n```python\n[f()]\n```", "malformed"),
+        ("python", '<tool_call>{"name": "f"}</tool_call>', "malformed"),
+        ("python", "I cannot (sorry) do this.", "answer"),
+    ],
+)
+def test_broken_calls_are_no_answers_and_stop_nothing(form, response, kind):
+    parsed = evaluation.decode(response, form)
+    assert parsed.kind == kind and parsed.calls is None
+
+
+def test_examples_in_python_form():
+    score = lambda said, target: evaluation._file_score(target, "python", {"turns": [[said]]})[
+        "error_class"
+    ]
+    call = tool_call({"name": "f", "params": {"a": 1}})
+    assert score("No tool does this.", ANSWER) is None
+    assert score("[f(a=1)]", ANSWER) == "Tools Count" == score("No tool does this.", call)
+    assert score("[f(a=1)]", call) is None and score("[f(a=2)]", call) == "Parameter Value"
+    assert score(HUGE, call) == "Code Syntax"
+
+
+def test_lone_surrogates_do_not_reach_the_tokenizer():
+    read = lambda text: evaluation.decode(text, "toolupt")
+    said = tool_call({"name": "f", "params": {"a": "\ud83d"}})
+    assert "\\ud83d" in said  # escaped, as a model writes it
+    calls, text = evaluation._as_shown(read, "toolupt", said)
+    assert calls[0]["params"] == {"a": "\ud83d"} and json.loads(text)["params"] == {"a": "?"}
+    example = data.load("toy", "test")[0]
+    example = evaluation.replace(example, steps=[(text, bfcl.encodable("r\ud83d"))])
+    assert data.render(example, rollout.AutoTokenizer.from_pretrained(str(TOY)))
+
+
+def test_stop_tokens_of_the_model(tmp_path):
+    assert evaluation._stop_token_ids(str(tmp_path)) == []
+    for ids, wanted in ((7, [7]), ([9, 7], [7, 9])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert evaluation._stop_token_ids(str(tmp_path)) == wanted
+
+
 # --- the probe: oracle answers pass, corrupted ones fail ---
 
 
@@ -374,7 +425,7 @@ class Scripted:
             for step, text in enumerate(texts)
         }
 
-    def generate(self, prompts, *, n, temperature, max_tokens, seeds):
+    def generate(self, prompts, *, n, temperature, max_tokens, seeds, stop_token_ids=None):
         assert n == 1 and len(prompts) == len(seeds)
         assert all(len(p) + max_tokens <= self.max_model_len for p in prompts)
         self.rounds.append(len(prompts))
@@ -505,6 +556,20 @@ def test_a_checker_that_raises_is_a_wrong_answer(cases):
     for value in ([[[]]], {"a": [None]}, None, "\ud800", 10**400):
         params = dict.fromkeys(calls[0]["params"], value)
         assert not case.score({"turns": [[tool_call([{**calls[0], "params": params}])]]})["correct"]
+
+
+@needs_bfcl
+def test_a_check_that_raises_has_a_class():
+    """Two calls with a value that no float holds, and a checker that raises for both kinds of cases."""
+    doc = {"name": "f", "parameters": {"properties": {"a": {"type": "float"}}, "required": ["a"]}}
+    shown = {"function": [doc], "question": []}
+    truth = [{"f": {"a": [1.0]}}, {"f": {"a": [2.0]}}]
+    entry = bfcl.Entry("parallel_multiple_0", "parallel_multiple", shown, shown, truth)
+    calls = [{"name": "f", "params": {"a": value}} for value in (10**400, 2.0)]
+    verdict = bfcl.judge(entry, [[calls]])
+    assert not verdict["correct"] and verdict["error_class"] == "Parameter Value"
+    one = bfcl.Entry("multiple_0", "multiple", shown, shown, truth[:1])
+    assert bfcl.judge(one, [[calls[:1]]])["error_type"] == "ast_checker:raised"
 
 
 # --- safety ---
@@ -781,6 +846,15 @@ def test_api_bank_gold_answers_score_everything():
     assert sum(full) == 379
 
 
+def test_api_bank_values():
+    same = lambda a, b: api_bank.matches(
+        [{"name": "f", "params": {"x": a}}], {"name": "f", "params": {"x": b}}
+    )
+    assert same(True, "True") and same(False, "false") and same("true", "True")
+    assert not same(True, "False") and not same(True, "1") and not same(True, 1)
+    assert same(5, "5") and not same(5, "6") and not same("[0x" + "f" * 6000 + "]", "[1]")
+
+
 def test_api_bank_columns():
     counts = {"level_1": (303, 399), "level_2": (40, 90), "level_2_search": (24, 45)}
     assert api_bank.columns(
@@ -1003,6 +1077,55 @@ def test_bootstrap_against_a_slow_loop():
     ).all()  # the same draw for both
 
 
+def test_partial_columns_broken_calls_and_other_targets(tmp_path):
+    """What readers are told: parts of columns, answers that are none, figures that do not compare."""
+    right = {"level_1": [True] * 4, "level_2": [True] * 2, "level_2_search": [True]}
+    sizes = {"level_1": 4, "level_2": 9, "level_2_search": 1}
+    a = fake_run(tmp_path / "a", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="x")
+    assert "| | L1 | L2 (part) | L2 without ToolSearcher (part) |" in scores.report(a)
+    b = fake_run(tmp_path / "b", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="y")
+    assert "WARNING: dtype differs: x, y" in scores.compare([a, b])
+    rows = [row | {"target": "other"} for row in scores.read_rows(b / "results.jsonl")]
+    (b / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="7 common cases have different targets, level_1_0"):
+        scores.compare([a, b])
+
+    c = fake_run(tmp_path / "c", {"irrelevance": [True] * 4})
+    rows = scores.read_rows(c / "results.jsonl")
+    said = [ANSWER, "Sure. " + ANSWER, ANSWER + "<tool_call>", ANSWER + ANSWER]
+    rows = [row | {"turns": [[text]], "error_type": None} for row, text in zip(rows, said)]
+    rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
+    (c / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = scores.report(c)
+    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 verdicts are wrong because" in text
+
+
+def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
+    file, script = own
+    out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
+    (out / "results.jsonl").rename(out / "results.part0.jsonl")  # as an interrupted run leaves it
+    evaluation.rescore(out)
+    assert len(scores.read_rows(out / "results.jsonl")) == 12
+    lines = Path(file).read_text().splitlines(keepends=True)
+    Path(file).write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="holds results of other settings .data"):
+        run(tmp_path, monkeypatch, script, bench="file", file=file)
+    with pytest.raises(SystemExit):
+        evaluation.main(["--rescore", str(out)])
+    gone = list(script)[-1]
+    assert f"1 cases of {out} are not in the data any more, {gone}" in capsys.readouterr().err
+
+
+def test_later_errors_keep_their_traceback(tmp_path, monkeypatch, own):
+    def broken(*args, **kwargs):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(rollout, "make_engine", broken)
+    argv = [str(TOY), "--bench", "file", "--file", own[0], "--output_dir", str(tmp_path / "x")]
+    with pytest.raises(ValueError, match="a defect"):
+        evaluation.main(argv)
+
+
 def test_rescore_reads_the_responses_only(tmp_path, monkeypatch, own):
     file, script = own
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
@@ -1042,6 +1165,9 @@ def test_error_types_of_a_file(tmp_path, capsys):
         and "| answer | 0 | 1 | 0 | 0 | 0 | 0 | 0 |" in text
     )
     assert (tmp_path / "pairs.errors.png").stat().st_size > 5000
+    path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
+    evaluation.main(["--errors", str(path)])
+    assert "answer: 0 of 1 without error" in capsys.readouterr().out
     path.write_text(json.dumps({"response": "x"}) + "\n")
     with pytest.raises(SystemExit):
         evaluation.main(["--errors", str(path)])
