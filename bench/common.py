@@ -19,6 +19,7 @@ REPO = BENCH.parent
 sys.path.insert(0, str(REPO))
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
@@ -148,7 +149,7 @@ def median(values: list[float]) -> float:
 
 
 class Ours:
-    """Our training loop, one step at a time, on a folder made by `make_model`; one per process.
+    """Our training loop, one step at a time, on a folder made by `make_model`; one per rank.
 
     Everything of run_rl runs, records included; evaluation and checkpoints do not.
     """
@@ -158,7 +159,6 @@ class Ours:
         from run import Run
 
         prompt = len(data.render(examples[0], AutoTokenizer.from_pretrained(folder)))
-        data.write_jsonl(examples, folder / "examples.jsonl")
         defaults = {
             "algo": "toolupt",
             "train_file": [f"jsonl:{folder}/examples.jsonl"],
@@ -172,7 +172,10 @@ class Ours:
             "eval_steps": 0,
         }
         self.config = train.Config(**{**defaults, **settings})
-        shutil.rmtree(self.config.output_dir, ignore_errors=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.config.output_dir, ignore_errors=True)
+            data.write_jsonl(examples, folder / "examples.jsonl")
+        dist.barrier()
         self.run, self.count, self.metrics = Run(self.config), 0, {}
         self.run.start()
         train.sync(self.run)

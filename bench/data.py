@@ -40,12 +40,19 @@ def row(number: int) -> dict:
             word(): {"description": text(8), "type": rng.choice(TYPES), "default": word()}
             for _ in range(rng.randint(1, 5))
         }
-        tools.append({"name": f"{word()}_{word()}", "description": text(12), "parameters": parameters})
+        tools.append(
+            {"name": f"{word()}_{word()}", "description": text(12), "parameters": parameters}
+        )
     calls = [
         {"name": tool["name"], "arguments": {name: text(2) for name in tool["parameters"]}}
         for tool in rng.sample(tools, min(len(tools), rng.randint(1, 2)))
     ]
-    return {"id": number, "query": text(20), "answers": json.dumps(calls), "tools": json.dumps(tools)}
+    return {
+        "id": number,
+        "query": text(20),
+        "answers": json.dumps(calls),
+        "tools": json.dumps(tools),
+    }
 
 
 def resident() -> int:

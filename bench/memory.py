@@ -113,13 +113,11 @@ def main() -> None:
         for tracked in (True, False):
             if tracked or not results[way]["fake"]:
                 results[way] |= in_a_process(measure, way, tracked, args)
-    packed = results["packed"]["tracked"]
-    for way, row in results.items():
-        row["times_packed"] = row["tracked"] / packed
+        row = results[way]
+        row["times_packed"] = row["tracked"] / results["packed"]["tracked"]
         rss = f"{row['rss'] / 2**20:9.0f} MiB resident" if "rss" in row else " (fake tensors)"
-        print(
-            f"{way:20} {row['tracked'] / 2**20:9.0f} MiB live{rss}   {row['times_packed']:6.1f} x packed"
-        )
+        live = f"{row['tracked'] / 2**20:9.0f} MiB live"
+        print(f"{way:20} {live}{rss}   {row['times_packed']:6.1f} x packed", flush=True)
     common.write(
         args.out, {"machine": common.machine(), "settings": vars(args), "results": results}
     )

@@ -6,14 +6,13 @@
 
 Bytes per GPU, N parameters, W GPUs in all, everything of train.py's step (run_rl):
 
-    states      16 N / W           fp32 weights 4, gradients 4, Adam's moments 8; always there
+    states      16 N / W           fp32 weights 4, gradients 4, Adam's moments 8; in the rollout 12, without gradients
     gathered    2 (embedding + head) + 2 * 2 layer + 4 largest     bf16 weights of the root and of two layers, fp32
                                    gradient of the largest unit before it is reduced
     activations tokens of a row * (2 h * layers + 4 (4 h + 2 q + 2 kv + 4 inner))   layer inputs, and one layer computed
                                    again with its gradients (activation checkpointing)
     logits      4 * 4 * 512 * V    a chunk of the LM head, its softmax, their product, a gradient
-    vLLM        2 N / t + KV cache bf16 weights over t GPUs; asleep during the update, so the peak is
-                                   states + max(vLLM, gathered + activations + logits)
+    vLLM        2 N / t + KV cache bf16 weights over t GPUs, and what 12 N / W and --reserve leave; asleep in the update
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
 
 Seconds of a step, with the rates that the flags state:
@@ -106,7 +105,7 @@ def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Names
     )
     update_bytes = gathered + row * per_token + 4 * 4 * CHUNK * s["V"]
     kv_token = 4 * s["layers"] * s["kv"]
-    room = memory - states - args.reserve * GB
+    room = memory - 12 * N / W - args.reserve * GB  # without gradients
     t = 1
     while t < gpus and s["kv_heads"] % (2 * t) == 0 and 2 * N + longest * kv_token > t * room:
         t *= 2

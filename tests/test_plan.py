@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "bench"))
@@ -32,6 +31,8 @@ def test_parameters_are_those_of_the_checkpoints(name):
 
 
 def test_parameters_of_a_folder_are_those_of_its_model():
+    from transformers import AutoModelForCausalLM
+
     folder = REPO / "toy_model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert plan.shape_of(str(folder))["parameters"] == model.num_parameters()
@@ -48,7 +49,7 @@ def test_bytes_of_7b_on_eight_gpus_by_hand():
     assert p["logits"] == 16 * 512 * 152_064
     assert p["update_peak"] == sum(p[k] for k in ("states", "gathered", "activations", "logits"))
     kv = 2 * 28 * 4 * 128 * 2  # keys and values, layers, KV heads, head width, bf16
-    free = 80e9 - 6e9 - p["states"] - 2 * 7_615_616_512
+    free = 80e9 - 6e9 - 12 * 7_615_616_512 / 8 - 2 * 7_615_616_512
     assert p["tensor_parallel"] == 1 and p["kv_tokens"] == int(free / kv) and p["fits"]
 
 
@@ -75,8 +76,10 @@ def test_what_does_not_fit_is_said():
 
 
 def test_vllm_spreads_a_model_that_one_gpu_cannot_hold():
-    p = plan.plan(plan.shape_of("qwen2.5-32b"), 8, 141, 1, args())
-    assert p["tensor_parallel"] == 2  # 65.5 GB of weights beside 65.5 GB of states
+    p = plan.plan(plan.shape_of("qwen2.5-32b"), 8, 80, 2, args())
+    assert p["tensor_parallel"] == 2 and p["vllm_weights"] == 32_763_876_352
+    free = 2 * (80e9 - 6e9 - 12 * 32_763_876_352 / 16) - 2 * 32_763_876_352
+    assert p["kv_tokens"] == int(free / (2 * 64 * 8 * 128 * 2))
 
 
 def test_micro_batches_over_a_slow_network_bound_the_update():

@@ -1,0 +1,182 @@
+"""README's performance picture and table, from the JSON files that the other scripts left in bench/.
+
+    python bench/plot.py               writes bench/performance.png and the lines between README's two bench marks
+
+Only what was measured is drawn and listed.
+"""
+
+import json
+
+import common
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS, THEIRS = "#1f77b4", "#c44e52"
+PARTS = {"rollout": "rollout", "reward": "reward", "advantage": "advantage", "update": "training part",
+         "records": "records", "sync": "weight sync"}  # fmt: skip
+MARKS = "<!-- bench -->\n", "<!-- /bench -->\n"
+
+
+def read(name: str) -> dict | None:
+    """The JSON of a script, None where it has not run."""
+    path = common.BENCH / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def draw_times(axis, results: list[dict]) -> None:
+    """Seconds of a step against the length of the prompt, both arms, the largest model."""
+    rows = [row for row in results if row["shape"] == results[-1]["shape"]]
+    prompts = [row["prompt"] for row in rows]
+    for arm, color, label in (("trl", THEIRS, "TRL"), ("ours", OURS, "ours")):
+        axis.plot(
+            prompts,
+            [row[arm]["step"] for row in rows],
+            "o-",
+            color=color,
+            label=f"{label}, whole step",
+        )
+        axis.plot(
+            prompts,
+            [row[arm]["update"] for row in rows],
+            "o:",
+            color=color,
+            label=f"{label}, training part",
+        )
+    axis.plot(
+        prompts,
+        [row["floor_s"] for row in rows],
+        "--",
+        color="gray",
+        label="floor of the matrix work",
+    )
+    axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, None), xticks=prompts,
+             title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters")  # fmt: skip
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_breakdown(axis, results: list[dict]) -> None:
+    """What a step is spent on, as shares, per prompt length."""
+    rows = [row for row in results if row["shape"] == results[-1]["shape"]]
+    left = [0.0] * len(rows)
+    for part, label in PARTS.items():
+        share = [100 * row["ours"].get(part, 0.0) / row["ours"]["step"] for row in rows]
+        axis.barh([str(row["prompt"]) for row in rows], share, left=left, label=label)
+        left = [a + b for a, b in zip(left, share)]
+    axis.set(
+        xlabel="% of our step", ylabel="prompt tokens", title="where our step goes", xlim=(0, 100)
+    )
+    axis.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
+
+
+def draw_memory(axis, memory: dict) -> None:
+    """Peak of live tensors of the training part, per way."""
+    results, settings = memory["results"], memory["settings"]
+    names = list(results)[::-1]
+    sizes = [results[name]["tracked"] / 2**30 for name in names]
+    bars = axis.barh(
+        names, sizes, color=[OURS if n.startswith("packed") else THEIRS for n in names]
+    )
+    axis.bar_label(bars, [f" {size:.1f}" for size in sizes], fontsize=8)
+    axis.set(xscale="log", xlabel="GiB beside the weights", xlim=(None, 3 * max(sizes)),
+             title=f"memory: prompt {settings['prompt']}, {settings['group']} x {settings['answer']}, "
+             f"vocabulary {settings['vocabulary'] // 1000}k")  # fmt: skip
+
+
+def table(step, memory, sync, rollout, scaling, rows_of_data) -> list[str]:
+    """Markdown lines: the table, then what it was measured on."""
+    lines = ["| measured | result |", "|---|---|"]
+    for row in step["results"] if step else ():
+        lines.append(
+            f"| step, {row['shape']} parameters, prompt {row['prompt']:,}: ours / TRL | "
+            f"{row['ours']['step']:.2f} s / {row['trl']['step']:.2f} s, **{row['ratio_step']:.1f} x** "
+            f"(training part {row['ours']['update']:.2f} s / {row['trl']['update']:.2f} s, {row['ratio_training']:.1f} x; "
+            f"{row['times_floor']:.1f} x the floor) |"
+        )
+    if memory:
+        packed, full = (
+            memory["results"]["packed"]["tracked"],
+            memory["results"]["padded, full"]["tracked"],
+        )
+        lines.append(
+            f"| peak memory of the training part, prompt {memory['settings']['prompt']:,}, vocabulary "
+            f"{memory['settings']['vocabulary']:,} | {packed / 2**30:.2f} GiB, 1/{full / packed:.0f} of the padded "
+            f"computation with full logits ({full / 2**30:.1f} GiB) |"
+        )
+    if sync:
+        lines.append(
+            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; at most "
+            f"{sync['peak_alive_bytes'] / sync['model_bytes']:.0%} of the model held beside it |"
+        )
+    if rollout:
+        rate = common.median(rollout["rewards_per_second"])
+        lines.append(
+            f"| rollout against bare `vllm.LLM.generate` | {rollout['ratio']['same']:.0%} of the same requests, "
+            f"{rollout['ratio']['plain']:.0%} of requests without seeds and log-probs |"
+        )
+        lines.append(f"| rewards | {rate:,.0f} per second of one core |")
+    if scaling:
+        two = scaling["results"]
+        lines.append(
+            f"| two ranks on two cores, prompts per second against one rank on one | "
+            f"{two['2 ranks, strong']['speedup']:.2f} x strong, {two['2 ranks, weak']['speedup']:.2f} x weak |"
+        )
+    if rows_of_data:
+        row = rows_of_data["results"][-1]
+        lines.append(
+            f"| data | {row['rows']:,} xLAM-shaped rows converted in {row['convert_s']:.0f} s of one core; what fits is "
+            f"known {row['fit_s']:.0f} s later (tokenising everything: {row['tokenise_all_s']:.0f} s) |"
+        )
+    return lines
+
+
+def conditions(files: dict) -> list[str]:
+    """Hardware, versions, and per file its commit, load and command."""
+    first = next(iter(files.values()))["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
+    lines = [
+        f"{first['cpu']}, {first['cores']} cores, {first['gpu'] or 'no GPU'}; Python {first['python']}, {versions}.",
+        "",
+    ]
+    for name, file in files.items():
+        machine = file["machine"]
+        lines.append(
+            f"- `{machine['command']}`: commit {machine['commit']}, load {machine['load_average']} before it"
+        )
+    return lines
+
+
+def main() -> None:
+    names = ("step", "memory", "sync", "rollout", "scaling", "data")
+    files = {name: file for name in names if (file := read(name))}
+    if not files:
+        raise SystemExit("bench/ holds no result yet: run bench/step.py first")
+    panels = []
+    if "step" in files:
+        panels += [
+            (draw_times, files["step"]["results"]),
+            (draw_breakdown, files["step"]["results"]),
+        ]
+    if "memory" in files:
+        panels.append((draw_memory, files["memory"]))
+    if panels:
+        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+        for axis, (draw, results) in zip(axes[0], panels):
+            draw(axis, results)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        figure.savefig(common.BENCH / "performance.png", dpi=120)
+    lines = table(*(files.get(name) for name in names))
+    picture = ["![performance](bench/performance.png)", ""] if panels else []
+    text = "\n".join([*lines, "", *picture, *conditions(files)]) + "\n"
+    readme = common.REPO / "README.md"
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    assert rest, f"README.md has no line {MARKS[0]!r}"
+    readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

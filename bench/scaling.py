@@ -1,0 +1,114 @@
+"""One and two ranks: the same step on both (strong scaling), and as many prompts per rank (weak scaling).
+
+    python bench/scaling.py                                about ten minutes on two cores -> bench/scaling.json
+    python bench/scaling.py --shape tiny --prompt 128 --steps 2 --rounds 1 --out /tmp/scaling.json
+
+Whole steps of train.run_rl under torchrun, vLLM on every rank, OMP_NUM_THREADS threads per rank as printed. On a machine
+of two cores, two ranks of one thread have twice the cores of one rank of one thread, and as many as one of two threads.
+The settings take turns, --rounds times; medians over all measured steps.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common
+
+PARTS = ("step", "timing_s/rollout", "timing_s/update", "timing_s/sync")
+SETTINGS = {  # ranks, threads per rank, prompts per step relative to --prompts_per_step
+    "1 rank": (1, 1, 1),
+    "1 rank, 2 threads": (1, 2, 1),
+    "2 ranks, strong": (2, 1, 1),
+    "2 ranks, weak": (2, 1, 2),
+}
+
+
+def worker(folder: Path, args) -> None:
+    """Under torchrun: measured steps as one JSON line of rank 0."""
+    import torch.distributed as dist
+
+    import train
+
+    train.init_distributed()
+    tokenizer = common.AutoTokenizer.from_pretrained(folder)
+    examples = common.make_examples(args.prompts_per_step, args.prompt, args.answer, tokenizer)
+    own = {"output_dir": str(folder / f"run-{os.environ['TORCHELASTIC_RUN_ID']}")}
+    arm = common.Ours(folder, examples, args.answer, train_batch_size=args.prompts_per_step, **own)
+    rows = [arm.step() for _ in range(args.steps + 1)][1:]
+    arm.run.close()
+    if dist.get_rank() == 0:
+        print("ROWS " + json.dumps([{name: row[name] for name in PARTS} for row in rows]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="14M", choices=common.SHAPES)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument(
+        "--steps", type=int, default=3, help="measured per round, after one of warm-up"
+    )
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--out", default=str(common.BENCH / "scaling.json"))
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker, args)
+    rows = {name: [] for name in SETTINGS}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = common.make_model(args.shape, Path(folder) / "model", args.prompt + args.answer)
+        for _ in range(args.rounds):
+            for name, (ranks, threads, factor) in SETTINGS.items():
+                command = [
+                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
+                    "--worker", folder, "--prompt", args.prompt, "--answer", args.answer, "--steps", args.steps,
+                    "--prompts_per_step", args.prompts_per_step * factor,
+                ]  # fmt: skip
+                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                done = subprocess.run(
+                    list(map(str, command)),
+                    env=environment,
+                    text=True,
+                    capture_output=True,
+                    check=False,
+                )
+                if done.returncode:
+                    sys.exit(done.stderr[-3000:])
+                [line] = [line for line in done.stdout.splitlines() if line.startswith("ROWS ")]
+                rows[name] += json.loads(line.removeprefix("ROWS "))
+                print(f"{name}: {[round(row['step'], 2) for row in rows[name]]} s", flush=True)
+    results = {}
+    for name, (ranks, threads, factor) in SETTINGS.items():
+        middle = {part: common.median([row[part] for row in rows[name]]) for part in PARTS}
+        prompts = args.prompts_per_step * factor
+        results[name] = {"ranks": ranks, "threads": threads, "prompts": prompts, **middle,
+                         "prompts_per_second": prompts / middle["step"]}  # fmt: skip
+    base = results["1 rank"]["prompts_per_second"]
+    for name, row in results.items():
+        row["speedup"] = row["prompts_per_second"] / base
+        print(
+            f"{name:18} {row['prompts']:3d} prompts  step {row['step']:6.2f} s  update {row['timing_s/update']:6.2f} s  "
+            f"rollout {row['timing_s/rollout']:6.2f} s  {row['speedup']:.2f} x the prompts per second of one rank"
+        )
+    common.write(
+        args.out,
+        {
+            "machine": common.machine(),
+            "settings": {**vars(args), "worker": None},
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Weight sync: its share of a step, the bytes that move, and what a rank holds meanwhile.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py           about five minutes -> bench/sync.json
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py --shape tiny --prompt 128 --steps 2 --out /tmp/sync.json
+
+Steps of train.run_rl with vLLM on every rank. `model.full_tensors` gathers one parameter at a time; of the tensors it has
+handed out, the bytes still alive are counted at every hand-over. A second copy of the model would show there as 100 %.
+"""
+
+import argparse
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import common
+import torch.distributed as dist
+
+import model as modeling
+import train
+
+
+class Watch:
+    """Stands for model.full_tensors and counts what it hands out and what of it is still alive."""
+
+    def __init__(self):
+        self.gather = modeling.full_tensors
+        self.names = self.bytes = self.alive = self.peak = 0
+
+    def __call__(self, model):
+        own = {p.untyped_storage().data_ptr() for p in local_tensors(model)}
+        self.names = self.bytes = 0
+        for name, tensor in self.gather(model):
+            self.names += 1
+            if tensor.untyped_storage().data_ptr() not in own:  # one rank: nothing is copied at all
+                self.bytes += tensor.nbytes
+                self.alive += tensor.nbytes
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(tensor, self.freed, tensor.nbytes)
+            yield name, tensor
+            del tensor
+
+    def freed(self, nbytes: int) -> None:
+        self.alive -= nbytes
+
+
+def local_tensors(model):
+    """What this rank stores of the parameters."""
+    return [getattr(p, "_local_tensor", p) for p in model.parameters()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", default="14M", choices=common.SHAPES)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks per vLLM model")
+    parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
+    parser.add_argument("--out", default=str(common.BENCH / "sync.json"))
+    args = parser.parse_args()
+    train.init_distributed()
+    folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    folder = Path(folders[0]) / "model"
+    if dist.get_rank() == 0:
+        common.make_model(args.shape, folder, args.prompt + args.answer)
+    dist.barrier()
+    tokenizer = common.AutoTokenizer.from_pretrained(folder)
+    examples = common.make_examples(args.prompts_per_step, args.prompt, args.answer, tokenizer)
+    settings = {
+        "train_batch_size": args.prompts_per_step,
+        "vllm_tensor_parallel_size": args.tensor_parallel,
+    }
+    arm = common.Ours(folder, examples, args.answer, **settings)
+    modeling.full_tensors = watch = Watch()
+    rows = [arm.step() for _ in range(args.steps + 1)][1:]
+    arm.run.close()
+    weights = sum(p.numel() * 4 for p in arm.run.model.parameters())
+    if dist.get_rank() == 0:
+        share = common.median([row["timing_s/sync"] / row["step"] for row in rows])
+        result = {
+            "machine": common.machine(), "settings": vars(args), "ranks": dist.get_world_size(),
+            "share_of_step": share, "sync_s": common.median([row["timing_s/sync"] for row in rows]),
+            "step_s": common.median([row["step"] for row in rows]), "tensors": watch.names,
+            "model_bytes": weights, "gathered_bytes": watch.bytes, "peak_alive_bytes": watch.peak,
+        }  # fmt: skip
+        print(
+            f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of {result['step_s']:.2f} s); "
+            f"{watch.names} tensors, {watch.bytes / 1e6:.1f} MB gathered of a model of {weights / 1e6:.1f} MB, "
+            f"never more than {watch.peak / weights:.1%} of the model alive beside it"
+        )
+        common.write(args.out, result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
