@@ -226,10 +226,11 @@ def test_twenty_kills_change_nothing(command, start, tmp_path):
 
 
 def test_torchrun_restarts_after_one_rank_is_killed(command, start, tmp_path):
+    """--max_restarts of the real torchrun: all ranks start again and resume."""
     finished(start(command("whole"), ranks=2))
-    fault = Fault("loss", 1, 3, "kill", str(tmp_path / "flag"))
-    text = finished(start(command("killed"), ranks=2, fault=fault, max_restarts=1))
-    assert (tmp_path / "flag").exists() and "exitcode: -9" in text
+    done = torchrun("--max_restarts=1", *faulty("kill", tmp_path / "flag"), *command("killed"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "flag").exists() and "exitcode: -9" in done.stderr
     check_same_run(tmp_path / "killed/out", tmp_path / "whole/out", 5)
 
 
@@ -317,19 +318,28 @@ def test_a_failing_rank_ends_the_job_and_has_the_last_word(command, start, stage
 
 def test_a_failing_rank_under_the_real_torchrun(command):
     """Processes, not forks; the error of the rank is the end of what is printed."""
-    fault = [frozen.REPO / "tests/jobs.py", "loss", 1, 2, "raise"]
-    done = subprocess.run(
-        [*TORCHRUN, *map(str, fault), *map(str, command("run"))],
+    done = torchrun(*faulty("raise", ""), *command("run"))
+    assert done.returncode == 1
+    last_words = done.stderr.rpartition("Root Cause")[2]
+    assert "rank      : 1" in last_words, done.stderr[-3000:]
+    assert last_words.rstrip(" =\n").endswith("RuntimeError: injected into loss"), last_words
+
+
+def faulty(act: str, flag) -> list:
+    """train.py whose rank 1 fails in the loss of its third step."""
+    return [frozen.REPO / "tests/jobs.py", "loss", 1, 3, act, flag]
+
+
+def torchrun(*command) -> subprocess.CompletedProcess:
+    """The real one, to its end."""
+    return subprocess.run(
+        [*TORCHRUN, *map(str, command)],
         env=plain_environment(),
         text=True,
         capture_output=True,
         timeout=900,
         check=False,
     )
-    assert done.returncode == 1
-    last_words = done.stderr.rpartition("Root Cause")[2]
-    assert "rank      : 1" in last_words, done.stderr[-3000:]
-    assert last_words.rstrip(" =\n").endswith("RuntimeError: injected into loss"), last_words
 
 
 def plain_environment() -> dict:
