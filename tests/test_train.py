@@ -1069,10 +1069,10 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
         evaluated.append(max(weights))
         return losses[max(weights)]
 
-    def watched(run, lr, grad_norm):
+    def watched(run, lr, *rest):
         if run.config.stages == "rl":
             begin.update(weights=weights_of(run), state=len(run.optimizer.state), lr=lr)
-        result = original(run, lr, grad_norm)
+        result = original(run, lr, *rest)
         if run.config.stages == "sft":
             weights[len(weights)] = weights_of(run)
         return result
@@ -1374,7 +1374,7 @@ def test_summary_and_picture(finished, tmp_path):
     rows[1]["eval/accuracy"], rows[-1]["eval/accuracy"] = 0.25, 0.5
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = report.summary(out, AutoTokenizer.from_pretrained(TOY))
-    assert "25.0% before, 50.0% after" in text
+    assert "before 25.0%, after 50.0%" in text
     for name in ("metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
         assert str(out / name) in text
     assert "\033[30;48;5;" in text
