@@ -19,7 +19,6 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
  4. A tenth of the trees is held out, to see the preference margin on pairs that were not trained on.
 """
 
-import hashlib
 import itertools
 import math
 import random
@@ -30,7 +29,7 @@ import data
 import mcts
 import rewards
 from mcts import Node, Proposal, SearchConfig
-from rollout import Engine, Sample
+from rollout import Engine, Sample, derived_seed
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
@@ -164,14 +163,13 @@ class Searcher:
     ) -> list[tuple[list[dict], Counter]]:
         """`sampled_pair` of each example: the ablation without a search."""
         self.stats = Counter()
-        keys = [f"{self.seed}/{example.id}" for example in examples]
         drawn = self.engine.generate(
             prompts,
             n=SAMPLES_WITHOUT_SEARCH,
             temperature=self.temperature,
             top_p=self.top_p,
             max_tokens=self.max_tokens,
-            seeds=[_hash(key) for key in keys],
+            seeds=[derived_seed(self.seed, example.id) for example in examples],
         )
         self.stats["samples"] = sum(map(len, drawn))
         self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
@@ -270,8 +268,7 @@ class Searcher:
         return self.pieces[token]
 
     def _request_seed(self, path: list[Node]) -> int:
-        steps = [parent.children.index(child) for parent, child in itertools.pairwise(path)]
-        return _hash(f"{self.seed}/{self.examples[id(path[0])].id}/{steps}")
+        return derived_seed(f"{self.seed}/{self.examples[id(path[0])].id}", _places(path))
 
 
 def question(tokenizer, order: str, target: str, response: str) -> list[int]:
@@ -303,9 +300,8 @@ def pair_rows(
         if pair.dropped_by:
             continue
         row = _row(example, pair.prefix_ids, pair.chosen_ids, pair.rejected_ids)
-        path = pair.node.path
-        steps = [parent.children.index(child) for parent, child in itertools.pairwise(path)]
-        row |= {"prefix": pair.node.state_text, "path": steps, "depth": pair.node.depth}
+        row |= {"prefix": pair.node.state_text, "path": _places(pair.node.path)}
+        row |= {"depth": pair.node.depth}
         for side, node in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             row |= {side: node.text, f"{side}_p": node.prior, f"{side}_Q": node.Q}
             row |= {f"{side}_R": node.R, f"{side}_N": node.N}
@@ -372,6 +368,6 @@ def _row(example: data.Example, prefix: list[int], chosen: list[int], rejected: 
     }
 
 
-def _hash(key: str) -> int:
-    """A request seed in [0, 2^62)."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 2
+def _places(path: list[Node]) -> list[int]:
+    """The way from the root as indices among siblings."""
+    return [parent.children.index(child) for parent, child in itertools.pairwise(path)]

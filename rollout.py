@@ -197,7 +197,7 @@ class Engine:
         samples = iter(
             self._complete(
                 [prompt for prompt, count in zip(prompts, counts) for _ in range(count)],
-                [_derived_seed(s, k) for s, count in zip(seeds, counts) for k in range(count)],
+                [derived_seed(s, k) for s, count in zip(seeds, counts) for k in range(count)],
                 float(temperature),
                 [limit for limit, count in zip(limits, counts) for _ in range(count)],
                 float(top_p),
@@ -491,7 +491,7 @@ def _nucleus(logits, top_p):
     return logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
 
 
-def _derived_seed(seed, k):
+def derived_seed(seed, k):
     """A seed for completion k of the request with this seed, in [0, 2^62)."""
     digest = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

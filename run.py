@@ -99,8 +99,10 @@ class Run:
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
-        if config.stages in ("warmup", "itool"):
-            self.pool()  # one that is too small is refused here, not after the warm-up
+        if config.stages in ("warmup", "itool"):  # a pool too small is refused before the warm-up
+            self.pool = itool.pool_of(
+                self.examples, config.pool_fraction, config.buffer_fraction, config.seed
+            )
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
         self.saved, self.lock = 0, None
@@ -142,7 +144,7 @@ class Run:
             clean(self.out)
         self.resume()
         self.metrics_file = self.rollouts_file = self.tracker = None
-        self.searches = {}
+        self.searches = {}  # iTool: what an interrupted run has found, by iteration
         if config.stages == "itool":
             again = self.first_step > 0 or config.resume_from_checkpoint == "latest"
             self.searches = read_searches(self.out, self.first_step if again else -1)
@@ -248,13 +250,6 @@ class Run:
 
     # iTool
 
-    def pool(self) -> tuple[list[data.Example], int]:
-        """The examples that the replay buffer is chosen from, and how many cannot be graded."""
-        config = self.config
-        return itool.pool_of(
-            self.examples, config.pool_fraction, config.buffer_fraction, config.seed
-        )
-
     def searcher(self, seed: str) -> itool.Searcher:
         """The tree search of this run's engine."""
         config = self.config
@@ -276,10 +271,6 @@ class Run:
             return longest
         question = itool.question(self.tokenizer, config.self_evaluation, "", "")
         return max(longest, len(question) + 2 * config.max_completion_length + 1)
-
-    def search_of(self, iteration: int) -> tuple[dict, list[dict]] | None:
-        """Summary and pairs of a search that an interrupted run has finished, else None."""
-        return self.searches.get(iteration)
 
     def log_search(self, summary: dict, pairs: list[dict]) -> None:
         """Append to pairs.jsonl, then to searches.jsonl, which tells that the pairs are whole."""
@@ -361,6 +352,18 @@ class Run:
         self.write(self.metrics_file, {"step": step + 1, **finite})  # NaN is not JSON
         if self.tracker:
             self.tracker(metrics, step + 1)
+
+    def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
+        """Log a step, move the bar, and save where --save_steps or the last step asks for it.
+
+        last   of its loop, stage or iteration
+        shown  what else the bar says
+        """
+        self.log(step, metrics)
+        bar.set_postfix(self.postfix(metrics), **shown)
+        bar.update()
+        if last or (step + 1) % self.config.save_steps == 0:
+            self.save(step + 1)
 
     def log_rollouts(self, rows: list[dict]) -> None:
         """Append the rows of all ranks to rollouts.jsonl."""

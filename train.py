@@ -445,11 +445,7 @@ def run_rl(config: Config, run: Run) -> None:
             last = step + 1 == config.max_steps
             if last or (config.eval_steps and (step + 1) % config.eval_steps == 0):
                 metrics.update(evaluate(config, run))
-            run.log(step, metrics)
-            bar.set_postfix(run.postfix(metrics))
-            bar.update()
-            if last or (step + 1) % config.save_steps == 0:
-                run.save(step + 1)
+            run.end_step(bar, step, metrics, last)
 
 
 def run_sft(config: Config, run: Run) -> Path:
@@ -498,11 +494,7 @@ def run_sft(config: Config, run: Run) -> Path:
                     if metrics["eval/loss"] < best_loss:
                         best_loss = metrics["eval/loss"]
                         modeling.save(run.model, run.tokenizer, best)
-                run.log(step, metrics)
-                bar.set_postfix(run.postfix(metrics), stage=stage.name)
-                bar.update()
-                if last or (step + 1) % config.save_steps == 0:
-                    run.save(step + 1)
+                run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
     return best
@@ -510,12 +502,12 @@ def run_sft(config: Config, run: Run) -> Path:
 
 def run_itool(config: Config, run: Run) -> None:
     """iTool's iterations (section 3.2): hard examples, tree search, preference pairs, preference optimisation."""
-    pool, ungraded = run.pool()
+    pool, ungraded = run.pool
     run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
     end = 0  # optimiser steps up to and with the iteration
     for iteration in range(1, config.iterations + 1):
         # 1 replay buffer, 2 search, 3 pairs
-        found = run.search_of(iteration)  # of an interrupted run
+        found = run.searches.get(iteration)  # of an interrupted run
         if found is None:
             found = find_pairs(config, run, pool, iteration, end)
             run.log_search(*found)
@@ -549,11 +541,7 @@ def run_itool(config: Config, run: Run) -> None:
                     metrics.update(held_out_metrics(config, run, held_out))
                     sync(run)
                     metrics.update(evaluate(config, run))
-                run.log(step, metrics)
-                bar.set_postfix(run.postfix(metrics))
-                bar.update()
-                if last or (step + 1) % config.save_steps == 0:
-                    run.save(step + 1)
+                run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
             run.say(f"after iteration {iteration}: {accuracy:.1%} exact match on held-out examples")

@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import common
 
 import rewards
-from rollout import _derived_seed, make_engine
+from rollout import derived_seed, make_engine
 
 GROUP = 8
 ONE = '<tool_call>\n{"name": "search_flights", "params": {"origin": "Berlin", "destination": "Paris", "date": "2024-05-01", "passengers": 2}}\n</tool_call>'  # fmt: skip
@@ -82,7 +82,7 @@ def main() -> None:
             return sum(len(completion.token_ids) for out in outs for completion in out.outputs)
 
         def same() -> int:
-            seeds = [_derived_seed(s, k) for s in range(len(prompts)) for k in range(GROUP)]
+            seeds = [derived_seed(s, k) for s in range(len(prompts)) for k in range(GROUP)]
             params = [
                 engine._params(**settings, seed=seed, logprobs=0, detokenize=False)
                 for seed in seeds
