@@ -1386,7 +1386,14 @@ def init_distributed() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun keeps one store over its restarts: without a prefix, ranks find the addresses of those that died.
+        # Agents count their own restarts, so several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    else:
+        dist.init_process_group(backend)
 
 
 def train(config: Config) -> Run:
