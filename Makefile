@@ -5,7 +5,7 @@
 NPROC ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -eq 1 ] && echo 1 || echo 2)
 
 demo: .venv/installed
-	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args
+	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args --resume_from_checkpoint latest
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q

@@ -62,10 +62,17 @@ def samples(folder: str | Path) -> list[Sample]:
                 f"{path} does not exist; get {' and '.join(FILES.values())} from api-bank/test-data of "
                 "AlibabaResearch/DAMO-ConvAI and pass their folder: --api_bank DIR"
             )
-        for index, row in enumerate(json.loads(path.read_text(encoding="utf-8"))):
-            gold = read_request(row["expected_output"])
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        for index, row in enumerate(rows):
+            try:
+                gold, fields = read_request(row["expected_output"]), _fields(row)
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, sample {index}: {error!r}; take the official file") from None
             category = f"{level}_search" if gold["name"] == "ToolSearcher" else level
-            found.append(Sample(f"{level}/{index}", category, _fields(row), gold))
+            found.append(Sample(f"{level}/{index}", category, fields, gold))
     return found
 
 

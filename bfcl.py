@@ -210,8 +210,7 @@ def judge(entry: Entry, turns: list[list[list | None]], force_quit: bool = False
 
     Where a checker itself raised, error_type ends with :raised; a class that no check tells is "Other".
     """
-    if entry.category in MULTI_TURN:
-        _need_main_thread()
+    _need_main_thread()
     try:
         verdict = _judge(entry, turns, force_quit)
     except Exception as error:  # the multi-turn checker raises on what it did not foresee
@@ -365,14 +364,15 @@ def _check(entry, calls, truth, category):
     languages = package().enums.Language
     language = {"simple_java": languages.JAVA, "simple_javascript": languages.JAVASCRIPT}
     try:
-        return package().ast.ast_checker(
-            entry.checked["function"],
-            [{call["name"]: call["params"]} for call in calls],
-            truth,
-            language.get(category, languages.PYTHON),
-            category,
-            "model",
-        )
+        with _time_limit(CALL_SECONDS):  # its JavaScript reader's regular expressions are exponential
+            return package().ast.ast_checker(
+                entry.checked["function"],
+                [{call["name"]: call["params"]} for call in calls],
+                truth,
+                language.get(category, languages.PYTHON),
+                category,
+                "model",
+            )
     except Exception as error:  # on values that it did not foresee, such as 10**400 for a float
         return _raised("ast_checker", error)
 

@@ -51,6 +51,10 @@ import rollout
 import scores
 from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
 
+ONLY = {  # flags of one benchmark, and their value where they are not given
+    "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),
+    "api_bank": ("api_bank", None), "file": ("file", None),
+}  # fmt: skip
 # What must agree for a run to go on: another value would mix two measurements in one file.
 SAME = ("model", "weights", "bench", "seed", *scores.SETTINGS)
 
@@ -206,16 +210,14 @@ def api_bank_cases(options: argparse.Namespace) -> list[Case]:
         raise ValueError(
             "--bench api_bank needs the folder of the official test files: --api_bank DIR"
         )
-    read = partial(decode, form=options.format)
-    return [
-        Case(
-            sample.id,
-            sample.category,
-            partial(_single, _example(sample.id, sample.fields, options.format)),
-            partial(_api_bank_score, sample.gold, read),
-        )
-        for sample in api_bank.samples(options.api_bank)
-    ]
+    read, found = partial(decode, form=options.format), []
+    for sample in api_bank.samples(options.api_bank):
+        example = _example(sample.id, sample.fields, options.format)
+        if options.format == "python":
+            example = _in_python(example)
+        score = partial(_api_bank_score, sample.gold, read)
+        found.append(Case(sample.id, sample.category, partial(_single, example), score))
+    return found
 
 
 def file_cases(options: argparse.Namespace) -> list[Case]:
@@ -225,10 +227,15 @@ def file_cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for index, example in enumerate(data.load_source(options.file, seed=options.seed)):
         if options.format == "python":
-            example = replace(example, system=_python_system(example.system))
-        score = partial(_file_score, example.target, options.format)
-        found.append(Case(f"{example.id}#{index}", example.kind, partial(_single, example), score))
+            example = _in_python(replace(example, system=_python_system(example.system)))
+        found.append(example_case(replace(example, id=f"{example.id}#{index}"), options.format))
     return found
+
+
+def example_case(example: data.Example, form: str = "toolupt") -> Case:
+    """A case of ours, of --bench file and of the evaluations during training; its row holds the target, too."""
+    score = partial(_file_score, example.target, form)
+    return Case(example.id, example.kind, partial(_single, example), score)
 
 
 BENCHES = {"bfcl": bfcl_cases, "api_bank": api_bank_cases, "file": file_cases}
@@ -322,6 +329,21 @@ def _example(id, fields, form):
     system = data.with_policy(fields["policy"], template)
     rest = {key: value for key, value in fields.items() if key != "policy"}
     return data.Example(id, **rest, target="", kind="answer", system=system)
+
+
+def _in_python(example):
+    """The example with its tool steps in the form that is asked for."""
+    steps = [(_python_calls(call), observation) for call, observation in example.steps]
+    return replace(example, steps=steps)
+
+
+def _python_calls(text):
+    calls = json.loads(text)
+    written = [
+        f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['params'].items())})"
+        for call in (calls if isinstance(calls, list) else [calls])
+    ]
+    return f"[{', '.join(written)}]"
 
 
 def _python_system(system):
@@ -461,6 +483,11 @@ def describe(options: argparse.Namespace) -> dict:
     weights = [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(files)]
     settings = vars(options) | {"prompt": prompt, "weights": weights}
     settings["max_model_len"] = min(options.max_model_len, room)
+    if settings["max_model_len"] <= options.max_tokens:
+        raise ValueError(
+            f"--max_tokens {options.max_tokens} leaves no room for a prompt in {settings['max_model_len']} tokens "
+            f"(--max_model_len {options.max_model_len}, the model's own limit {room}): lower it"
+        )
     settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
     settings["data"] = _data_hash(options)
     settings["stop_token_ids"] = _stop_token_ids(options.model)
@@ -506,7 +533,9 @@ def _open(out, settings, sizes):
         raise ValueError(
             f"{out} holds results of other settings ({parts}): take another --output_dir"
         )
-    path.write_text(json.dumps(settings | {"sizes": old["sizes"] | sizes}, indent=1) + "\n")
+    new = out / "settings.json.new"
+    new.write_text(json.dumps(settings | {"sizes": old["sizes"] | sizes}, indent=1) + "\n")
+    new.rename(path)
     _merge(out)
 
 
@@ -619,6 +648,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     commands = [options.model, options.rescore, options.compare, options.errors]
     if sum(map(bool, commands)) != 1:
         parser.error("give a model, or one of --rescore, --compare, --errors")
+    for name, (bench, off) in ONLY.items():
+        if options.model and options.bench != bench and getattr(options, name) != off:
+            flag = f"--no_{name}" if off is True else f"--{name}"
+            parser.error(f"{flag} is of --bench {bench}, not of {options.bench}")
     for name in ("limit", "max_tokens", "batch", "max_num_seqs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")

@@ -38,7 +38,7 @@ COUNTS = (  # what a search counts, in searches.jsonl
     "expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations", "evaluation_tokens",
     "evaluations_too_long", "ends", "ends_parsed", "ends_over_length", "ends_correct",
 )  # fmt: skip
-SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.4: "four responses"
+SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.3.2: "four responses"
 
 
 # ------------------------------------------------------------------------------------------ the examples

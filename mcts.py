@@ -409,7 +409,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know
     trees = []
-    for data in _read(args.file):
+    try:
+        found = _read(args.file)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for data in found:
         root, config = tree_from_dict(data), SearchConfig(**data["config"])
         trees.append((root, config))
         for key, value in data.items():
@@ -623,8 +627,15 @@ def _read(path: Path) -> list[dict]:
     except (
         json.JSONDecodeError
     ):  # several lines; not splitlines(), which also splits inside strings
-        data = [json.loads(line) for line in text.split("\n") if line.strip()]
+        data = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                data += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
     trees = [data] if isinstance(data, dict) else data
+    if not trees:
+        raise ValueError(f"{path}: no tree in it")
     for tree in trees:
         if not isinstance(tree, dict) or not tree.get("nodes") or "config" not in tree:
             raise ValueError(

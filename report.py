@@ -62,7 +62,8 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
     rows = [row for row in _lines(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
         raise ValueError(f"{out}/rollouts.jsonl has no step {step}; see --step")
-    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
+    trust = config["trust_remote_code"]
+    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"], trust_remote_code=trust)
     if any(row[by] is None for row in rows):
         raise ValueError(f"{out} was trained without {by}: drop --by")
     path = out / f"step-{step}.html"
@@ -239,11 +240,11 @@ def learning_curve(out: Path) -> Path:
     return path
 
 
-def lowest(out: Path, name: str) -> float:
-    """The lowest value of a metric so far; infinity before the first."""
+def history(out: Path, name: str) -> list[float]:
+    """The values of a metric so far."""
     path = out / "metrics.jsonl"
     rows = list(_lines(path))[1:] if path.exists() else []
-    return min((row[name] for row in rows if row.get(name) is not None), default=float("inf"))
+    return [row[name] for row in rows if row.get(name) is not None]
 
 
 def tracker(kind: str, out: Path, config: dict) -> Callable[[dict, int], None] | None:

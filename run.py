@@ -28,6 +28,7 @@ import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,6 +52,10 @@ import model as modeling
 import report
 import rollout
 
+MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
+    "algo", "stages", "seed", "train_batch_size", "num_generations", "generation_batches", "reward", "advantage",
+    "alignment", "overlong", "loss", "expert", "lora_rank", "split", "preference",
+)  # fmt: skip
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
@@ -87,11 +92,15 @@ class Clock:
 class Run:
     """What the loops share: ranks, data, model, engine, optimiser and the records of one output folder."""
 
-    def __init__(self, config):
-        """Read tokenizer and data; everything a user can get wrong is found before anything heavy is loaded."""
-        self.config, self.out = config, Path(config.output_dir)
+    def __init__(self, config, then: str = ""):
+        """Read tokenizer and data; everything a user can get wrong is found before anything heavy is loaded.
+
+        then  the stage that will follow, which must be able to work with the same settings
+        """
+        self.config, self.out, self.searches_follow = config, Path(config.output_dir), "itool" in (config.stages, then)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check(config, self.world)
+        refuse_earlier_run(config)
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
@@ -99,7 +108,7 @@ class Run:
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
-        if config.stages in ("warmup", "itool"):  # a pool too small is refused before the warm-up
+        if self.searches_follow:  # a pool too small is refused before the warm-up
             self.pool = itool.pool_of(
                 self.examples, config.pool_fraction, config.buffer_fraction, config.seed
             )
@@ -120,6 +129,7 @@ class Run:
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             logprobs_mode="raw_logprobs" if config.stages == "itool" else "processed_logprobs",
             seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
         )
         self.engine.sleep()
         torch.manual_seed(config.seed)  # adapters start at random, equal on all ranks
@@ -182,7 +192,7 @@ class Run:
         return mine
 
     def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the expert response with EOS: made here and nowhere else."""
+        """Token ids of the prompt, as eval.py renders it, and of the expert response with EOS."""
         return data.render(example, self.tokenizer), data.target_ids(example, self.tokenizer)
 
     # ranks
@@ -220,7 +230,11 @@ class Run:
 
     def lowest(self, name: str) -> float:
         """The lowest value of a metric so far, on all ranks; infinity before the first."""
-        return -self.all_max(-report.lowest(self.out, name))
+        return -self.all_max(-min(report.history(self.out, name), default=math.inf))
+
+    def highest(self, name: str) -> float:
+        """The highest value of a metric so far, on all ranks; minus infinity before the first."""
+        return self.all_max(max(report.history(self.out, name), default=-math.inf))
 
     # the optimiser
 
@@ -267,14 +281,17 @@ class Run:
         """Tokens of the longest sequence that the engine will see."""
         config = self.config
         longest = config.max_prompt_length + config.max_completion_length
-        if config.stages != "itool" or not config.mcts or config.self_evaluation == "none":
+        if not self.searches_follow or not config.mcts or config.self_evaluation == "none":
             return longest
         question = itool.question(self.tokenizer, config.self_evaluation, "", "")
         return max(longest, len(question) + 2 * config.max_completion_length + 1)
 
     def log_search(self, summary: dict, pairs: list[dict]) -> None:
-        """Append to pairs.jsonl, then to searches.jsonl, which tells that the pairs are whole."""
+        """Append to pairs.jsonl, then to searches.jsonl, which tells that the pairs are whole; numbers to the tracker."""
         if self.rank == 0:
+            if self.tracker:
+                numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+                self.tracker({f"search/{k}": v for k, v in numbers.items()}, summary["step"])
             for name, rows in (("pairs.jsonl", pairs), ("searches.jsonl", [summary])):
                 with open(self.out / name, "a") as file:
                     for row in rows:
@@ -285,9 +302,11 @@ class Run:
         """Write the trees of all ranks to trees-ITERATION.jsonl."""
         trees = sorted(self.all_gather(trees), key=lambda tree: tree["tree"])
         if self.rank == 0 and trees:
-            with open(self.out / f"trees-{iteration}.jsonl", "w") as file:
+            new = self.out / f".trees-{iteration}.jsonl.incomplete"
+            with open(new, "w") as file:
                 for tree in trees:
                     self.write(file, tree)
+            new.rename(self.out / f"trees-{iteration}.jsonl")
 
     # records
 
@@ -410,6 +429,8 @@ class Run:
             raise ValueError(
                 f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; choose among {steps}"
             )
+        if not folder.name.removeprefix("checkpoint-").isdigit():
+            raise ValueError(f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP")
         load_state(self.model, self.optimizer, state_of(folder))
         self.first_step = self.saved = int(folder.name.removeprefix("checkpoint-"))
         later = [step for step in steps if step > self.first_step]
@@ -574,6 +595,31 @@ def remove(out: Path, steps: list[int]) -> None:
             shutil.rmtree(out / f".{name}.old", ignore_errors=True)
 
 
+def refuse_earlier_run(config) -> None:
+    """ValueError where a start would write over, or mix with, a run that it does not go on with."""
+    out, where = Path(config.output_dir), config.resume_from_checkpoint
+    steps, path = saved_steps(out), out / "metrics.jsonl"
+    own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
+    if steps and not own:
+        raise ValueError(
+            f"--output_dir {out} holds a run's checkpoints of steps {steps}: --resume_from_checkpoint latest "
+            "goes on with it; to begin anew take another folder, or delete this one"
+        )
+    if steps and path.exists():
+        with open(path) as file:
+            earlier, now = json.loads(next(file, "{}")), asdict(config)
+        changed = [
+            f"--{name} {earlier[name]} -> {now[name]}"
+            for name in MUST_AGREE
+            if earlier.get(name, now[name]) != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"--output_dir {out} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
+                "or take another folder"
+            )
+
+
 def lock(out: Path):
     """An open file that is locked until this process ends; ValueError where another run holds it."""
     file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
@@ -699,6 +745,14 @@ def check(config, world: int) -> None:
         raise ValueError(
             f"--overlong {config.overlong}: a share of --max_completion_length, 0 .. 1"
         )
+    if config.overlong and round(config.overlong * config.max_completion_length) < 1:
+        raise ValueError(
+            f"--overlong {config.overlong}: less than a token of --max_completion_length {config.max_completion_length}"
+        )
+    if config.spo_beta <= 0:
+        raise ValueError(f"--spo_beta {config.spo_beta}: must be positive")
+    if not 0 <= config.warmup_ratio <= 1:
+        raise ValueError(f"--warmup_ratio {config.warmup_ratio}: a share of the steps, 0 .. 1")
     if config.overlong and config.advantage == "fgae":
         raise ValueError(
             "--overlong has no effect under --advantage fgae (Eq. 14): drop one of them"
@@ -726,7 +780,9 @@ def check(config, world: int) -> None:
         )
     if config.quant != "none" and config.lora_rank == 0:
         raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
-    if "itool" in config.stages:
+    if config.quant != "none" and not find_spec("bitsandbytes"):
+        raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if "itool" in config.stages or "warmup" in config.stages:
         check_itool(config)
     fits = {"dapo": ("none", "spo", "sft"), "grpo": ("none",), "chord": ("sft",)}.get(
         config.loss, ("group",)
@@ -763,8 +819,8 @@ def check_itool(config) -> None:
     itool.search_config(config)  # refuses depths and roll-outs below the least
     if config.mcts_width < 2:
         raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
-    if len(config.warmup_learning_rates) != 3:
-        raise ValueError("--warmup_learning_rates: give three, for easy, medium and hard")
+    if len(config.warmup_learning_rates) not in ((1, 3) if config.split == "none" else (3,)):
+        raise ValueError("--warmup_learning_rates: give three, for easy, medium and hard; one will do for --split none")
     if config.vllm_tensor_parallel_size > 1:
         raise ValueError(
             "--vllm_tensor_parallel_size: each rank searches its own trees; take 1, or --quant 4bit "
@@ -778,8 +834,10 @@ def check_context(config, wanted: int) -> None:
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
     room = model.max_position_embeddings
+    graded = wanted > config.max_prompt_length + config.max_completion_length
     if wanted > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length {config.max_prompt_length} and "
             f"--max_completion_length {config.max_completion_length} need {wanted}: lower them"
+            + " (iTool's question to grade a response, twice the latter: or --self_evaluation none)" * graded
         )

@@ -56,6 +56,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import baselines
 import data
+import eval as evaluation
 import fgae
 import grpo
 import itool
@@ -67,7 +68,7 @@ import rewards
 import rollout
 import simpo
 import spo
-from run import Clock, Interrupted, Run, check
+from run import Clock, Interrupted, Run, check, refuse_earlier_run
 
 
 # fmt: off
@@ -125,13 +126,13 @@ class Config:
     sft_max_steps: int = 3000  # ToolUPT Table 7
     sft_learning_rate: float = 1e-5  # ToolUPT Table 7
     # adapters
-    lora_rank: int = 0  # 0: all weights are trained; iTool Table 7: 16
-    lora_alpha: int = 32  # iTool Table 7
+    lora_rank: int = 0  # 0: all weights are trained; iTool Appendix B.1: 16
+    lora_alpha: int = 32  # iTool Appendix B.1
     quant: str = "none"  # none | 4bit: frozen weights in NF4 (QLoRA); iTool's is 4bit, for want of memory
     # iTool's warm-up
-    warmup: bool = True  # --no_warmup: iterations start from the base model (Figure 6)
+    warmup: bool = True  # --no_warmup: --split none for it (Table 3, w/o warm-up); --stages itool: no SFT at all
     split: str = "difficulty"  # stages: difficulty (section 3.1) | even (three equal parts) | none (one: base SFT)
-    warmup_learning_rates: list[float] = field(default_factory=lambda: [5e-5, 2e-5, 1e-5])  # easy, medium, hard; Table 6
+    warmup_learning_rates: list[float] = field(default_factory=lambda: [5e-5, 2e-5, 1e-5])  # easy (and base SFT), medium, hard; Table 6
     warmup_epochs: int = 3  # per stage; Table 6
     # iTool's replay buffer, search and preference optimisation
     iterations: int = 3  # Figure 7: best at about three
@@ -151,7 +152,7 @@ class Config:
     top_p: float = 1.0  # of the search's samples
     self_evaluation: str = "paper"  # paper: Table 10 | cache: its fixed text first, cheaper | none: outcome only
     preference: str = "simpo"  # simpo | dpo | ipo | orpo
-    preference_epochs: int = 2  # per iteration; Table 9
+    preference_epochs: int = 2  # per iteration; Table 6
     simpo_beta: float = 2.5  # Table 9, as the next five
     simpo_margin: float = 0.5
     dpo_beta: float = 0.1
@@ -207,6 +208,7 @@ PRESETS = {
         "model_name_or_path": "meta-llama/Llama-3.1-8B-Instruct", "eval_fraction": 0.1, "seed": 42,
         "train_batch_size": 64, "temperature": 1.5, "max_completion_length": 512, "learning_rate": 1e-6,
         "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.0, "entropy_coef": 0.0,
+        "save_total_limit": 0,
     },
 }  # fmt: skip
 TABLE_9 = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # iTool's learning rates
@@ -241,21 +243,22 @@ SOURCES = {
     "chord expert sft": "CHORD: an SFT term beside the policy loss",
     "balance 0.1": "CHORD: mu of CHORD-phi, the same in paper and code",
     "expert sft": "ToolUPT 5.2, ablation II: plain SFT for SPO",
-    "stages warmup,itool": "iTool 3.1, then 3.2 to 3.4",
+    "stages warmup,itool": "iTool 3.1, then 3.2",
     "itool expert none": "not read by iTool",
     "itool advantage group": "not read by iTool",
-    "lora_rank 16": "iTool Table 7",
+    "lora_rank 16": "iTool Appendix B.1",
     "model_name_or_path meta-llama/Llama-3.1-8B-Instruct": "iTool 4.1",
     "seed 42": "iTool Table 7",
     "eval_fraction 0.1": "iTool 4.1: 90 % for the warm-up",
-    "train_batch_size 64": "iTool's script and Table 9",
+    "train_batch_size 64": "iTool Table 6",
     "temperature 1.5": "iTool Table 7, of the search",
     "max_completion_length 512": "ours: the script's 50 cut parallel calls",
     "learning_rate 1e-06": "iTool Table 9, that of SimPO",
-    "itool lr_scheduler_type cosine": "iTool's script",
-    "itool warmup_ratio 0.1": "iTool's script",
+    "itool lr_scheduler_type cosine": "iTool Appendix B.1",
+    "itool warmup_ratio 0.1": "iTool Appendix B.1",
     "weight_decay 0.0": "iTool's trainer, LLaMA-Factory: its default",
     "entropy_coef 0.0": "no entropy bonus in iTool",
+    "save_total_limit 0": "iTool Figures 5 and 7: each stage and iteration is evaluated",
 }  # fmt: skip
 SENTENCES = {
     "sft": "imitates the expert responses (Eq. 1)",
@@ -275,8 +278,12 @@ SENTENCES = {
 }
 # Flags that only some methods read: typed for another they are refused; in a file, which may serve all, they are not.
 _rl = lambda c: "rl" in c.stages
+_steps = lambda c: "rl" in c.stages or "sft" in c.stages
 _balanced = lambda c: _rl(c) and c.expert in ("spo", "sft")
 NEEDS = {
+    "max_steps": ("another method than iTool, which counts --warmup_epochs and --preference_epochs", _steps),
+    "num_generations": ("another method than iTool, which has --mcts_width", _steps),
+    "entropy_coef": ("another method than iTool", _steps),
     "reward": ("an RL stage", _rl),
     "advantage": ("an RL stage", _rl),
     "loss": ("an RL stage", _rl),
@@ -286,7 +293,7 @@ NEEDS = {
     "clip_high": ("--loss grpo or dapo", lambda c: _rl(c) and c.loss in ("grpo", "dapo")),
     "dynamic_sampling": ("an RL stage", _rl),
     "generation_batches": ("--dynamic_sampling", lambda c: _rl(c) and c.dynamic_sampling),
-    "overlong": ("--advantage group or luffy", lambda c: _rl(c) and c.advantage != "fgae"),
+    "overlong": ("--advantage group or luffy", lambda c: _rl(c) and c.advantage != "fgae" and c.loss != "srft"),
     "alignment": ("--advantage fgae", lambda c: _rl(c) and c.advantage == "fgae"),
     "spo_beta": ("--expert spo", lambda c: _rl(c) and c.expert == "spo"),
     "srft_variant": ("--loss srft", lambda c: _rl(c) and c.loss == "srft"),
@@ -298,10 +305,9 @@ NEEDS = {
 }  # fmt: skip
 _NAMES = [f.name for f in fields(Config)]
 _OF_ITOOL = _NAMES[_NAMES.index("warmup") : _NAMES.index("held_out_pairs") + 1]
-NEEDS |= {
-    name: ("--algo itool", lambda c: {"warmup", "itool"} & {*c.stages.split(",")})
-    for name in _OF_ITOOL
-}
+for _name in _OF_ITOOL:
+    _stage = "warmup" if _name in ("warmup", "split", "warmup_learning_rates", "warmup_epochs") else "itool"
+    NEEDS[_name] = (f"--algo itool, with its stage {_stage}", lambda c, stage=_stage: stage in c.stages)
 for _loss, _scales in {
     "simpo": ("simpo_beta", "simpo_margin"), "dpo": ("dpo_beta",), "ipo": ("ipo_tau", "ipo_mean"), "orpo": ("orpo_lam",),
 }.items():  # fmt: skip
@@ -370,7 +376,7 @@ def run_rl(config: Config, run: Run) -> None:
                 size *= config.generation_batches
             while run.all_max(wanted - len(groups)) > 0:
                 if rounds == (ROUNDS if config.dynamic_sampling else 1):
-                    give_up(config, run, min(len(groups), wanted))
+                    give_up(config, run, len(groups))
                 position = step * ROUNDS + rounds if config.dynamic_sampling else step
                 with clock("rollout"):
                     new = roll_out(config, run, run.batch(position, size=size), position)
@@ -500,8 +506,14 @@ def run_sft(config: Config, run: Run) -> Path:
     return best
 
 
-def run_itool(config: Config, run: Run) -> None:
-    """iTool's iterations (section 3.2): hard examples, tree search, preference pairs, preference optimisation."""
+def run_itool(config: Config, run: Run) -> Path:
+    """iTool's iterations (section 3.2): hard examples, tree search, preference pairs, preference optimisation.
+
+    The checkpoint of highest accuracy (Appendix B.1), be it the one before all iterations, lies in the folder returned.
+    """
+    best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
+    if run.first_step == 0:
+        modeling.save(run.model, run.tokenizer, best)
     pool, ungraded = run.pool
     run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
     end = 0  # optimiser steps up to and with the iteration
@@ -541,6 +553,9 @@ def run_itool(config: Config, run: Run) -> None:
                     metrics.update(held_out_metrics(config, run, held_out))
                     sync(run)
                     metrics.update(evaluate(config, run))
+                    if metrics["eval/accuracy"] > best_accuracy:
+                        best_accuracy = metrics["eval/accuracy"]
+                        modeling.save(run.model, run.tokenizer, best)
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
@@ -550,6 +565,7 @@ def run_itool(config: Config, run: Run) -> None:
     if end == 0:
         run.say("no iteration found a pair: the model is saved as it was")
         run.save(0)
+    return best
 
 
 # ------------------------------------------------------------------------------------------ the loss of a micro-batch
@@ -684,7 +700,7 @@ def learning_rate_at(
 def roll_out(config: Config, run: Run, examples: list, position: int) -> list[Group]:
     """Sample K responses for each example; request seeds depend on (seed, position, place in the batch) only."""
     ids = [run.ids(example) for example in examples]
-    first = position * config.train_batch_size + run.rank * len(examples)
+    first = (position * run.world + run.rank) * len(examples)
     seeds = [
         random.Random(f"{config.seed}/{first + i}").getrandbits(62) for i in range(len(examples))
     ]
@@ -733,7 +749,8 @@ def give_up(config: Config, run: Run, kept: int) -> None:
     """End a run whose dynamic sampling finds too few informative groups; all ranks come here together."""
     total = run.all_sum({"kept": kept})["kept"]
     raise ValueError(
-        f"dynamic sampling: {ROUNDS} rounds gave {total:.0f} of {config.train_batch_size} prompts whose rewards differ; "
+        f"dynamic sampling: {ROUNDS} rounds gave {total:.0f} prompts whose rewards differ, and not on each of the {run.world} "
+        f"rank(s) its share of {config.train_batch_size}; "
         "the data are too easy or too hard for this model: mix them, raise --generation_batches, or use --algo dapo_star"
     )
 
@@ -767,7 +784,10 @@ def add_advantages(config: Config, group: Group) -> None:
             else rewards.outcome(text, text).total
         )
         scores = torch.cat([scores, torch.tensor([reward])])
-    advantages = grpo.group_advantages(scores, len(scores), std=config.advantage != "luffy")
+    hpt = config.loss == "srft" and config.srft_variant == "hpt"  # whose code has no std either
+    advantages = grpo.group_advantages(
+        scores, len(scores), std=config.advantage != "luffy" and not hpt
+    )
     group.advantages = advantages[:, None].expand(-1, ids.shape[1])
 
 
@@ -925,13 +945,13 @@ def sync(run: Run) -> None:
 
 
 def evaluate(config: Config, run: Run) -> dict:
-    """Greedy exact match on the fixed evaluation subset, split over ranks; the engine must hold the weights."""
-    mine = run.eval_examples[run.rank :: run.world]
-    answers = run.engine.generate(
-        [run.ids(e)[0] for e in mine], n=1, temperature=0.0, max_tokens=config.max_completion_length
-    )
-    texts = [answer.text for [answer] in answers]
-    sums = run.all_sum(rewards.tally(texts, [e.target for e in mine]))
+    """Greedy exact match on the fixed evaluation subset, by eval.py; split over ranks, the engine must hold the weights."""
+    cases = [evaluation.example_case(e) for e in run.eval_examples[run.rank :: run.world]]
+    options = argparse.Namespace(batch=len(run.eval_examples), temperature=0.0, seed=config.seed)
+    options.max_tokens, rows = config.max_completion_length, []
+    evaluation.answer(cases, run.engine, options, rows.append, run.all_max, quiet=True)
+    texts = [row["turns"][0][0] for row in rows]
+    sums = run.all_sum(rewards.tally(texts, [row["target"] for row in rows]))
     n, n_calls = sums["n"], sums["n_calls"]
     return {
         "eval/accuracy": sums["accuracy"] / n,
@@ -977,9 +997,11 @@ def sft_stages(config: Config, run: Run) -> list[Stage]:
     if config.stages == "sft":
         return [Stage("sft", run.examples, config.max_steps, config.learning_rate)]
     parts = itool.stages_of(run.examples, config.split)
-    rates = config.warmup_learning_rates[-len(parts) :]
+    rates = config.warmup_learning_rates[: len(parts)]
     steps = lambda part: math.ceil(config.warmup_epochs * len(part) / config.train_batch_size)
-    stages = [Stage(*x, steps(x[1]), rate) for x, rate in zip(parts.items(), rates)]
+    stages = [
+        Stage(*x, steps(x[1]), rate) for x, rate in zip(parts.items(), rates, strict=True)
+    ]
     for stage in stages:
         run.say(
             f"warm-up, {stage.name}: {len(stage.examples)} examples, {stage.steps} steps, learning rate {stage.learning_rate}"
@@ -1028,8 +1050,8 @@ def find_pairs(
     pairs = sorted(run.all_gather(pairs), key=lambda pair: pair["tree"])  # whatever the ranks
     with clock("reference"):
         add_references(config, run, pairs)
-    apart = engine_difference(pairs)
-    if config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
+    apart = engine_difference(pairs) if pairs else None  # nothing to compare
+    if pairs and config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
         check_engine(config, apart, step)
     stats, drops = run.all_count(searcher.stats), run.all_count(drops)
     held_out = sum(pair["held_out"] for pair in pairs)
@@ -1138,7 +1160,7 @@ def engine_difference(pairs: list[dict]) -> float:
         for pair in pairs
         for side in ("chosen", "rejected")
     ]
-    return sum(apart) / max(1, len(apart))
+    return sum(apart) / len(apart)
 
 
 def held_out_metrics(config: Config, run: Run, pairs: list[dict]) -> dict:
@@ -1231,9 +1253,7 @@ def audit(out: Path) -> str:
     of metrics.jsonl, and that each line is as it was written (CRC-32).
     Returns one line that says what was checked; ValueError naming the first line that differs.
     """
-    with open(out / "metrics.jsonl") as file:
-        config = Config(**json.loads(next(file)))
-        logged = {row["step"]: row for row in map(json.loads, file)}
+    config, logged = _audited_run(out)
     tokenizer = modeling.load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
@@ -1254,16 +1274,43 @@ def audit(out: Path) -> str:
         raise ValueError(
             f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of {config.num_generations} lines"
         )
+    for step in sorted({*seen, *logged} - {0}):
+        there, due = len(seen[step]), config.train_batch_size * config.num_generations
+        if step not in logged or there != due:
+            raise ValueError(
+                f"{out}/rollouts.jsonl has {there} lines of step {step}, "
+                + (f"of {due}" if step in logged else "which metrics.jsonl does not have")
+            )
     for step, pairs in seen.items():
         means = [sum(column) / len(pairs) for column in zip(*pairs)]
         for name, mean in zip(("reward", "completions/mean_length"), means):
-            if step in logged and not math.isclose(
-                logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9
-            ):
+            if not math.isclose(logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9):
                 raise ValueError(
                     f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has {logged[step][name]}"
                 )
     return f"{checked} responses agree with their text, rewards, token rewards and advantages"
+
+
+def _audited_run(out: Path) -> tuple[Config, dict[int, dict]]:
+    """A run's configuration and its metrics by step; ValueError where there is nothing to audit, or it is damaged."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not (out / name).exists():
+            raise ValueError(
+                f"{out}/{name} does not exist: only RL runs with their rollouts (not --no_log_rollouts) can be audited"
+            )
+    rows = []
+    with open(out / "metrics.jsonl") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{out}/metrics.jsonl line {number} is no JSON ({error.msg}): resume the run, which drops a torn line"
+                ) from None
+    try:
+        return Config(**rows[0]), {row["step"]: row for row in rows[1:]}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{out}/metrics.jsonl is not of this version: {error!r}") from None
 
 
 def _audit_group(config: Config, lines: list[tuple[int, dict]], tokenizer, out: Path) -> None:
@@ -1362,14 +1409,19 @@ def _text(value: object) -> str:
 
 def announce(config: Config, world: int) -> str:
     """What is about to happen: every knob, the method in a sentence, tokens per step, the output folder."""
-    sampled = config.train_batch_size * config.num_generations
+    prompts, sampled = config.train_batch_size, config.train_batch_size * config.num_generations
     knobs = "\n".join(f"  {name} = {value}" for name, value in asdict(config).items())
+    step = (
+        f"{prompts} prompts of up to {config.max_prompt_length} tokens, {sampled} responses of up to "
+        f"{config.max_completion_length}, at most "
+        f"{prompts * config.max_prompt_length + sampled * config.max_completion_length:,} tokens"
+    )
+    if "rl" not in config.stages:
+        pairs = " or pairs" if "itool" in config.stages else ""
+        step = f"{prompts} examples{pairs}, prompts of up to {config.max_prompt_length} tokens"
     return (
         f"{knobs}\n{config.algo}: {SENTENCES[config.algo]}\n"
-        f"{world} rank(s); a step: {config.train_batch_size} prompts of up to {config.max_prompt_length} tokens, "
-        f"{sampled} responses of up to {config.max_completion_length}, "
-        f"at most {config.train_batch_size * config.max_prompt_length + sampled * config.max_completion_length:,} tokens\n"
-        f"output: {config.output_dir}"
+        f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
     )
 
 
@@ -1396,11 +1448,14 @@ def init_distributed() -> None:
         dist.init_process_group(backend)
 
 
-def train(config: Config) -> Run:
-    """Run the stages of `config`; a second stage starts from the first one's best checkpoint, with a fresh optimiser."""
+def train(config: Config, then: str = "") -> Run:
+    """Run the stages of `config`; a second stage starts from the first one's best checkpoint, with a fresh optimiser.
+
+    then  the stage that follows those of `config`: what it cannot work with is refused now
+    """
     check(config, dist.get_world_size())  # a mistake of the second stage, too, ends the run here
-    if config.stages == "warmup,itool" and not config.warmup:
-        config = replace(config, stages="itool")
+    if not config.warmup:
+        config = replace(config, split="none")
     name, _, rest = config.stages.partition(",")
     if rest:
         own = {"stages": name, "output_dir": f"{config.output_dir}/{name}"}
@@ -1415,11 +1470,12 @@ def train(config: Config) -> Run:
             in_rest = Path(where).resolve().parent == Path(config.output_dir).resolve()
             first = replace(first, resume_from_checkpoint="latest" if in_rest else where)
             config = replace(config, resume_from_checkpoint=where if in_rest else "")
-        best = train(first).best
+        refuse_earlier_run(replace(config, stages=rest))  # before hours of the first stage
+        best = train(first, then=rest).best
         gc.collect()  # model and moments of the first stage, before the second takes memory
         torch.cuda.empty_cache()
         config = replace(config, stages=rest, model_name_or_path=str(best))
-    run = Run(config)
+    run = Run(config, then)
     run.start()
     sync(run)
     loop = {"rl": run_rl, "sft": run_sft, "warmup": run_sft, "itool": run_itool}[config.stages]

@@ -290,7 +290,7 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
     axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
     axes["e"].set_yticks(range(len(order)), order)
     axes["e"].grid(alpha=0.3)
-    figure.suptitle("exact match on held-out examples: mean, and minimum to maximum over seeds")
+    figure.suptitle("completely right on held-out examples: mean, and minimum to maximum over seeds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
@@ -363,6 +363,8 @@ def main(argv: list[str] | None = None) -> None:
         print("learning rates", rates)
         wanted = [(a, seed, rates[family(a)]) for seed in args.seeds for a in args.algos]
         rows = carry_out(wanted, args, "test", rates["sft"])
+    if not last(rows, "test", args.steps):
+        sys.exit(f"error: {args.out} holds no finished run on the test world; run without --draw")
     print(draw(rows, args.steps, args.out))
 
 

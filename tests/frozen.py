@@ -95,7 +95,8 @@ def answers(tokenizer, rows: list[data.Example]) -> dict[str, list[rollout.Sampl
 class Frozen:
     """An engine with prepared answers; `asked` lists the prompts of training batches in order."""
 
-    def __init__(self, table: dict[str, list[rollout.Sample]]):
+    def __init__(self, tokenizer, table: dict[str, list[rollout.Sample]]):
+        self.tokenizer, self.max_model_len = tokenizer, 10**9
         self.table, self.asked = table, []
 
     def generate(self, prompts, *, n, **_):
@@ -146,7 +147,7 @@ def short_flags(model: Path, folder: Path, *more) -> list[str]:
 def one_step(config: train.Config) -> tuple[dict[str, torch.Tensor], Frozen]:
     """The gradient of the first step as the loop of train.py makes it, whole on every rank; and the engine."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    engine, gradient = Frozen(answers(tokenizer, examples())), {}
+    engine, gradient = Frozen(tokenizer, answers(tokenizer, examples())), {}
 
     def capture(run, *_):
         for name, parameter in run.model.named_parameters():

@@ -224,6 +224,18 @@ def test_examples_in_python_form():
     assert score(HUGE, call) == "Code Syntax"
 
 
+def test_earlier_steps_in_python_form():
+    """A prompt that asks for Python calls shows the earlier ones as such; the strings are Python's own repr."""
+    steps = [('{"name": "f", "params": {"a": "x\'y", "n": [1, true]}}', "ok"), ('[{"name": "g", "params": {}}]', "no")]
+    example = data.Example("e", [], [], "q", steps, "", "answer")
+    shown = evaluation._in_python(example).steps
+    assert shown == [("""[f(a="x'y", n=[1, True])]""", "ok"), ("[g()]", "no")]
+    assert [rewards.parse_python(text).calls for text, _ in shown] == [
+        [{"name": "f", "params": {"a": "x'y", "n": [1, True]}}],
+        [{"name": "g", "params": {}}],
+    ]
+
+
 def test_lone_surrogates_do_not_reach_the_tokenizer():
     read = lambda text: evaluation.decode(text, "toolupt")
     said = tool_call({"name": "f", "params": {"a": "\ud83d"}})
@@ -570,6 +582,18 @@ def test_a_check_that_raises_has_a_class():
     assert not verdict["correct"] and verdict["error_class"] == "Parameter Value"
     one = bfcl.Entry("multiple_0", "multiple", shown, shown, truth[:1])
     assert bfcl.judge(one, [[calls[:1]]])["error_type"] == "ast_checker:raised"
+
+
+@needs_bfcl
+def test_a_checker_that_would_hang_is_stopped(cases, monkeypatch):
+    """An unclosed list of lists, on which the JavaScript reader's regular expression would take days."""
+    monkeypatch.setattr(bfcl, "CALL_SECONDS", 0.3)
+    entry, case = next(pair for pair in cases["simple_javascript"] if pair[0].id.endswith("_2"))
+    calls = bfcl_oracle.calls_of(entry)
+    bad = "[[1]" + ",[1]" * 40
+    calls[0]["params"] = {**calls[0]["params"], "status": bad}
+    verdict = case.score({"turns": [[tool_call(calls)]]})
+    assert not verdict["correct"] and "stopped after" in verdict["error"]
 
 
 # --- safety ---
@@ -1187,6 +1211,9 @@ def test_error_types_of_a_file(tmp_path, capsys):
             [str(TOY), "--bench", "api_bank", "--api_bank", "nowhere"],
             "nowhere/level-1-api.json does not exist",
         ),
+        ([str(TOY), "--bench", "api_bank", "--half", "0"], "--half is of --bench bfcl"),
+        ([str(TOY), "--bench", "file", "--no_keep_steps"], "--no_keep_steps is of --bench bfcl"),
+        ([str(TOY), "--bench", "file", "--file", "toy:test", "--max_tokens", "9216"], "leaves no room"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
@@ -1195,6 +1222,16 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
         evaluation.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[{]", "level-1-api.json is no JSON"), ("[{}]", "sample 0: KeyError")]
+)
+def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
+    for name in api_bank.FILES.values():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        api_bank.samples(tmp_path)
 
 
 # --- BFCL-half ---

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -367,7 +368,7 @@ def test_gradient_of_a_batch_of_pairs_is_that_of_a_slow_loop(
 ):
     """Packed rows in float32, some per micro-batch, against one unpacked response at a time in float64."""
     more = ["--algo", "itool", "--preference", preference, "--max_tokens_per_row", budget]
-    config = train.parse_args([*frozen.flags(tiny, tmp_path), *map(str, more), "--no_warmup"])
+    config = train.parse_args([*own_flags(tiny, tmp_path), *map(str, more), "--stages", "itool"])
     run = OneRank(tiny, config)
     pairs = some_pairs(tokenizer, examples, 5)
     stats = train.preference_gradient(config, run, pairs)
@@ -412,7 +413,7 @@ class OneRank:
 
 def test_perplexities_are_those_of_a_slow_loop(tiny, tokenizer, examples, tmp_path):
     """Eq. 4: exp of minus the mean log-prob of the target's tokens, EOS included."""
-    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool"])
+    config = train.parse_args([*own_flags(tiny, tmp_path), "--algo", "itool"])
     actual = train.perplexities(config, OneRank(tiny, config), examples[:7])
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for example, value in zip(examples, actual):
@@ -474,6 +475,15 @@ def test_qlora_merges_the_original_weights(tmp_path):
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
 
 
+def own_flags(tiny, folder) -> list[str]:
+    """frozen.flags without what iTool refuses."""
+    flags = frozen.flags(tiny, folder)
+    for name in ("--max_steps", "--num_generations", "--entropy_coef"):
+        at = flags.index(name)
+        del flags[at : at + 2]
+    return flags
+
+
 # ---- whole runs ----
 
 
@@ -482,10 +492,12 @@ def command(out, *more) -> list[str]:
     if not file.exists():
         data.write_jsonl(data.load("toy", "train")[:96], file)
     text = f"""train.py --algo itool --model_name_or_path {frozen.TOY} --train_file {file} --eval_file toy:test
-    --output_dir {out} --train_batch_size 8 --warmup_epochs 1 --warmup_learning_rates 1e-3 1e-3 1e-3 --iterations 2
+    --output_dir {out} --train_batch_size 8 --iterations 2
     --pool_fraction 1 --buffer_fraction 0.6 --temperature 1 --self_evaluation none --seed 0 --learning_rate 3e-4 --max_prompt_length 1024 --max_completion_length 96
     --eval_size 16 --eval_steps 0 --no_gradient_checkpointing --held_out_pairs 0.3"""
-    return [*text.split(), *map(str, more)]
+    warmup = "--warmup_epochs 1 --warmup_learning_rates 1e-3 1e-3 1e-3"
+    more = [*map(str, more)]
+    return [*text.split(), *(warmup.split() if more[-1:] != ["itool"] else []), *more]
 
 
 @needs_vllm
@@ -531,28 +543,52 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
 
 def itool_alone(out, *more):
     """One rank, a small search, a step on two pairs at a time, a checkpoint after each."""
-    text = """--engine transformers --no_warmup --buffer_fraction 0.3 --train_batch_size 2 --held_out_pairs 0 --preference_epochs 4
-    --max_completion_length 64 --eval_size 4 --save_steps 1 --save_total_limit 0"""
+    text = """--engine transformers --buffer_fraction 0.3 --train_batch_size 2 --held_out_pairs 0 --preference_epochs 4
+    --max_completion_length 64 --eval_size 4 --save_steps 1"""
     return launch(*command(out, *text.split(), *more))
+
+
+WITHOUT_WARMUP = ("--stages", "itool")
+
+
+def test_a_run_that_was_cut_between_its_phases_goes_on(tmp_path):
+    """After the warm-up and before the first search: the same pairs, metrics and weights, and no second warm-up."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = "--split none --train_batch_size 16 --iterations 1".split()
+    done = itool_alone(whole, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copytree(whole / "warmup", cut / "warmup")
+    done = itool_alone(cut, *flags, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = ("metrics.jsonl", "pairs.jsonl")
+    assert (cut / "warmup/metrics.jsonl").read_text() == (whole / "warmup/metrics.jsonl").read_text()
+    timed = lambda name: name.startswith(("timing_s/", "perf/"))
+    for name, first in zip(names, (1, 0)):
+        rows = [
+            [{k: v for k, v in row.items() if not timed(k)} for row in rows_of(out / name)[first:]]
+            for out in (cut, whole)
+        ]
+        assert rows[0] == rows[1] and len(rows[0]) > 1
+    last = f"checkpoint-{rows_of(whole / names[0])[-1]['step']}"
+    weights = [weights_of(out / last) for out in (cut, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_a_run_that_was_cut_inside_an_iteration_goes_on(tmp_path):
     """Resumed after any step, with the search's pairs on disk or made again: the same metrics and weights."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = itool_alone(whole)
+    done = itool_alone(whole, *WITHOUT_WARMUP)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = rows_of(whole / "metrics.jsonl")[2:]
     inside = (
         next(i for i, row in enumerate(steps, 1) if row["iteration"] == 2) + 1
     )  # iteration 2's second step
     assert inside < len(steps), "iteration 2 is too short for this test"
-    import shutil
-
     shutil.copytree(whole, cut)
     for step in range(inside + 1, len(steps) + 1):
         for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
             shutil.rmtree(cut / name)
-    done = itool_alone(cut, "--resume_from_checkpoint", "latest")
+    done = itool_alone(cut, "--resume_from_checkpoint", "latest", *WITHOUT_WARMUP)
     assert done.returncode == 0, done.stderr[-3000:]
     again = rows_of(cut / "metrics.jsonl")[2:]
     assert [row["step"] for row in again] == [row["step"] for row in steps]
@@ -567,7 +603,7 @@ def test_a_run_that_was_cut_inside_an_iteration_goes_on(tmp_path):
 
 def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
     out = tmp_path / "out"
-    done = itool_alone(out, "--min_q", 9, "--iterations", 1, "--self_evaluation", "paper")
+    done = itool_alone(out, "--min_q", 9, "--iterations", 1, "--self_evaluation", "paper", *WITHOUT_WARMUP)
     assert done.returncode == 0, done.stderr[-3000:]
     text = done.stdout + done.stderr
     assert (
@@ -587,6 +623,36 @@ def test_a_flag_that_another_switches_off_is_refused(wrong, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--algo", "itool", *wrong])
     assert "has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, needs",
+    [
+        (["--max_steps", "5"], "another method than iTool"),
+        (["--num_generations", "4"], "another method than iTool"),
+        (["--stages", "warmup", "--iterations", "5"], "its stage itool"),
+        (["--stages", "itool", "--warmup_epochs", "1"], "its stage warmup"),
+    ],
+)
+def test_a_flag_that_itool_does_not_read_is_refused(flags, needs, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--algo", "itool", *flags])
+    assert needs in capsys.readouterr().err
+
+
+def test_without_curriculum_the_warm_up_is_one_shuffled_stage(monkeypatch):
+    """--no_warmup (Table 3): SFT on all examples in one stage, at the first rate, then the iterations."""
+    stages, say = [], lambda text: None
+    monkeypatch.setattr(train, "Run", lambda config, then: stages.append((config, then)) or 1 / 0)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
+    with pytest.raises(ZeroDivisionError):
+        train.train(train.parse_args(["--algo", "itool", "--no_warmup"]))
+    [(config, then)] = stages
+    assert (config.stages, config.split, then) == ("warmup", "none", "itool")
+    rows = [data.Example(**row) for row in toy.generate("train", 60, max_tools=2)]
+    run = type("Run", (), {"examples": rows, "say": staticmethod(say)})
+    [stage] = train.sft_stages(config, run)
+    assert len(stage.examples) == 60 and stage.learning_rate == 5e-5
 
 
 def test_a_flag_of_itool_is_refused_elsewhere(capsys):
@@ -612,6 +678,8 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
         (["--quant", "8bit"], "--quant 8bit"),
         (["--quant", "4bit", "--lora_rank", "0"], "--lora_rank"),
         (["--warmup_learning_rates", "1e-5"], "give three"),
+        (["--stages", "warmup", "--warmup_learning_rates", "1e-5", "1e-5"], "give three"),
+        (["--stages", "warmup", "--warmup_epochs", "0"], "--warmup_epochs 0"),
         (["--iterations", "0"], "--iterations 0"),
         (["--mcts_iterations", "0"], "--mcts_iterations 0"),
         (["--mcts_depth", "0"], "depth=0"),
@@ -619,6 +687,6 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
     ],
 )
 def test_settings_that_cannot_work_are_refused(flags, message, tiny, tmp_path):
-    config = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool", *flags])
+    config = train.parse_args([*own_flags(tiny, tmp_path), "--algo", "itool", *flags])
     with pytest.raises(ValueError, match=message):
         run_module.check(config, 1)

@@ -893,10 +893,15 @@ def test_show_reads_one_tree_a_list_and_refuses_other_files(tmp_path, capsys):
         file.write_text(content, encoding="utf-8")
         mcts.main(["show", str(file)])
         assert capsys.readouterr().out.count("root: 1 prompt tokens") == 1
-    for content in ("{}", "[1]", '{"nodes": []}'):
+    for content, said in (
+        ("{}", "tree_to_dict"), ("[1]", "tree_to_dict"), ('{"nodes": []}', "tree_to_dict"), ("", "no tree"),
+        (json.dumps(tree) + '\n{"nodes": [', "line 2: not JSON"),
+    ):  # fmt: skip
         file.write_text(content, encoding="utf-8")
-        with pytest.raises(ValueError, match="tree_to_dict"):
+        with pytest.raises(SystemExit, match=said):
             mcts.main(["show", str(file)])
+    with pytest.raises(SystemExit, match="No such file"):
+        mcts.main(["show", str(tmp_path / "gone.json")])
 
 
 def test_file_works_alone(tmp_path):

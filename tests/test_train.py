@@ -221,12 +221,12 @@ def slow_luffy(batch, _):
     return total / (tokens_of(batch) + expert_tokens_of(batch))
 
 
-def slow_srft(batch, _, shaping=math.inf):
+def slow_srft(batch, _, shaping=math.inf, std=True):
     """SRFT Eqs. 6-13, H the mean entropy of a row, detached; p in the expert's RL term, or p / (p + shaping)."""
     total, Z, Zx = 0.0, tokens_of(batch) + expert_tokens_of(batch), expert_tokens_of(batch)
     for group in batch:
         rows = [*group.rows, group.expert]
-        advantages = slow_group([binary(row) for row in rows])
+        advantages = slow_group([binary(row) for row in rows], std)
         for row, A in zip(rows, advantages):
             H = sum(h.item() for h in row.H) / len(row.H)
             for logp in row.logps:
@@ -269,7 +269,7 @@ SLOW = {
     "toolupt_no_spo": lambda b, n: slow_mix(slow_sft(b), slow_surrogate(b, slow_fgae)),
     "dapo --generation_batches 2": lambda b, _: SLOW["dapo"](b, _),
     "srft --srft_shaped": lambda b, _: slow_srft(b, _, shaping=0.1),
-    "srft --srft_variant hpt": lambda b, _: slow_srft(b, _, shaping=0.1),
+    "srft --srft_variant hpt": lambda b, _: slow_srft(b, _, shaping=0.1, std=False),
     "chord --no_chord_phi --balance decay --balance_up 0": lambda b, _: slow_chord(
         b,
         _,
@@ -515,7 +515,7 @@ def test_request_seeds_differ_by_prompt_and_step_only(tiny, tmp_path):
     config = train.parse_args(frozen.flags(tiny, tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     run = Run(config)
-    run.engine = frozen.Frozen(frozen.answers(tokenizer, frozen.examples()))
+    run.engine = frozen.Frozen(tokenizer, frozen.answers(tokenizer, frozen.examples()))
     seeds = {}
     for position in (0, 1):
         for world in (1, 2):
@@ -886,10 +886,10 @@ def test_the_run_stops_when_the_engine_keeps_old_weights(tiny, tmp_path, monkeyp
 
     noisy_rewards(monkeypatch)
     command = frozen.short_flags(tiny, tmp_path, "--max_steps", "6", "--learning_rate", "0.03")
-    run = train.train(train.parse_args(command))  # with the sync nothing is wrong
-    assert run is not None
+    config = train.parse_args(command)
+    assert train.train(config) is not None  # with the sync nothing is wrong
     monkeypatch.setattr(train, "sync", only_once)
-    text = refusal(train.train, train.parse_args(command))
+    text = refusal(train.train, replace(config, output_dir=f"{tmp_path}/unsynced"))
     assert "differ from the trainer's" in text and "weight sync" in text
     assert re.match(r"step [1-9]\d*:", text), text
 
@@ -903,6 +903,9 @@ class OtherTokenizer:
 
     def decode(self, ids, **options):
         return self.real.decode([i + self.shift for i in ids], **options)
+
+    def __getattr__(self, name):  # prompts are rendered alike
+        return getattr(self.real, name)
 
 
 @pytest.mark.parametrize("other", [{"shift": 1}, {"eos": 300}])
@@ -938,6 +941,7 @@ def test_the_run_stops_when_the_engine_samples_otherwise(change, tiny, tmp_path,
 
     config = train.parse_args(frozen.short_flags(tiny, tmp_path, "--temperature", "1.2"))
     train.train(config)  # as it should be, nothing is wrong
+    config = replace(config, output_dir=f"{tmp_path}/otherwise")
     monkeypatch.setattr(rollout.TransformersEngine, "_complete", complete)
     assert "step 1: the engine's log-probs" in refusal(train.train, config)
 
@@ -1007,7 +1011,7 @@ def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "roll_out", counted)
     command = [*frozen.short_flags(tiny, tmp_path), "--algo", "dapo"]
     text = refusal(train.train, train.parse_args(command))
-    assert "10 rounds gave 0 of 4 prompts" in text
+    assert "10 rounds gave 0 prompts" in text and "its share of 4" in text
     assert batches == [(position, 4) for position in range(10)]
 
 
@@ -1053,6 +1057,11 @@ def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
     assert rows[0] == rows[1]
     rollouts = [(out / "rollouts.jsonl").read_text() for out in (whole, parts)]
     assert rollouts[0] == rollouts[1]
+
+    kept = (parts / "metrics.jsonl").read_text()
+    text = refusal(go, "parts", 5)
+    assert "checkpoints of steps [2, 4]" in text and "--resume_from_checkpoint latest" in text
+    assert (parts / "metrics.jsonl").read_text() == kept  # nothing of the earlier run is lost
 
     branch = go("branch", 4, "--resume_from_checkpoint", whole / "checkpoint-2")
     again = AutoModelForCausalLM.from_pretrained(branch / "checkpoint-4").state_dict()
@@ -1264,6 +1273,38 @@ def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(
     forge(lambda forged: forged.__setitem__(slice(0, K), copy.deepcopy(forged[K : 2 * K])))
     with pytest.raises(ValueError, match="of step 1 is .* metrics.jsonl has"):
         train.audit(out)
+
+
+def test_audit_finds_missing_and_unknown_steps(finished, tmp_path):
+    """A file without a step, an empty one, and one whose metrics have lost a step."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    rows = (finished / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    for kept in ([row for row in rows if json.loads(row)["step"] != 1], []):
+        (out / "rollouts.jsonl").write_text("".join(kept))
+        with pytest.raises(ValueError, match="0 lines of step 1, of"):
+            train.audit(out)
+    (out / "rollouts.jsonl").write_text("".join(rows))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="which metrics.jsonl does not have"):
+        train.audit(out)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    with pytest.raises(ValueError, match=f"metrics.jsonl line {len(lines)} is no JSON"):
+        train.audit(out)
+
+
+def test_a_run_is_resumed_with_its_own_settings_only(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    for name in ("checkpoint-2", "checkpoint-2-state"):
+        (out / name).mkdir()
+    config = train.Config(**metrics_of(out)[0])
+    config = replace(config, output_dir=str(out), resume_from_checkpoint="latest")
+    run_module.refuse_earlier_run(replace(config, max_steps=99, learning_rate=1.0))
+    for name, value in (("seed", 5), ("algo", "grpo"), ("num_generations", 16)):
+        text = refusal(run_module.refuse_earlier_run, replace(config, **{name: value}))
+        assert f"--{name} {getattr(config, name)} -> {value}" in text
+    elsewhere = replace(config, resume_from_checkpoint="other/checkpoint-2")
+    assert "holds a run's checkpoints" in refusal(run_module.refuse_earlier_run, elsewhere)
 
 
 def test_audit_finds_a_missing_line(finished, tmp_path):
