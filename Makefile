@@ -1,4 +1,4 @@
-# Two commands: `make demo` trains on the embedded toy world, `make test` runs every test. Both install first if needed.
+# Two commands: `make demo` trains on the embedded toy world, `make test` runs every test, two files at a time. Both install first if needed.
 .PHONY: demo test eval-deps
 
 # one rank per GPU, at most two; two ranks on a machine without
@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args --resume_from_checkpoint latest
 
 test: .venv/installed
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 # into .venv if there is one, else into the environment of python3: what BFCL needs, nothing else touched
 eval-deps:

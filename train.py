@@ -551,6 +551,7 @@ def run_itool(config: Config, run: Run) -> Path:
                 last = step + 1 == end
                 if last:  # 5 weight sync
                     metrics.update(held_out_metrics(config, run, held_out))
+                    metrics["adapter_norm"] = modeling.adapter_norm(run.model)
                     sync(run)
                     metrics.update(evaluate(config, run))
                     if metrics["eval/accuracy"] > best_accuracy:
@@ -559,9 +560,9 @@ def run_itool(config: Config, run: Run) -> Path:
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
-            run.say(f"after iteration {iteration}: {accuracy:.1%} exact match on held-out examples")
+            run.say(f"after iteration {iteration}: {accuracy:.1%} right on held-out examples")
         elif start == end:
-            run.say(f"after iteration {iteration}: exact match as before")
+            run.say(f"after iteration {iteration}: accuracy as before")
     if end == 0:
         run.say("no iteration found a pair: the model is saved as it was")
         run.save(0)
@@ -945,7 +946,7 @@ def sync(run: Run) -> None:
 
 
 def evaluate(config: Config, run: Run) -> dict:
-    """Greedy exact match on the fixed evaluation subset, by eval.py; split over ranks, the engine must hold the weights."""
+    """Greedy accuracy on the fixed evaluation subset, by eval.py; split over ranks, the engine must hold the weights."""
     cases = [evaluation.example_case(e) for e in run.eval_examples[run.rank :: run.world]]
     options = argparse.Namespace(batch=len(run.eval_examples), temperature=0.0, seed=config.seed)
     options.max_tokens, rows = config.max_completion_length, []
@@ -1485,7 +1486,7 @@ def train(config: Config, then: str = "") -> Run:
         if run.rank == 0:
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             print(
-                f"before training: {accuracy:.1%} exact match on {n} held-out examples", flush=True
+                f"before training: {accuracy:.1%} right on {n} held-out examples", flush=True
             )
     run.best = loop(config, run)
     run.close()

@@ -5,8 +5,8 @@
 
 Starts `torchrun train.py` and looks at its ranks twice a second in /proc: resident memory, open file handles, threads;
 and at the size of the output folder. A row of the JSON is the last look before each fifth step. The verdict compares
-the rows after step 50 with the row of step 50: resident memory of each rank within 10 %, no more file handles, and no
-more files than two checkpoints and the records, whose growth per step is what a step writes.
+the rows after step 50 with the row of step 50: resident memory of each rank at most 10 % more, no more file handles, and
+the output folder without its records (*.jsonl, which grow by what a step writes) at most 10 % more. Exit code 1 if not.
 """
 
 import argparse
@@ -26,6 +26,7 @@ FLAGS = (
     "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 --eval_size 16 "
     "--save_steps 25 --save_total_limit 2"
 )
+VERDICTS = ("memory_is_stable", "handles_are_bounded", "disk_is_bounded")
 SETTLED = 50  # steps until caches, allocator and compiled code have their size
 
 
@@ -49,6 +50,7 @@ def main() -> None:
     common.write(args.out, {"machine": machine, **record, **verdict, "rows": rows})
     draw(rows, verdict, args.out.with_suffix(".png"))
     print(json.dumps(verdict, indent=1))
+    sys.exit(not all(verdict[name] for name in VERDICTS))
 
 
 def watch(steps: int, engine: str, folder: Path) -> tuple[list[dict], float]:
@@ -66,7 +68,9 @@ def watch(steps: int, engine: str, folder: Path) -> tuple[list[dict], float]:
         while job.poll() is None:
             step = steps_done(out)
             if step % 5 == 0 and (look := ranks_of(job.pid)):
-                rows[step] = {"step": step, **look, "output_bytes": size_of(out)}
+                records = size_of(out, "*.jsonl")
+                rest = size_of(out, "*") - records
+                rows[step] = {"step": step, **look, "record_bytes": records, "other_bytes": rest}
             time.sleep(0.5)
     assert job.returncode == 0, log.read_text()[-3000:]
     return list(rows.values()), time.monotonic() - start
@@ -96,10 +100,10 @@ def ranks_of(agent: int) -> dict[str, list[int]]:
     )
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files below; a checkpoint may go while we look."""
+def size_of(folder: Path, pattern: str) -> int:
+    """Bytes of the files below of such names; a checkpoint may go while we look."""
     total = 0
-    for path in folder.rglob("*"):
+    for path in folder.rglob(pattern):
         try:
             total += path.stat().st_size if path.is_file() else 0
         except OSError:
@@ -113,6 +117,7 @@ def judge(rows: list[dict]) -> dict:
     base, growth = settled[0], []
     for rank, rss in enumerate(base["rss"]):
         growth.append(round(max(row["rss"][rank] for row in settled) / rss - 1, 4))
+    most_before = max(row["other_bytes"] for row in rows if row["step"] <= base["step"] + 25)
     handles = [max(row["handles"][rank] for row in settled) for rank in range(2)]
     return {
         "rss_growth_after_step_50": growth,
@@ -120,7 +125,12 @@ def judge(rows: list[dict]) -> dict:
         "most_handles_after": handles,
         "memory_is_stable": max(growth) <= 0.1,
         "handles_are_bounded": all(n <= m + 8 for n, m in zip(handles, base["handles"])),
-        "output_bytes": [base["output_bytes"], settled[-1]["output_bytes"]],
+        "disk_is_bounded": max(row["other_bytes"] for row in settled) <= 1.1 * most_before,
+        "record_bytes_per_step": round(
+            (settled[-1]["record_bytes"] - base["record_bytes"])
+            / max(1, settled[-1]["step"] - base["step"])
+        ),
+        "other_bytes": [most_before, max(row["other_bytes"] for row in settled)],
     }
 
 
@@ -135,7 +145,10 @@ def draw(rows: list[dict], verdict: dict, path: Path) -> None:
     for rank in range(2):
         axes[0].plot(steps, [row["rss"][rank] / 2**20 for row in rows], label=f"rank {rank}")
         axes[1].plot(steps, [row["handles"][rank] for row in rows], label=f"rank {rank}")
-    axes[2].plot(steps, [row["output_bytes"] / 2**20 for row in rows])
+    for what in ("record_bytes", "other_bytes"):
+        label = "records" if what == "record_bytes" else "checkpoints, pictures"
+        axes[2].plot(steps, [row[what] / 2**20 for row in rows], label=label)
+    axes[2].legend()
     titles = ("resident memory, MiB", "open file handles", "output folder, MiB")
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="step", ylim=(0, None))

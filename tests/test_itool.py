@@ -522,6 +522,8 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
     ends = [[s for s in steps if s["iteration"] == row["iteration"]][-1] for row in searches]
     assert all(0 <= end["eval/accuracy"] <= 1 for end in ends)
+    norms = [end["adapter_norm"] for end in ends]
+    assert 0 < norms[0] < norms[1]  # one adapter, continued
     assert searches[0]["held_out"] >= 4
     assert ends[0]["eval/rewards/margins"] > searches[0]["eval/rewards/margins"]
 
@@ -533,7 +535,10 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(
         out / "warmup" / "checkpoint-best", dtype=torch.float32
     )
-    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    B = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert norms[1] == pytest.approx(sum(float((p**2).sum()) for p in B) ** 0.5, rel=1e-5)
+    merged = adapted.merge_and_unload().state_dict()
     assert all(torch.allclose(merged[name], after[name], atol=1e-6) for name in after)
 
     shown = launch("mcts.py", "show", out / "trees-1.jsonl")
