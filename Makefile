@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args --resume_from_checkpoint latest
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 # into .venv if there is one, else into the environment of python3: what BFCL needs, nothing else touched
 eval-deps:

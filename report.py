@@ -62,8 +62,10 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
     rows = [row for row in _lines(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
         raise ValueError(f"{out}/rollouts.jsonl has no step {step}; see --step")
-    trust = config["trust_remote_code"]
-    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"], trust_remote_code=trust)
+    trust_remote_code = config["trust_remote_code"]
+    tokenizer = AutoTokenizer.from_pretrained(
+        config["model_name_or_path"], trust_remote_code=trust_remote_code
+    )
     if any(row[by] is None for row in rows):
         raise ValueError(f"{out} was trained without {by}: drop --by")
     path = out / f"step-{step}.html"

@@ -159,8 +159,8 @@ def make_engine(
 class Engine:
     """What both engines share: checks, seeds, and the shape of the answers."""
 
-    def __init__(self, model_path: str, max_model_len: int, seed: int, trust: bool = False) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust)
+    def __init__(self, model_path: str, max_model_len: int, seed: int, trust_remote_code: bool = False) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)
         self._letters = {}  # letters -> letter -> token ids
@@ -268,8 +268,8 @@ class VLLMEngine(Engine):
     """vLLM in this process."""
 
     def __init__(self, model_path: str, options: dict) -> None:
-        trust = options["trust_remote_code"]
-        super().__init__(model_path, options["max_model_len"], options["seed"], trust)
+        trust_remote_code = options["trust_remote_code"]
+        super().__init__(model_path, options["max_model_len"], options["seed"], trust_remote_code)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -279,7 +279,7 @@ class VLLMEngine(Engine):
                 _keep_process_group()
             self.llm = LLM(model_path, use_tqdm_on_load=False, **options)
         self._ranks = options["tensor_parallel_size"]
-        self._names = _parameter_names(model_path, trust)
+        self._names = _parameter_names(model_path, trust_remote_code)
         self._can_sleep = "enable_sleep_mode" in options
         self._asleep = set()
         self._stale = False
@@ -377,9 +377,9 @@ class TransformersEngine(Engine):
         dtype: str,
         logprobs_mode: str,
         seed: int,
-        trust: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(model_path, max_model_len, seed, trust)
+        super().__init__(model_path, max_model_len, seed, trust_remote_code)
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         if dtype == "auto":
@@ -388,7 +388,7 @@ class TransformersEngine(Engine):
             model_path,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
-            trust_remote_code=trust,
+            trust_remote_code=trust_remote_code,
         )
         self.model = model.to(self.device).eval()
         self._names = _aliases(self.model)
@@ -521,10 +521,10 @@ def _aliases(model):
     return {name: [other for other, q in named if q is p] for name, p in named}
 
 
-def _parameter_names(model_path, trust):
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust)
+def _parameter_names(model_path, trust_remote_code):
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return _aliases(AutoModelForCausalLM.from_config(config, trust_remote_code=trust))
+        return _aliases(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _every_parameter(
