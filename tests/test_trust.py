@@ -178,6 +178,8 @@ def whole_steps(out: Path) -> list[int]:
     steps = []
     for state in out.glob("checkpoint-*-state"):
         step = int(state.name.split("-")[1])
+        if (out / f".checkpoint-{step}.old").exists() and not (out / f"checkpoint-{step}").exists():
+            continue  # killed between the two renames of its removal; the next start clears the rest
         assert (out / f"checkpoint-{step}/tokenizer_config.json").exists()
         weights = load_file(out / f"checkpoint-{step}/model.safetensors")
         stored = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
