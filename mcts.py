@@ -408,14 +408,14 @@ def main(argv: list[str] | None = None) -> None:
     show.add_argument("--svg", type=Path, help="picture of all trees; default: FILE with .svg")
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know
-    trees = []
     try:
         found = _read(args.file)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for data in found:
-        root, config = tree_from_dict(data), SearchConfig(**data["config"])
-        trees.append((root, config))
+    trees = [(tree_from_dict(data), SearchConfig(**data["config"])) for data in found]
+    picture = args.svg or args.file.with_suffix(".svg")  # first: `show` may end in a pipe to head
+    picture.write_text(svg(trees), encoding="utf-8")
+    for data, (root, config) in zip(found, trees):
         for key, value in data.items():
             if key not in ("config", "nodes"):
                 print(f"{key}: {_printable(str(value))}")
@@ -423,9 +423,7 @@ def main(argv: list[str] | None = None) -> None:
         pairs = all_pairs(root, config)
         kept = sum(not pair.dropped_by for pair in pairs)
         print(f"{len(pairs)} pairs, {kept} kept\n")
-    picture = args.svg or args.file.with_suffix(".svg")
-    picture.write_text(svg(trees), encoding="utf-8")
-    print(picture)
+    print(f"picture: {picture}")
 
 
 # ---- private ----
