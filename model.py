@@ -152,10 +152,11 @@ def shard(
 @torch.no_grad()
 def adapter_norm(model: nn.Module) -> float:
     """Norm of the adapters' B matrices, 0 as they start and without adapters; all ranks together."""
-    parts = [_full(p).detach() for name, p in model.named_parameters() if ".lora_B." in name]
+    parts = [_full(p) for name, p in model.named_parameters() if ".lora_B." in name]
     return float(sum((part.float() ** 2).sum() for part in parts)) ** 0.5
 
 
+@torch.no_grad()
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole weight of the plain transformers model, one at a time, all ranks together.
 

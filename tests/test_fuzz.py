@@ -298,9 +298,9 @@ def test_no_eval_no_shell_no_pickle(path):
             if names[1] in ("load", "torch.load") and function.startswith("torch."):
                 names = ["torch.load"]
         elif isinstance(node, ast.Import):
-            names = [alias.name.partition(".")[0] for alias in node.names]
-            names.remove("eval") if "eval" in names else None  # our eval.py, under another name
-            assert all(alias.asname for alias in node.names if alias.name == "eval")
+            own = [alias for alias in node.names if alias.name == "eval"]  # our eval.py
+            assert all(alias.asname for alias in own), f"{path.name}:{node.lineno}"
+            names = [alias.name.partition(".")[0] for alias in node.names if alias not in own]
         elif isinstance(node, ast.ImportFrom):
             names = [(node.module or "").partition(".")[0]]
         assert not FORBIDDEN & set(names), f"{path.name}:{node.lineno}: {names}"
