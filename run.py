@@ -166,6 +166,8 @@ class Run:
             if self.metrics_file.tell() == 0:
                 self.write(self.metrics_file, asdict(config))
             self.tracker = report.tracker(config.report_to, self.out, asdict(config))
+            self.skipped = next(reversed(report.history(self.out, "skipped")), 0)
+        self.skipped = int(self.all_max(self.skipped))
 
     # data
 

@@ -45,6 +45,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -1010,6 +1011,10 @@ def sft_stages(config: Config, run: Run) -> list[Stage]:
     return [stage for stage in stages if stage.steps]
 
 
+class Asked(Exception):
+    """This rank was asked to stop, in the middle of its search."""
+
+
 def find_pairs(
     config: Config, run: Run, pool: list, iteration: int, step: int
 ) -> tuple[dict, list[dict]]:
@@ -1017,7 +1022,7 @@ def find_pairs(
     clock = Clock()
     run.engine.sleep()
     with clock("perplexity"):
-        values = perplexities(config, run, pool)
+        values = perplexities(config, run, pool, step)
         calls = [example.kind == "tool_call" for example in pool]
         strata = calls if config.buffer_rank == "stratified" else None
         chosen = [pool[i] for i in data.select_complex(values, strata, config.buffer_fraction)]
@@ -1025,14 +1030,22 @@ def find_pairs(
     mine = chosen[run.rank :: run.world]
     prompts = [run.ids(example)[0] for example in mine]
     searcher = run.searcher(f"{config.seed}/{iteration}")
-    limits = itool.search_config(config)
+    limits, trees, found = itool.search_config(config), [], []
     with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
-        if config.mcts:
-            trees = searcher.search(mine, prompts, limits, lambda done: bar.update(done - bar.n))
-            found = [itool.pair_rows(*x, limits) for x in zip(trees, mine)]
-        else:
-            trees, found = [], searcher.sampled_pairs(mine, prompts)
-            bar.update(len(mine))
+
+        def advance(done: int) -> None:
+            bar.update(done - bar.n)
+            if run.signal:  # each rank has waves of its own: it ends its search, then all meet
+                raise Asked
+
+        with suppress(Asked):
+            if config.mcts:
+                trees = searcher.search(mine, prompts, limits, advance)
+                found = [itool.pair_rows(*x, limits) for x in zip(trees, mine)]
+            else:
+                found = searcher.sampled_pairs(mine, prompts)
+                bar.update(len(mine))
+        run.stop_if_asked(step)
     run.engine.sleep()
     drops, pairs = Counter(), []
     places = range(run.rank, len(chosen), run.world)
@@ -1069,12 +1082,13 @@ def find_pairs(
     return summary | clock.metrics(), pairs
 
 
-def perplexities(config: Config, run: Run, examples: list) -> list[float]:
-    """Perplexity of each expert response (iTool Eq. 4) under the current weights, on every rank."""
+def perplexities(config: Config, run: Run, examples: list, step: int) -> list[float]:
+    """Perplexity of each expert response (iTool Eq. 4) under the weights after `step` steps, on every rank."""
     values = {}
     mine = run.share(len(examples))
     with run.progress(len(mine), 0, "perplexity") as bar, torch.no_grad():
         for start in range(0, len(mine), config.train_batch_size):
+            run.stop_if_asked(step)
             part = mine[start : start + config.train_batch_size]
             groups = [expert_group(run, examples[i]) for i in part]
             index = {id(group): i for group, i in zip(groups, part)}

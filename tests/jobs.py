@@ -67,7 +67,8 @@ class Fault:
 
 
 def stages() -> dict[str, tuple]:
-    """The seven stages of run_rl, SFT's loss, and the function of each that a fault goes into."""
+    """The seven stages of run_rl, SFT's loss, iTool's phases, and the function of each that a fault goes into."""
+    import itool
     import spo
     import train
     from run import Run
@@ -81,6 +82,9 @@ def stages() -> dict[str, tuple]:
         "optimiser": (Run, "optimizer_step"),
         "sync": (train, "sync"),
         "sft loss": (spo, "sft_loss"),
+        "perplexity": (train, "expert_group"),
+        "search": (itool.Searcher, "propose"),
+        "preference": (train, "preference_gradient"),
     }
 
 

@@ -23,6 +23,7 @@ from jobs import Fault, Job
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+import data
 import train
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -140,6 +141,37 @@ def test_two_ranks_resume_on_two_and_on_one(command, start, tmp_path):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     weights, expected = (load_file(out / "checkpoint-5/model.safetensors") for out in (one, whole))
     assert frozen.relative_difference(weights, expected) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_itool_interrupted_in_each_phase_equals_one_go(ranks, start, tmp_path):
+    """One rank gets SIGTERM in its search, between two steps on pairs, and among the next iteration's perplexities."""
+    examples = tmp_path / "examples.jsonl"
+    data.write_jsonl(data.load("toy", "train")[:24], examples)
+
+    def command(name):
+        text = f"""--algo itool --stages itool --iterations 2 --model_name_or_path {frozen.TOY} --engine transformers
+        --train_file {examples} --eval_file toy:test --eval_size 4 --output_dir {tmp_path / name} --pool_fraction 1
+        --buffer_fraction 0.3 --mcts_iterations 2 --min_q -9 --min_gap 0.01 --self_evaluation none --learning_rate 3e-4
+        --train_batch_size 2 --max_prompt_length 1024 --max_completion_length 80 --preference_epochs 5 --eval_steps 0
+        --held_out_pairs 0 --no_gradient_checkpointing --save_steps 1"""
+        return [*text.split(), *LATEST]
+
+    finished(start(command("whole"), ranks=ranks))
+    whole, parts, flag = tmp_path / "whole", tmp_path / "parts", tmp_path / "flag"
+    steps = [row.get("iteration", 0) for row in untimed(whole)]
+    assert steps.count(1) > 2 and steps.count(2) > 1, steps
+    first = steps.count(1)  # steps of the first iteration
+    fault = lambda stage, call: Fault(stage, max(0, ranks - 1), call, "SIGTERM", f"{flag} {stage} {call}")
+    for stage, call, step in (("search", 2, 0), ("preference", 2, 2), ("perplexity", 3, first)):
+        job = start(command("parts"), ranks=ranks, fault=fault(stage, call))
+        assert job.wait() == (1 if ranks else 143), job.text()[-3000:]
+        assert f"SIGTERM: left after step {step};" in job.text(), job.text()[-3000:]
+    finished(start(command("parts"), ranks=ranks))
+    check_same_run(parts, whole, untimed(whole)[-1]["step"])
+    for name in ("pairs.jsonl", "trees-1.jsonl", "trees-2.jsonl"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    assert [row["step"] for row in lines_of(parts / "searches.jsonl")] == [0, first]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
