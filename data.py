@@ -415,6 +415,11 @@ def sizes(example: Example) -> tuple[int, int, int]:
     return len(example.tools), len(_dumps(example.tools)), _num_calls(example)
 
 
+def characters(example: Example) -> int:
+    """Return the length of the prompt's texts, a cheap guess at its tokens."""
+    return sum(len(message["content"]) for message in messages(example))
+
+
 def select_complex(
     perplexities: list[float], is_call: list[bool] | None, fraction: float = 0.1
 ) -> list[int]:

@@ -187,7 +187,14 @@ def iterations(out: Path) -> Path:
         for row in list(_lines(out / "metrics.jsonl"))[1:]
         if "iteration" in row
     }
-    figure, (accuracy, pairs, margin) = plt.subplots(1, 3, figsize=(14, 3.8))
+    margins = [
+        (row["iteration"], row["eval/rewards/margins"], end["eval/rewards/margins"])
+        for row, end in ((row, ends.get(row["iteration"], {})) for row in searches)
+        if "eval/rewards/margins" in row and "eval/rewards/margins" in end
+    ]
+    panels = 3 if margins else 2  # without held-out pairs no margin is known
+    figure, axes = plt.subplots(1, panels, figsize=(14 * panels / 3, 3.8))
+    accuracy, pairs = axes[:2]
     names, values = zip(*milestones(out))
     accuracy.plot(names, values, "o-")
     accuracy.set(title="accuracy, held-out examples", ylim=(0, 1))
@@ -201,13 +208,10 @@ def iterations(out: Path) -> Path:
         pairs.bar(places, heights, 0.8 / len(counts), label=name)
     pairs.set(title="preference pairs", xlabel="iteration", xticks=numbers)
     pairs.legend()
-    for row in searches:
-        end = ends.get(row["iteration"], {})
-        if "eval/rewards/margins" in row and "eval/rewards/margins" in end:
-            before_after = row["eval/rewards/margins"], end["eval/rewards/margins"]
-            margin.plot([row["iteration"], row["iteration"] + 0.8], before_after, "o-")
-    margin.set(title="reward margin on held-out pairs, before and after", xlabel="iteration")
-    for axis in (accuracy, pairs, margin):
+    for iteration, *before_after in margins:
+        axes[2].plot([iteration, iteration + 0.8], before_after, "o-")
+        axes[2].set(title="reward margin on held-out pairs, before and after", xlabel="iteration")
+    for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     path = out / "iterations.png"

@@ -2,7 +2,7 @@
 
 Run(config)      reads tokenizer and data and refuses what cannot work, before anything heavy is loaded
 run.start()      loads engine and model, resumes, sends the weights to the engine
-run.batch(step)  this rank's examples: a function of (seed, step)
+run.batch(step)  this rank's examples and their places: a function of (seed, step)
 run.all_sum, all_max, optimizer_step, log, log_rollouts, save
 
 output_dir/metrics.jsonl            first line the config, then a line per step (step 0: before training)
@@ -17,7 +17,10 @@ starts with a dot and renamed, and what lies there unfinished is cleared at the 
 safetensors: nothing is unpickled.
 """
 
+import ctypes
 import fcntl
+import gc
+import itertools
 import json
 import math
 import os
@@ -173,25 +176,28 @@ class Run:
 
     def batch(
         self, position: int, examples: list | None = None, *, size: int = 0
-    ) -> list[data.Example]:
-        """This rank's examples of batch number `position`: each epoch is a shuffle by (seed, epoch).
+    ) -> list[tuple[int, data.Example]]:
+        """This rank's part of batch number `position`: places in the stream of all batches, and examples.
 
+        Each epoch is a shuffle by (seed, epoch). Long prompts are dealt to the ranks in turns, there and back, so that ranks finish together.
         examples  what to draw from; None: all training examples
         size      examples over all ranks; 0: train_batch_size
         """
         examples = self.examples if examples is None else examples
         size, n = size or self.config.train_batch_size, len(examples)
-        mine = []
-        for i in range(
-            position * size + self.rank * size // self.world,
-            position * size + (self.rank + 1) * size // self.world,
-        ):
+        places, batch = range(position * size, (position + 1) * size), []
+        for i in places:
             if self.epoch[0] != (i // n, n):
                 order = list(range(n))
                 random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
                 self.epoch = ((i // n, n), order)
-            mine.append(examples[self.epoch[1][i % n]])
-        return mine
+            batch.append(examples[self.epoch[1][i % n]])
+        if self.world == 1:
+            return list(zip(places, batch))
+        longest_first = sorted(range(size), key=lambda i: (-data.characters(batch[i]), i))
+        there_and_back = [*range(self.world), *reversed(range(self.world))]
+        ranks = dict(zip(longest_first, itertools.cycle(there_and_back)))
+        return [(places[i], batch[i]) for i in range(size) if ranks[i] == self.rank]
 
     def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, as eval.py renders it, and of the expert response with EOS."""
@@ -414,6 +420,7 @@ class Run:
         modeling.save(self.model, self.tokenizer, path)
         save_state(self.model, self.optimizer, state_of(path))
         self.saved = step
+        trim_memory()
         limit = self.config.save_total_limit
         if self.rank == 0 and limit:
             remove(self.out, saved_steps(self.out)[:-limit])
@@ -427,12 +434,6 @@ class Run:
         if not where or (where == "latest" and not steps):
             return  # also the first start of a job that always passes latest
         folder = self.out / f"checkpoint-{steps[-1]}" if where == "latest" else Path(where)
-        if not state_of(folder).is_dir():
-            raise ValueError(
-                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; choose among {steps}"
-            )
-        if not folder.name.removeprefix("checkpoint-").isdigit():
-            raise ValueError(f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP")
         load_state(self.model, self.optimizer, state_of(folder))
         self.first_step = self.saved = int(folder.name.removeprefix("checkpoint-"))
         later = [step for step in steps if step > self.first_step]
@@ -468,6 +469,14 @@ class Run:
         for file in (self.metrics_file, self.rollouts_file, self.lock):
             if file:
                 file.close()
+
+
+def trim_memory() -> None:
+    """Give the system back what the process has freed: glibc keeps it, in pieces, and a long run grows."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+    if trim:
+        trim(0)
 
 
 def read_searches(out: Path, step: int) -> dict[int, tuple[dict, list[dict]]]:
@@ -598,9 +607,18 @@ def remove(out: Path, steps: list[int]) -> None:
 
 
 def refuse_earlier_run(config) -> None:
-    """ValueError where a start would write over, or mix with, a run that it does not go on with."""
+    """ValueError where a start would write over, or mix with, a run that it does not go on with, or has none to go on with."""
     out, where = Path(config.output_dir), config.resume_from_checkpoint
     steps, path = saved_steps(out), out / "metrics.jsonl"
+    if where not in ("", "latest"):
+        folder = Path(where)
+        if not state_of(folder).is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; take latest, or "
+                f"{folder.parent}/checkpoint-STEP of one of the steps {saved_steps(folder.parent)}"
+            )
+        if not folder.name.removeprefix("checkpoint-").isdigit():
+            raise ValueError(f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP")
     own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
     if steps and not own:
         raise ValueError(
@@ -728,6 +746,11 @@ def check(config, world: int) -> None:
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name} {getattr(config, name)}: must be at least 1")
+    if (config.algo == "itool") != bool({"itool", "warmup"} & {*config.stages.split(",")}):
+        raise ValueError(
+            f"--stages {config.stages} is not of --algo {config.algo}: iTool's are warmup, itool and warmup,itool, "
+            "the others' rl, sft and sft,rl"
+        )
     if not config.eval_file and not 0 < config.eval_fraction < 1:
         raise ValueError(
             f"--eval_fraction {config.eval_fraction} leaves no validation data; give --eval_file, "

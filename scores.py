@@ -122,13 +122,17 @@ def errors(path: Path) -> str:
     ValueError naming the line that does not.
     """
     counts, right = {}, Counter()
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    text = path.read_text(encoding="utf-8").rstrip("\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
             row = json.loads(line)
-            kind = rewards.error_type(
-                row["response"] if "response" in row else row["text"], row["target"]
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            response = row["response"] if "response" in row else row["text"]
+            kind = rewards.error_type(response, row["target"])
+        except KeyError as error:
+            raise ValueError(
+                f"{path} line {number} has no {error}: needs response (or text) and target"
+            ) from None
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} line {number}: needs response and target ({error})") from None
         category = str(row.get("category") or row.get("kind") or "all")
         right[category] += kind is None

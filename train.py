@@ -308,7 +308,7 @@ _NAMES = [f.name for f in fields(Config)]
 _OF_ITOOL = _NAMES[_NAMES.index("warmup") : _NAMES.index("held_out_pairs") + 1]
 for _name in _OF_ITOOL:
     _stage = "warmup" if _name in ("warmup", "split", "warmup_learning_rates", "warmup_epochs") else "itool"
-    NEEDS[_name] = (f"--algo itool, with its stage {_stage}", lambda c, stage=_stage: stage in c.stages)
+    NEEDS[_name] = (f"iTool's stage {_stage}", lambda c, stage=_stage: stage in c.stages)
 for _loss, _scales in {
     "simpo": ("simpo_beta", "simpo_margin"), "dpo": ("dpo_beta",), "ipo": ("ipo_tau", "ipo_mean"), "orpo": ("orpo_lam",),
 }.items():  # fmt: skip
@@ -320,7 +320,7 @@ for _loss, _scales in {
         for name in _scales
     }
 NEEDS |= {
-    name: ("--algo itool, with its search", lambda c: "itool" in c.stages and c.mcts)
+    name: ("iTool's tree search", lambda c: "itool" in c.stages and c.mcts)
     for name in _OF_ITOOL
     if name.startswith("mcts_") or name in ("max_similarity", "min_gap", "min_q", "self_evaluation")
 }
@@ -380,7 +380,7 @@ def run_rl(config: Config, run: Run) -> None:
                     give_up(config, run, len(groups))
                 position = step * ROUNDS + rounds if config.dynamic_sampling else step
                 with clock("rollout"):
-                    new = roll_out(config, run, run.batch(position, size=size), position)
+                    new = roll_out(config, run, run.batch(position, size=size))
                 sampled += len(new)
                 with clock("reward"):
                     for group in new:
@@ -469,7 +469,7 @@ def run_sft(config: Config, run: Run) -> Path:
                 if step == start:
                     run.restart_optimizer()
                 run.engine.sleep()
-                batch = run.batch(step - start, stage.examples)
+                batch = [example for _, example in run.batch(step - start, stage.examples)]
                 groups = [expert_group(run, example) for example in batch]
                 totals = count(config, run, groups)
                 stats = defaultdict(float)
@@ -699,13 +699,11 @@ def learning_rate_at(
 # ------------------------------------------------------------------------------------------------ the steps' parts
 
 
-def roll_out(config: Config, run: Run, examples: list, position: int) -> list[Group]:
-    """Sample K responses for each example; request seeds depend on (seed, position, place in the batch) only."""
+def roll_out(config: Config, run: Run, batch: list[tuple[int, data.Example]]) -> list[Group]:
+    """Sample K responses for each (place, example); request seeds depend on (seed, place) only."""
+    places, examples = zip(*batch)
     ids = [run.ids(example) for example in examples]
-    first = (position * run.world + run.rank) * len(examples)
-    seeds = [
-        random.Random(f"{config.seed}/{first + i}").getrandbits(62) for i in range(len(examples))
-    ]
+    seeds = [random.Random(f"{config.seed}/{place}").getrandbits(62) for place in places]
     samples = run.engine.generate(
         [prompt for prompt, _ in ids],
         n=config.num_generations,
@@ -1393,7 +1391,7 @@ def parse_args(argv: list[str]) -> Config:
     typed = {word.partition("=")[0] for word in argv}
     for flag, (needs, is_read) in NEEDS.items():
         if typed & {f"--{flag}", f"--no_{flag}"} and not is_read(config):
-            parser.error(f"--{flag} has no effect with --algo {algo}: it needs {needs}")
+            parser.error(f"--{flag} has no effect here (--algo {algo}, --stages {config.stages}): it needs {needs}")
     return config
 
 

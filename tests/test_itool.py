@@ -638,7 +638,7 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--algo", "grpo", "--mcts_depth", "4"])
     assert (
-        "--mcts_depth has no effect with --algo grpo: it needs --algo itool"
+        "--mcts_depth has no effect here (--algo grpo, --stages rl): it needs iTool's tree search"
         in capsys.readouterr().err
     )
     assert (

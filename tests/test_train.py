@@ -393,7 +393,7 @@ def test_sft_gradient_is_that_of_equation_1(tiny, plain, tmp_path):
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), copy.deepcopy(plain).double()
     examples = Run(config).batch(0)
     total, count = 0.0, 0
-    for example in examples:
+    for _, example in examples:
         prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
         logps, _ = slow_forward(model, prompt, target, temperature=1.0)
         total, count = total - sum(logps), count + len(target)
@@ -483,7 +483,28 @@ def test_balance_cycles_or_is_a_number():
         assert train.balance_of(chord_mu, step) == pytest.approx(falling), step
 
 
-def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
+def test_ranks_get_equal_shares_of_a_batch_s_long_prompts():
+    """Each of two ranks gets one of the two longest, one of the next two, and so on; nothing is lost or doubled."""
+    lengths = [70, 10, 9000, 40, 8000, 30, 7000, 6000]
+    examples = [
+        data.Example(str(i), [], [], "x" * n, [], "<answer>ok</answer>", "answer", system="__TOOL_DESCS__")
+        for i, n in enumerate(lengths)
+    ]
+    parts = []
+    for rank in range(2):
+        run = object.__new__(Run)
+        run.config, run.examples = train.Config(train_batch_size=8), examples
+        run.epoch, run.rank, run.world = (None, None), rank, 2
+        parts.append([len(example.query) for _, example in run.batch(0)])
+    assert sorted(parts[0] + parts[1]) == sorted(lengths)
+    for pair in ((9000, 8000), (7000, 6000), (70, 40), (30, 10)):
+        assert len({*pair} & {*parts[0]}) == len({*pair} & {*parts[1]}) == 1
+    assert abs(sum(parts[0]) - sum(parts[1])) <= 50
+
+
+def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "characters", lambda example: example % 3)
+
     def order(seed, world, position):
         """Ids of one batch, by rank; a fresh object each time: nothing but (seed, step) is known."""
         parts = []
@@ -492,14 +513,14 @@ def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
             run.config = train.Config(seed=seed, train_batch_size=4)
             run.examples, run.epoch = list(range(10)), (None, None)
             run.rank, run.world = rank, world
-            parts.append(run.batch(position))
+            parts.append([example for _, example in run.batch(position)])
         return parts
 
     whole = [order(3, 1, step)[0] for step in range(5)]
     for step in (4, 0, 2):  # in any order, on one, two or four ranks
         for world in (2, 4):
             parts = order(3, world, step)
-            assert [*chain(*parts)] == whole[step]
+            assert sorted(chain(*parts)) == sorted(whole[step])
             assert {len(part) for part in parts} == {4 // world}
     stream = [*chain(*whole)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
@@ -507,7 +528,7 @@ def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path):
     run = object.__new__(Run)
     run.config, run.examples = train.Config(seed=3, train_batch_size=4), list(range(10))
     run.epoch, run.rank, run.world = (None, None), 0, 1
-    assert run.batch(1, size=8) == stream[8:16]  # a larger batch of the same stream
+    assert run.batch(1, size=8) == [*enumerate(stream)][8:16]  # a larger batch of the same stream
     assert [order(4, 1, step)[0] for step in range(5)] != whole
 
 
@@ -522,11 +543,11 @@ def test_request_seeds_differ_by_prompt_and_step_only(tiny, tmp_path):
             run.world = world
             run_seeds = []
             for run.rank in range(world):
-                groups = train.roll_out(config, run, run.batch(position), position)
-                run_seeds += [group.seed for group in groups]
-            seeds[position, world] = run_seeds
+                groups = train.roll_out(config, run, run.batch(position))
+                run_seeds += [(group.example.id, group.seed) for group in groups]
+            seeds[position, world] = sorted(run_seeds)
     assert seeds[0, 1] == seeds[0, 2] and seeds[1, 1] == seeds[1, 2]
-    assert len({*seeds[0, 1], *seeds[1, 1]}) == 8
+    assert len({seed for _, seed in (*seeds[0, 1], *seeds[1, 1])}) == 8
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -637,7 +658,7 @@ def test_a_flag_that_nothing_reads_is_refused(argv, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse_args(argv.split())
     assert stop.value.code != 0
-    assert f"--{named} has no effect with" in capsys.readouterr().err
+    assert f"--{named} has no effect here" in capsys.readouterr().err
     file = tmp_path / "all.args"  # a file may serve several methods
     file.write_text(argv.replace(" --", "\n--"))
     train.parse_args([f"@{file}"])
@@ -1004,15 +1025,15 @@ def test_dynamic_sampling_gives_up_after_ten_rounds(tiny, tmp_path, monkeypatch)
     """A random model's responses are all wrong: no group ever differs."""
     real, batches = train.roll_out, []
 
-    def counted(config, run, examples, position):
-        batches.append((position, len(examples)))
-        return real(config, run, examples, position)
+    def counted(config, run, batch):
+        batches.append([place for place, _ in batch])
+        return real(config, run, batch)
 
     monkeypatch.setattr(train, "roll_out", counted)
     command = [*frozen.short_flags(tiny, tmp_path), "--algo", "dapo"]
     text = refusal(train.train, train.parse_args(command))
     assert "10 rounds gave 0 prompts" in text and "its share of 4" in text
-    assert batches == [(position, 4) for position in range(10)]
+    assert batches == [list(range(4 * k, 4 * k + 4)) for k in range(10)]
 
 
 def test_dynamic_sampling_never_trains_on_a_short_batch(tiny, tmp_path):
@@ -1303,8 +1324,12 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, tmp_path):
     for name, value in (("seed", 5), ("algo", "grpo"), ("num_generations", 16)):
         text = refusal(run_module.refuse_earlier_run, replace(config, **{name: value}))
         assert f"--{name} {getattr(config, name)} -> {value}" in text
-    elsewhere = replace(config, resume_from_checkpoint="other/checkpoint-2")
+    (tmp_path / "other/checkpoint-2-state").mkdir(parents=True)
+    elsewhere = replace(config, resume_from_checkpoint=f"{tmp_path}/other/checkpoint-2")
     assert "holds a run's checkpoints" in refusal(run_module.refuse_earlier_run, elsewhere)
+    misspelt = replace(config, resume_from_checkpoint=f"{out}/chekpoint-2")
+    text = refusal(run_module.refuse_earlier_run, misspelt)
+    assert f"{out}/chekpoint-2-state" in text and "steps [2]" in text
 
 
 def test_audit_finds_a_missing_line(finished, tmp_path):
