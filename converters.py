@@ -175,14 +175,16 @@ def guess(row) -> str:
     keys = set(row) if isinstance(row, dict) else set()
     if isinstance(row, list) or (keys and all(map(str.isdecimal, keys))):
         return "funreason-mt"
-    for name, wanted in (("jsonl", {"target", "kind"}), ("rlla", {"instruction", "output"})):
+    for name, wanted in (("jsonl", {"query", "kind"}), ("rlla", {"instruction", "output"})):
         if wanted <= keys:
             return name
     if {"query", "answers"} <= keys:
         return "hammer" if row["answers"] in ("[]", []) else "xlam"
     if "conversations" in keys:
         return "hermes" if "system" not in keys else "apigen-mt" if "tools" in keys else "toolace"
-    raise ValueError(f"unknown layout with keys {sorted(keys)}; name it: NAME:FILE, or --name")
+    raise ValueError(
+        f"unknown layout with keys {sorted(keys)}; name it, NAME:FILE or --name, one of {', '.join([*CONVERTERS, 'jsonl'])}"
+    )
 
 
 # ---- calls ----

@@ -31,10 +31,12 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import rewards
 from converters import CONVERTERS, Conversation, Drop, guess
 
 # ToolUPT Figure 5, verbatim.
@@ -177,7 +179,11 @@ def load_source(source: str, *, seed: int = 0) -> list[Example]:
         raise FileNotFoundError(
             f"{source} does not exist; give a file, NAME or NAME:FILE (data.py)"
         )
-    return load(guess(read_rows(source)[0]), source, seed=seed)
+    try:
+        layout = guess(read_rows(source)[0])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return load(layout, source, seed=seed)
 
 
 def load_with_drops(
@@ -200,7 +206,11 @@ def load_with_drops(
         raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist; {remedy}")
-    return convert(name, read_rows(path, file), seed=seed)
+    rows = read_rows(path, file)
+    try:
+        return convert(name, rows, seed=seed)
+    except ValueError as error:  # of "jsonl": a file of ours is right, or refused
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_rows(path: str | Path, expected: str | None = None) -> list:
@@ -342,7 +352,11 @@ def fit(
 
 
 def split(
-    examples: list[Example], fraction: float, seed: int = 0, *, by_tools: bool = False
+    examples: list[Example],
+    fraction: float,
+    seed: int = 0,
+    *,
+    ties: Callable[[Example], Iterable] = lambda example: (),
 ) -> tuple[list[Example], list[Example]]:
     """Return two parts that share no conversation; the first holds at most `fraction` of all.
 
@@ -350,9 +364,9 @@ def split(
     several tool lists, and irrelevance queries are xLAM queries. "The same" is the opening message
     or a later one of 12 words: shorter ones ("yes, please go ahead") would join whole datasets.
     fraction  in (0, 1); ValueError where a part would be empty
-    by_tools  rows that share a tool, the order of its keys apart, stay together too
+    ties      what an example must not share with the other part, beside that: hashable things
     """
-    groups, first = _groups(examples, by_tools), set()
+    groups, first = _groups(examples, ties), set()
     random.Random(seed).shuffle(groups)
     room = round(fraction * len(examples))
     for group in groups:
@@ -371,7 +385,7 @@ def split(
 
 
 def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Return BFCL-Live in halves that share no query and no tool: iTool's BFCL-half (Table 5).
+    """Return BFCL-Live in halves that share no query, no tool and no accepted call: iTool's BFCL-half (Table 5).
 
     Each holds live AST, irrelevance and relevance cases; the target is the first accepted answer,
     "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
@@ -392,7 +406,14 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
             target = f"<tool_call>\n{text}\n</tool_call>"
         system = with_policy(policy)
         examples.append(Example(id, **fields, target=target, kind=kind, system=system))
-    return split(examples, 0.5, seed, by_tools=True)
+    return split(examples, 0.5, seed, ties=_live_ties)
+
+
+def _live_ties(example):
+    """Tools, whatever their case and punctuation; BFCL's number of the tool list; the accepted call."""
+    category, list_number = re.search(r"(live_\w+)_\d+-(\d+)-", example.id).groups()
+    tools = [(*re.findall(r"\w+", json.dumps(t, sort_keys=True).casefold()),) for t in example.tools]
+    return [(category, list_number), *tools, *([example.target] if example.kind == "tool_call" and example.target else [])]
 
 
 def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:
@@ -628,6 +649,7 @@ def _own(row, number: int) -> Example:
         tag = f"<{example.kind}>", f"</{example.kind}>"
         if not (example.target.startswith(tag[0]) and example.target.endswith(tag[1])):
             raise ValueError("target without the tags of its kind")
+        rewards.binary(example.target, example.target)  # refuses what no response could match
         _digest(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -643,7 +665,9 @@ def _num_calls(example: Example) -> int:
     return len(calls) if isinstance(calls, list) else 1
 
 
-def _groups(examples: list[Example], by_tools: bool = False) -> list[list[int]]:
+def _groups(
+    examples: list[Example], ties: Callable[[Example], Iterable] = lambda example: ()
+) -> list[list[int]]:
     """Return the indices of the examples in groups that must stay together (union-find)."""
     parent = {}
 
@@ -658,8 +682,8 @@ def _groups(examples: list[Example], by_tools: bool = False) -> list[list[int]]:
         said = [re.findall(r"\w+", text.casefold()) for text in said]
         for words in [said[0], *(words for words in said[1:] if len(words) >= 12)]:
             parent[root(row)] = root(("query", *words))
-        for tool in example.tools if by_tools else ():
-            parent[root(row)] = root(("tool", json.dumps(tool, sort_keys=True)))
+        for tie in ties(example):
+            parent[root(row)] = root(("tie", tie))
     groups = defaultdict(list)
     for index, example in enumerate(examples):
         groups[root(("row", example.id.rpartition("/")[0]))].append(index)

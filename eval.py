@@ -46,6 +46,7 @@ from transformers import AutoConfig, GenerationConfig
 import api_bank
 import bfcl
 import data
+import model as modeling
 import rewards
 import rollout
 import scores
@@ -55,6 +56,7 @@ ONLY = {  # flags of one benchmark, and their value where they are not given
     "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),
     "api_bank": ("api_bank", None), "file": ("file", None),
 }  # fmt: skip
+NEIGHBOURS = 16  # cases in a row that one rank gets: many share their tools, which the prefix cache then holds
 # What must agree for a run to go on: another value would mix two measurements in one file.
 SAME = ("model", "weights", "bench", "seed", *scores.SETTINGS)
 
@@ -424,11 +426,14 @@ def _answer_rest(options, cases, chosen, settings):
             dtype=options.dtype,
             seed=options.seed,
             cpu_kv_bytes=2 << 30,  # nothing else needs the memory
+            cpu_block=128,
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
             stops, write = settings["stop_token_ids"], partial(_write, file)
-            answer(todo[rank::world], engine, options, write, anyone, rank > 0, stops)
+            run = min(NEIGHBOURS, -(-len(todo) // world))
+            mine = [case for i, case in enumerate(todo) if i // run % world == rank]
+            answer(mine, engine, options, write, anyone, rank > 0, stops)
         engine.close()
     _barrier(world)
     if rank == 0:
@@ -476,6 +481,7 @@ def _judge_again(out, settings, rows, cases):
 
 def describe(options: argparse.Namespace) -> dict:
     """What a result depends on, and what was asked for: settings.json."""
+    modeling.check_folder(options.model)
     config = AutoConfig.from_pretrained(options.model).get_text_config()
     room = getattr(config, "max_position_embeddings", options.max_model_len)
     template = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
@@ -682,7 +688,11 @@ def main(argv: list[str] | None = None) -> None:
         if dist.is_initialized():
             os._exit(2)  # other ranks may wait in a collective
         sys.exit(2)
-    work()
+    try:
+        work()
+    except ImportError as error:  # no vllm: the message names the remedy
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -107,7 +107,7 @@ def load_tokenizer(
     model_name_or_path: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; ValueError where folder, tokenizer or chat template are missing."""
-    _check_folder(str(model_name_or_path))
+    check_folder(str(model_name_or_path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path, trust_remote_code=trust_remote_code
@@ -258,7 +258,7 @@ def save(
         dist.barrier()
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
     """ValueError with the remedy where `name` is no folder that can be loaded, and no Hub name."""
     path = Path(name)
     if not path.is_dir():

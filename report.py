@@ -229,13 +229,14 @@ def learning_curve(out: Path) -> Path:
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
     for axis, (name, title) in zip(axes[0], panels):
         for key, label, style in (
-            (name, "rollouts", "-"),
+            (name, "training" if name == "loss" else "rollouts", "-"),
             (f"eval/{name}", "held-out, greedy", "o--"),
         ):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 axis.plot(*zip(*points), style, label=label, alpha=0.9)
         axis.set(title=title, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(f"{config['algo']}, {config['model_name_or_path']}, seed {config['seed']}")

@@ -29,6 +29,7 @@ import shutil
 import signal
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.util import find_spec
@@ -179,7 +180,7 @@ class Run:
     ) -> list[tuple[int, data.Example]]:
         """This rank's part of batch number `position`: places in the stream of all batches, and examples.
 
-        Each epoch is a shuffle by (seed, epoch). Long prompts are dealt to the ranks in turns, there and back, so that ranks finish together.
+        Each epoch is a shuffle by (seed, epoch). Prompts are dealt by length, so that ranks finish together.
         examples  what to draw from; None: all training examples
         size      examples over all ranks; 0: train_batch_size
         """
@@ -192,12 +193,16 @@ class Run:
                 random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
                 self.epoch = ((i // n, n), order)
             batch.append(examples[self.epoch[1][i % n]])
+        return self.deal(list(zip(places, batch)), lambda item: data.characters(item[1]))
+
+    def deal(self, items: list, size: Callable) -> list:
+        """This rank's part of `items`, which all ranks hold: dealt by size, there and back, kept in their order."""
         if self.world == 1:
-            return list(zip(places, batch))
-        longest_first = sorted(range(size), key=lambda i: (-data.characters(batch[i]), i))
+            return items
+        largest_first = sorted(range(len(items)), key=lambda i: (-size(items[i]), i))
         there_and_back = [*range(self.world), *reversed(range(self.world))]
-        ranks = dict(zip(longest_first, itertools.cycle(there_and_back)))
-        return [(places[i], batch[i]) for i in range(size) if ranks[i] == self.rank]
+        ranks = dict(zip(largest_first, itertools.cycle(there_and_back)))
+        return [item for i, item in enumerate(items) if ranks[i] == self.rank]
 
     def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, as eval.py renders it, and of the expert response with EOS."""

@@ -169,10 +169,11 @@ def picture(
         shares = [100 * found[name] / max(1, found.total()) for found in counts.values()]
         axis.barh(names, shares, left=left, label=name)
         left += shares
-    axis.set(xlabel="share of the wrong responses (their number), %", xlim=(0, 100))
+    axis.set(xlabel="share of the wrong responses, %; their number is beside the name", xlim=(0, 100))
     axis.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     if accuracy:
-        axes[0][0].barh(names, list(accuracy.values()), color="tab:green")
+        bars = axes[0][0].barh(names, list(accuracy.values()), color="tab:green")
+        axes[0][0].bar_label(bars, fmt=" %.1f", fontsize="small")
         axes[0][0].set(xlabel="accuracy, %", xlim=(0, 100))
     axis.invert_yaxis()
     figure.tight_layout()
@@ -215,6 +216,8 @@ def _column_table(results, settings, names):
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
     whole = set.intersection(*(_whole(rows, s) for rows, s in zip(results, settings)))
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
+    if not shown:
+        return ["No column of the tables is complete."]
     lines = [f"| | {' | '.join(labels)} |", "|---" * (len(shown) + 1) + "|"]
     for j, name in enumerate(names):
         cells = [f"{exact[j][c]:.2f} {_interval(spread[c][:, j])}" for c in shown]

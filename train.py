@@ -269,7 +269,7 @@ SENTENCES = {
     "fg_dapo_star": "DAPO* with token rewards and token advantages (Eqs. 13-18)",
     "sft_dapo_star": "SFT, then DAPO* from its best checkpoint",
     "sft_fg_dapo_star": "SFT, then FG-DAPO* from its best checkpoint",
-    "luffy": "7 rollouts and 1 expert response per group, p/(p+0.1) shaping on expert tokens",
+    "luffy": "rollouts and an expert response in one group, p/(p+0.1) shaping on expert tokens",
     "srft": "entropy-weighted SFT and RL on expert and rollouts in one loss",
     "chord": "0.9 GRPO + 0.1 SFT weighted by p(1-p)",
     "toolupt": "FG-DAPO and selective preference optimisation, mixed by a cyclic weight (Eq. 23)",
@@ -284,7 +284,7 @@ _balanced = lambda c: _rl(c) and c.expert in ("spo", "sft")
 NEEDS = {
     "max_steps": ("another method than iTool, which counts --warmup_epochs and --preference_epochs", _steps),
     "num_generations": ("another method than iTool, which has --mcts_width", _steps),
-    "entropy_coef": ("another method than iTool", _steps),
+    "entropy_coef": ("an RL stage", _rl),
     "reward": ("an RL stage", _rl),
     "advantage": ("an RL stage", _rl),
     "loss": ("an RL stage", _rl),
@@ -345,6 +345,7 @@ class Group:
     advantages: Tensor | None = None  # (K + experts in the group, T)
     logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
     idle: bool = False  # a repeat that only keeps the ranks in step
+    place: int = 0  # in the stream of all batches
 
 
 @dataclass
@@ -370,27 +371,26 @@ def run_rl(config: Config, run: Run) -> None:
             clock = Clock()
 
             # 1 sample a batch, 2 roll out, 3 reward
-            groups, rounds, sampled = [], 0, 0
-            wanted = config.train_batch_size // run.world
+            groups, rounds, kept, sampled = [], 0, 0, 0
             size = config.train_batch_size
             if config.dynamic_sampling:
                 size *= config.generation_batches
-            while run.all_max(wanted - len(groups)) > 0:
-                if rounds == (ROUNDS if config.dynamic_sampling else 1):
-                    give_up(config, run, len(groups))
+            while kept < config.train_batch_size:
+                if rounds == ROUNDS:
+                    give_up(config, kept)
                 position = step * ROUNDS + rounds if config.dynamic_sampling else step
                 with clock("rollout"):
                     new = roll_out(config, run, run.batch(position, size=size))
-                sampled += len(new)
                 with clock("reward"):
                     for group in new:
                         score(config, group)
                 if config.dynamic_sampling:
                     new = informative(config, new)
                 groups += new
-                rounds += 1
-            found = run.all_sum({"kept": len(groups), "sampled": sampled})
-            groups = groups[:wanted]  # a rank never trains on fewer; what is over is dropped
+                rounds, sampled = rounds + 1, sampled + size
+                kept = run.all_sum({"groups": len(groups)})["groups"]
+            if config.dynamic_sampling:
+                groups = share_out(run, groups, config.train_batch_size)
             run.stop_if_asked(step)
 
             # 4 advantage
@@ -443,7 +443,7 @@ def run_rl(config: Config, run: Run) -> None:
                 balance=balance,
                 skipped=skipped,
                 rounds=rounds,
-                frac_groups_kept=found["kept"] / found["sampled"],
+                frac_groups_kept=kept / sampled,
                 **{name: run.all_max(value) for name, value in largest.items()},
                 **clock.metrics(
                     totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
@@ -716,8 +716,8 @@ def roll_out(config: Config, run: Run, batch: list[tuple[int, data.Example]]) ->
             check_sample(run.tokenizer, sample)
     use_expert = config.expert != "none"
     return [
-        Group(example, prompt, target, target if use_expert else [], seed, answers)
-        for example, (prompt, target), seed, answers in zip(examples, ids, seeds, samples)
+        Group(example, prompt, target, target if use_expert else [], seed, answers, place=place)
+        for place, example, (prompt, target), seed, answers in zip(places, examples, ids, seeds, samples)
     ]
 
 
@@ -745,12 +745,16 @@ def informative(config: Config, groups: list[Group]) -> list[Group]:
     return [group for group, kept in zip(groups, keep.tolist()) if kept]
 
 
-def give_up(config: Config, run: Run, kept: int) -> None:
+def share_out(run: Run, groups: list[Group], wanted: int) -> list[Group]:
+    """This rank's part of the first `wanted` groups of all ranks, in the order of sampling; what is over is dropped."""
+    everyone = sorted(run.all_gather(groups), key=lambda group: group.place)
+    return run.deal(everyone[:wanted], tokens_of)
+
+
+def give_up(config: Config, kept: float) -> None:
     """End a run whose dynamic sampling finds too few informative groups; all ranks come here together."""
-    total = run.all_sum({"kept": kept})["kept"]
     raise ValueError(
-        f"dynamic sampling: {ROUNDS} rounds gave {total:.0f} prompts whose rewards differ, and not on each of the {run.world} "
-        f"rank(s) its share of {config.train_batch_size}; "
+        f"dynamic sampling: {ROUNDS} rounds gave {kept:.0f} prompts whose rewards differ, of {config.train_batch_size}; "
         "the data are too easy or too hard for this model: mix them, raise --generation_batches, or use --algo dapo_star"
     )
 
@@ -1388,6 +1392,8 @@ def parse_args(argv: list[str]) -> Config:
     if algo == "itool":
         own["learning_rate"] = TABLE_9.get(flags.get("preference", "simpo"), 0.0)
     config = Config(**{**own, **flags})
+    if config.stages == "sft" and algo != "sft":
+        parser.error(f"--stages sft with --algo {algo}: take --algo sft, which has the rates and schedule of SFT")
     typed = {word.partition("=")[0] for word in argv}
     for flag, (needs, is_read) in NEEDS.items():
         if typed & {f"--{flag}", f"--no_{flag}"} and not is_read(config):
@@ -1432,6 +1438,8 @@ def announce(config: Config, world: int) -> str:
     if "rl" not in config.stages:
         pairs = " or pairs" if "itool" in config.stages else ""
         step = f"{prompts} examples{pairs}, prompts of up to {config.max_prompt_length} tokens"
+    if config.stages == "sft,rl":
+        step += f"\n{config.sft_max_steps} steps of SFT (--sft_max_steps), then {config.max_steps} of RL (--max_steps)"
     return (
         f"{knobs}\n{config.algo}: {SENTENCES[config.algo]}\n"
         f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
@@ -1535,9 +1543,10 @@ def main(argv: list[str] | None = None) -> None:
         # where torchrun is killed its ranks save and leave too
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
     first = dist.get_rank() == 0
-    if first:
-        print(announce(config, dist.get_world_size()), flush=True)
     try:
+        check(config, dist.get_world_size())
+        if first:
+            print(announce(config, dist.get_world_size()), flush=True)
         run = train(config)
         if first:
             print(report.summary(run.out, run.tokenizer))

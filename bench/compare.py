@@ -279,6 +279,7 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
             low, high = [min(y) for y in ys], [max(y) for y in ys]
             axes[axis].fill_between(xs, low, high, alpha=0.15, color=COLOURS[algo], lw=0)
         axes[axis].set(title=title, xlabel="optimiser updates", ylabel="accuracy, %")
+        axes[axis].xaxis.get_major_locator().set_params(integer=True)
         axes[axis].sharey(axes["a"])
         axes[axis].grid(alpha=0.3)
         if axes[axis].lines:

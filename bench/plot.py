@@ -84,7 +84,7 @@ def draw_memory(axis, memory: dict) -> None:
              f"vocabulary {settings['vocabulary'] // 1000}k")  # fmt: skip
 
 
-def table(step, memory, sync, rollout, scaling, rows_of_data) -> list[str]:
+def table(step, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
     """Markdown lines: the table, then what it was measured on."""
     lines = ["| measured | result |", "|---|---|"]
     for row in step["results"] if step else ():
@@ -128,6 +128,12 @@ def table(step, memory, sync, rollout, scaling, rows_of_data) -> list[str]:
             f"| data | {row['rows']:,} xLAM-shaped rows converted in {row['convert_s']:.0f} s of one core; what fits is "
             f"known {row['fit_s']:.0f} s later (tokenising everything: {row['tokenise_all_s']:.0f} s) |"
         )
+    for order, row in (search or {}).items():
+        lines.append(
+            f"| iTool's search, {row['arguments']['trees']} trees, against a call per sample and grade (on {row['naive']['trees']} "
+            f"trees), `--self_evaluation {order}` | {row['ours']['seconds']:.2f} s / {row['naive']['seconds']:.1f} s a tree, "
+            f"**{row['ratio']['seconds']:.0f} x** |"
+        )
     return lines
 
 
@@ -150,6 +156,7 @@ def conditions(files: dict) -> list[str]:
 def main() -> None:
     names = ("step", "memory", "sync", "rollout", "scaling", "data")
     files = {name: file for name in names if (file := read(name))}
+    search = read("mcts")
     if not files:
         raise SystemExit("bench/ holds no result yet: run bench/step.py first")
     panels = []
@@ -167,7 +174,7 @@ def main() -> None:
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figure.savefig(common.BENCH / "performance.png", dpi=120)
-    lines = table(*(files.get(name) for name in names))
+    lines = table(*(files.get(name) for name in names), search)
     picture = ["![performance](bench/performance.png)", ""] if panels else []
     text = "\n".join([*lines, "", *picture, *conditions(files)]) + "\n"
     readme = common.REPO / "README.md"

@@ -15,7 +15,7 @@ import frozen
 
 import train
 
-METHODS = ("toolupt", "grpo", "srft", "sft")
+METHODS = ("toolupt", "grpo", "dapo", "srft", "sft")
 BUDGETS = (1, 100_000)
 
 if __name__ == "__main__":

@@ -509,6 +509,7 @@ def test_guess():
     }
     assert {name: guess(row) for name, row in rows.items()} == {name: name for name in rows}
     assert guess({"0": {}, "1": None}) == "funreason-mt"
+    assert guess({"query": "q", "kind": "answer"}) == "jsonl"  # which then says that the target is missing
     for row in ({}, {"text": "a"}, "text", 3, None):
         with pytest.raises(ValueError, match="--name"):
             guess(row)

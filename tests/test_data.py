@@ -617,6 +617,11 @@ def test_jsonl_round_trip(tmp_path):
         {"extra": 1},
         {"query": "\ud800"},
         {"kind": "tool_call", "target": "<tool_call>\n{\n</tool_call>"},
+        {"kind": "tool_call", "target": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+        {"kind": "tool_call", "target": '<tool_call>\n{"name": "f", "params": null}\n</tool_call>'},
+        {"kind": "tool_call", "target": "<tool_call>\n[]\n</tool_call>"},
+        {"kind": "tool_call", "target": "<tool_call>5</tool_call>"},
+        {"target": "<answer>a <tool_call> b</answer>"},
     ],
     ids=str,
 )
@@ -624,7 +629,7 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
     row = {**vars(example()), **change}
     good = vars(example())
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row))
-    with pytest.raises(ValueError, match="row 2 is no Example"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 2 is no Example"):
         load("jsonl", tmp_path / "a.jsonl")
     del good["query"]
     (tmp_path / "a.jsonl").write_text(json.dumps(good))

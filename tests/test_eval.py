@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -1238,7 +1239,7 @@ def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
 
 
 @needs_bfcl
-def test_bfcl_half_shares_no_query_and_no_tool():
+def test_bfcl_half_shares_no_query_no_tool_and_no_call():
     words = lambda text: tuple(
         "".join(c if c.isalnum() or c == "_" else " " for c in text.casefold()).split()
     )
@@ -1248,9 +1249,11 @@ def test_bfcl_half_shares_no_query_and_no_tool():
         assert len(train) + len(test) == 2251 and abs(len(train) - len(test)) < 60
         parts = []
         for part in (train, test):
-            tools = {json.dumps(tool, sort_keys=True) for e in part for tool in e.tools}
-            parts.append((tools, {words(opening(e)) for e in part}))
-        assert not parts[0][0] & parts[1][0] and not parts[0][1] & parts[1][1]
+            tools = {words(json.dumps(tool, sort_keys=True)) for e in part for tool in e.tools}
+            lists = {re.sub(r"_\d+-(\d+)-\d+$", r" \1", e.id.split("/")[1]) for e in part}
+            calls = {e.target for e in part if e.kind == "tool_call"} - {""}
+            parts.append((tools, lists, calls, {words(opening(e)) for e in part}))
+        assert all(a and b and not a & b for a, b in zip(*parts))
     again, _ = data.bfcl_halves(1)
     assert again == train and train != data.bfcl_halves(0)[0]
 
