@@ -175,9 +175,10 @@ def guess(row) -> str:
     keys = set(row) if isinstance(row, dict) else set()
     if isinstance(row, list) or (keys and all(map(str.isdecimal, keys))):
         return "funreason-mt"
-    for name, wanted in (("jsonl", {"query", "kind"}), ("rlla", {"instruction", "output"})):
-        if wanted <= keys:
-            return name
+    if "kind" in keys and keys & {"target", "query"}:
+        return "jsonl"
+    if {"instruction", "output"} <= keys:
+        return "rlla"
     if {"query", "answers"} <= keys:
         return "hammer" if row["answers"] in ("[]", []) else "xlam"
     if "conversations" in keys:

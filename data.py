@@ -412,8 +412,9 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
 def _live_ties(example):
     """Tools, whatever their case and punctuation; BFCL's number of the tool list; the accepted call."""
     category, list_number = re.search(r"(live_\w+)_\d+-(\d+)-", example.id).groups()
-    tools = [(*re.findall(r"\w+", json.dumps(t, sort_keys=True).casefold()),) for t in example.tools]
-    return [(category, list_number), *tools, *([example.target] if example.kind == "tool_call" and example.target else [])]
+    texts = [json.dumps(tool, sort_keys=True).casefold() for tool in example.tools]
+    call = example.target if example.kind == "tool_call" else ""
+    return [(category, list_number), *(tuple(re.findall(r"\w+", t)) for t in texts), *[call] * bool(call)]
 
 
 def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:

@@ -284,7 +284,7 @@ _balanced = lambda c: _rl(c) and c.expert in ("spo", "sft")
 NEEDS = {
     "max_steps": ("another method than iTool, which counts --warmup_epochs and --preference_epochs", _steps),
     "num_generations": ("another method than iTool, which has --mcts_width", _steps),
-    "entropy_coef": ("an RL stage", _rl),
+    "entropy_coef": ("another method than iTool", _steps),
     "reward": ("an RL stage", _rl),
     "advantage": ("an RL stage", _rl),
     "loss": ("an RL stage", _rl),
