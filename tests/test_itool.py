@@ -609,8 +609,8 @@ def test_a_flag_that_another_switches_off_is_refused(wrong, capsys):
     [
         (["--max_steps", "5"], "another method than iTool"),
         (["--num_generations", "4"], "another method than iTool"),
-        (["--stages", "warmup", "--iterations", "5"], "its stage itool"),
-        (["--stages", "itool", "--warmup_epochs", "1"], "its stage warmup"),
+        (["--stages", "warmup", "--iterations", "5"], "iTool's stage itool"),
+        (["--stages", "itool", "--warmup_epochs", "1"], "iTool's stage warmup"),
     ],
 )
 def test_a_flag_that_itool_does_not_read_is_refused(flags, needs, capsys):
