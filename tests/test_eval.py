@@ -1193,10 +1193,11 @@ def test_error_types_of_a_file(tmp_path, capsys):
     path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
     evaluation.main(["--errors", str(path)])
     assert "answer: 0 of 1 without error" in capsys.readouterr().out
-    path.write_text(json.dumps({"response": "x"}) + "\n")
-    with pytest.raises(SystemExit):
-        evaluation.main(["--errors", str(path)])
-    assert "line 1: needs response and target" in capsys.readouterr().err
+    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "holds no line")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            evaluation.main(["--errors", str(path)])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
