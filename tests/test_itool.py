@@ -549,8 +549,8 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
 
 def itool_alone(out, *more):
     """One rank, a small search, a step on two pairs at a time, a checkpoint after each."""
-    text = """--engine transformers --buffer_fraction 0.3 --train_batch_size 2 --held_out_pairs 0 --preference_epochs 4
-    --max_completion_length 64 --eval_size 4 --save_steps 1"""
+    text = """--engine transformers --buffer_fraction 0.15 --mcts_iterations 2 --min_q -9 --min_gap 0.01 --train_batch_size 2
+    --held_out_pairs 0 --preference_epochs 4 --max_completion_length 64 --eval_size 4 --save_steps 1"""
     return launch(*command(out, *text.split(), *more))
 
 
