@@ -139,6 +139,7 @@ def machine() -> dict:
 
 def write(path: str | Path, result: dict) -> None:
     """One JSON file; the scripts' --out, by default bench/NAME.json."""
+    result.get("settings", {}).pop("out", None)  # where it lies says nothing about it
     Path(path).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}", flush=True)
 

@@ -51,9 +51,10 @@ def draw_times(axis, results: list[dict]) -> None:
         color="gray",
         label="floor of the matrix work",
     )
-    axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, None), xticks=prompts,
+    top = 1.6 * max(row["trl"]["step"] for row in rows)  # room for the legend
+    axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, top), xticks=prompts,
              title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters")  # fmt: skip
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 def draw_breakdown(axis, results: list[dict]) -> None:
@@ -67,7 +68,7 @@ def draw_breakdown(axis, results: list[dict]) -> None:
     axis.set(
         xlabel="% of our step", ylabel="prompt tokens", title="where our step goes", xlim=(0, 100)
     )
-    axis.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 def draw_memory(axis, memory: dict) -> None:
@@ -80,8 +81,8 @@ def draw_memory(axis, memory: dict) -> None:
     )
     axis.bar_label(bars, [f" {size:.1f}" for size in sizes], fontsize=8)
     axis.set(xscale="log", xlabel="GiB beside the weights", xlim=(None, 3 * max(sizes)),
-             title=f"memory: prompt {settings['prompt']}, {settings['group']} x {settings['answer']}, "
-             f"vocabulary {settings['vocabulary'] // 1000}k")  # fmt: skip
+             title=f"prompt {settings['prompt']:,}, {settings['group']} x {settings['answer']}, "
+             f"{settings['vocabulary'] // 1000}k words")  # fmt: skip
 
 
 def table(step, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
