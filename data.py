@@ -411,10 +411,11 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
 
 def _live_ties(example):
     """Tools, whatever their case and punctuation; BFCL's number of the tool list; the accepted call."""
-    category, list_number = re.search(r"(live_\w+)_\d+-(\d+)-", example.id).groups()
-    texts = [json.dumps(tool, sort_keys=True).casefold() for tool in example.tools]
-    call = example.target if example.kind == "tool_call" else ""
-    return [(category, list_number), *(tuple(re.findall(r"\w+", t)) for t in texts), *[call] * bool(call)]
+    yield re.search(r"(live_\w+)_\d+-(\d+)-", example.id).groups()
+    for tool in example.tools:
+        yield tuple(re.findall(r"\w+", json.dumps(tool, sort_keys=True).casefold()))
+    if example.kind == "tool_call" and example.target:
+        yield example.target
 
 
 def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:

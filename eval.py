@@ -426,7 +426,7 @@ def _answer_rest(options, cases, chosen, settings):
             dtype=options.dtype,
             seed=options.seed,
             cpu_kv_bytes=2 << 30,  # nothing else needs the memory
-            cpu_block=128,
+            cpu_block=128,  # few responses share a prompt
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
@@ -668,8 +668,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def _refuse(error):
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(2)  # other ranks may wait in a collective
+    sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """The command line; a user's mistake is one line and exit code 2, a later error keeps its traceback."""
+    """The command line; a user's mistake or a missing package is one line and exit code 2, a later error keeps its traceback."""
     options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if options.errors:
@@ -684,15 +691,11 @@ def main(argv: list[str] | None = None) -> None:
             options = argparse.Namespace(**given)
             work = partial(_answer_rest, options, *_prepare(options))
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)  # other ranks may wait in a collective
-        sys.exit(2)
+        _refuse(error)
     try:
         work()
-    except ImportError as error:  # no vllm: the message names the remedy
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+    except ImportError as error:  # vllm's message names the remedy
+        _refuse(error)
     if dist.is_initialized():
         dist.destroy_process_group()
 

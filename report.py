@@ -187,10 +187,11 @@ def iterations(out: Path) -> Path:
         for row in list(_lines(out / "metrics.jsonl"))[1:]
         if "iteration" in row
     }
+    margin = "eval/rewards/margins"
     margins = [
-        (row["iteration"], row["eval/rewards/margins"], end["eval/rewards/margins"])
-        for row, end in ((row, ends.get(row["iteration"], {})) for row in searches)
-        if "eval/rewards/margins" in row and "eval/rewards/margins" in end
+        (row["iteration"], row[margin], ends[row["iteration"]][margin])
+        for row in searches
+        if margin in row and margin in ends.get(row["iteration"], {})
     ]
     panels = 3 if margins else 2  # without held-out pairs no margin is known
     figure, axes = plt.subplots(1, panels, figsize=(14 * panels / 3, 3.8))
@@ -210,6 +211,7 @@ def iterations(out: Path) -> Path:
     pairs.legend()
     for iteration, *before_after in margins:
         axes[2].plot([iteration, iteration + 0.8], before_after, "o-")
+    if margins:
         axes[2].set(title="reward margin on held-out pairs, before and after", xlabel="iteration")
     for axis in axes:
         axis.grid(alpha=0.3)
