@@ -55,6 +55,7 @@ def load(
     lora_alpha: int = 32,
     quant: str = "none",
     gradient_checkpointing: bool = False,
+    torch_compile: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model with fp32 weights on the CPU, without dropout, and its tokenizer.
@@ -68,11 +69,16 @@ def load(
     quant                   "4bit": the frozen linear layers in NF4 with double quantisation
                             (bitsandbytes), on this rank's device; needs lora_rank
     gradient_checkpointing  layers compute their activations again in the backward pass
+    torch_compile           decoder layers are compiled when they first meet a row, and again when
+                            they meet one of another length: a minute or two, then no more
 
-    ValueError where the folder, its weights, its tokenizer or the chat template are missing.
+    ValueError where the folder, its weights, its tokenizer, the chat template or a compiler are
+    missing.
     """
     tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
     on_gpu = torch.cuda.is_available()
+    if torch_compile and not on_gpu and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
     dtype = torch.bfloat16 if lora_rank > 0 and on_gpu else torch.float32
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -95,6 +101,9 @@ def load(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora_rank > 0:
         model = _with_lora(model, lora_rank, lora_alpha)
+    if torch_compile:
+        for layer in _transformer(model).get_decoder().layers:
+            layer.forward = torch.compile(layer.forward)  # FSDP2's hooks stay outside
     for module in model.modules():  # training mode turns checkpointing on, and dropout with it
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -191,17 +191,11 @@ def shared_prefix_attention(
     if window is not None and window < longest:
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
     shared_prefix.calls += 1
-    n, out = query.shape[1] // key.shape[1], []
     q, k, v = (x.split(shared_prefix.sizes, 2) for x in (query, key, value))
-    for i, (prompt, mask) in enumerate(shared_prefix.segments):
-        if mask is None:
-            out.append(sdpa(q[i], k[i], v[i], is_causal=True, scale=scaling, enable_gqa=n > 1))
-            continue
-        # the n heads that share keys become n times the rows: no kernel needs to repeat keys
-        rows = q[i].unflatten(1, (-1, n)).flatten(2, 3)
-        keys, values = (torch.cat([x[prompt], x[i]], 2) for x in (k, v))
-        rows = sdpa(rows, keys, values, mask.repeat(n, 1), scale=scaling)
-        out.append(rows.unflatten(2, (n, -1)).flatten(1, 2))
+    out = [
+        attend(q[i], k[i], v[i], k[prompt], v[prompt], scaling)
+        for i, (prompt, attend) in enumerate(shared_prefix.segments)
+    ]
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -209,10 +203,8 @@ class _Plan:
     """How `shared_prefix_attention` walks a row; made once per forward pass, read by every layer.
 
     sizes     tokens of the pieces that the row is cut into
-    segments  per piece (prompt, mask). mask None: the piece is causal within itself. Otherwise it
-              is a block of neighbouring responses with keys [piece number `prompt` | itself] and
-              a (tokens, keys) bool mask. A block is at most a quarter as long as its prompt: few
-              calls, hardly a key too many, and no L x L mask
+    segments  per piece (number of its prompt's piece, how it attends): a prompt `_causal`, the
+              responses of a prompt `_merged` on a CPU, in `_masked` blocks elsewhere
     longest   tokens of the longest prompt + response
     calls     layers that came by: forward passes and recomputations
     """
@@ -222,16 +214,102 @@ class _Plan:
         self.longest = int(packed.position_ids.max()) + 1
         for prompt, responses in _spans(packed):
             responses = [response for response in responses if response.stop > response.start]
-            P, first = prompt.stop - prompt.start, len(self.sizes)
+            first = len(self.sizes)
             if len(responses) == 1:  # an ordinary causal sequence
-                self.sizes.append(responses[0].stop - prompt.start)
-                self.segments.append((first, None))
-                continue
-            self.sizes.append(P)
-            self.segments.append((first, None))
-            for block in _blocks(responses, P // 4):
-                self.sizes.append(block[-1].stop - block[0].start)
-                self.segments.append((first, _block_mask(prompt, block, device)))
+                prompt, responses = slice(prompt.start, responses[0].stop), []
+            pieces = [(prompt, _causal)]
+            if responses and device.type in _MERGING:
+                lengths = [response.stop - response.start for response in responses]
+                pieces.append((slice(prompt.stop, responses[-1].stop), _merged(lengths)))
+            elif responses:
+                for block in _blocks(responses, (prompt.stop - prompt.start) // 4):
+                    attend = partial(_masked, _block_mask(prompt, block, device))
+                    pieces.append((slice(block[0].start, block[-1].stop), attend))
+            self.sizes += [piece.stop - piece.start for piece, _ in pieces]
+            self.segments += [(first, attend) for _, attend in pieces]
+
+
+def _causal(q, k, v, prompt_k, prompt_v, scale):
+    """A piece that attends to itself."""
+    return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
+
+
+def _masked(mask, q, k, v, prompt_k, prompt_v, scale):
+    """A block of neighbouring responses with keys [prompt | block] under a (tokens, keys) bool mask.
+
+    A block is at most a quarter as long as its prompt: few calls, hardly a key too many, and no
+    L x L mask. The n heads that share keys become n times the rows: no kernel repeats the keys.
+    """
+    n = q.shape[1] // k.shape[1]
+    keys, values = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+    return _heads(sdpa(_rows(q, n), keys, values, mask.repeat(n, 1), scale=scale), n)
+
+
+_MERGING = {"cpu"}  # devices for which _merged knows the kernel
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Merged(torch.autograd.Function):
+    """All responses of a prompt, without a mask: to the prompt, each to itself, and the two merged.
+
+    With l_p and l_o the logsumexp of a token's scores on the prompt and on its own response,
+
+        l = log(e^l_p + e^l_o)      out = e^(l_p - l) out_p + e^(l_o - l) out_o
+
+    The flash kernel's backward pass makes the attention weights e^(score - l) again from the l that
+    it is given, and needs of the rest only `out`. Given those of the whole, it returns a part's
+    share of the gradient of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, prompt_k, prompt_v, lengths, scale):
+        n = q.shape[1] // k.shape[1]
+        to_prompt = _flash(_rows(q, n), prompt_k, prompt_v, scale=scale)
+        own = (q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
+        parts = [_flash(*qkv, is_causal=True, scale=scale) for qkv in _cut(own, lengths)]
+        out_p, l_p = (_heads(x, n) for x in to_prompt)
+        out_o, l_o = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        out = torch.lerp(out_o, out_p, (l_p - l_o).sigmoid()[..., None].to(out_p.dtype))
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, torch.logaddexp(l_p, l_o))
+        ctx.lengths, ctx.scale, ctx.n = lengths, scale, n
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, prompt_k, prompt_v, out, l = ctx.saved_tensors
+        n, rest = ctx.n, (0.0, False)  # no dropout, not causal
+        grad_p, q_p, out_p, l_p = (_rows(x, n) for x in (grad, q, out, l))
+        dq_p, *d_prompt = _flash_backward(
+            grad_p, q_p, prompt_k, prompt_v, out_p, l_p, *rest, scale=ctx.scale
+        )
+        own = (grad, q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), out, l)
+        rest = (0.0, True)
+        parts = [_flash_backward(*x, *rest, scale=ctx.scale) for x in _cut(own, ctx.lengths)]
+        dq, dk, dv = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        dk, dv = (x.unflatten(1, (-1, n)).sum(2) for x in (dk, dv))
+        return dq + _heads(dq_p, n), dk, dv, *d_prompt, None, None
+
+
+def _merged(lengths):
+    return lambda q, k, v, prompt_k, prompt_v, scale: _Merged.apply(
+        q, k, v, prompt_k, prompt_v, lengths, scale
+    )
+
+
+def _rows(x: Tensor, n: int) -> Tensor:
+    """(1, H, N, ...) -> (1, H / n, n N, ...): the n heads that share keys become n times the rows."""
+    return x.unflatten(1, (-1, n)).flatten(2, 3)
+
+
+def _heads(x: Tensor, n: int) -> Tensor:
+    """The inverse of `_rows`."""
+    return x.unflatten(2, (n, -1)).flatten(1, 2)
+
+
+def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors' pieces of these lengths along the tokens, piece by piece."""
+    return zip(*(x.split(lengths, 2) for x in tensors), strict=True)
 
 
 def _spans(packed: Packed) -> Iterator[tuple[slice, list[slice]]]:
@@ -326,6 +404,7 @@ def _use_shared_prefix(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, shared_prefix_attention)
+    # compiled layers leave it as it is: lengths differ from row to row
+    AttentionInterface.register(ATTENTION, torch.compiler.disable(shared_prefix_attention))
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for ordinary calls
     model.set_attn_implementation(ATTENTION)

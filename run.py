@@ -143,6 +143,7 @@ class Run:
             lora_alpha=config.lora_alpha,
             quant=config.quant,
             gradient_checkpointing=config.gradient_checkpointing,
+            torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
         )
         self.model = modeling.shard(self.model)

