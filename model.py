@@ -69,16 +69,14 @@ def load(
     quant                   "4bit": the frozen linear layers in NF4 with double quantisation
                             (bitsandbytes), on this rank's device; needs lora_rank
     gradient_checkpointing  layers compute their activations again in the backward pass
-    torch_compile           decoder layers are compiled when they first meet a row, and again when
-                            they meet one of another length: a minute or two, then no more
+    torch_compile           decoder layers are compiled: for the first length that they meet, then
+                            once more for any length, and once without gradients. A deepcopy of the
+                            model would run the original's layers: load it again instead
 
-    ValueError where the folder, its weights, its tokenizer, the chat template or a compiler are
-    missing.
+    ValueError where the folder, its weights, its tokenizer or the chat template are missing.
     """
     tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
     on_gpu = torch.cuda.is_available()
-    if torch_compile and not on_gpu and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
     dtype = torch.bfloat16 if lora_rank > 0 and on_gpu else torch.float32
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

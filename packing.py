@@ -14,7 +14,7 @@ the tests hold `response_logps` in values and gradients.
 Two substitutions inside one ordinary call `model(...)` of an unmodified transformers model, so
 that everything around that call (FSDP2 gathering, mixed precision, LoRA, gradient checkpointing)
 does its work:
-    attention  `shared_prefix_attention`, registered through AttentionInterface, per segment
+    attention  `shared_prefix_attention`, registered through AttentionInterface, piece by piece
     LM head    returns (logp_t, H_t) instead of logits, in chunks that the backward pass computes
                again: of the N x V logits only `chunk_size` x V exist, forward or backward
 
@@ -31,6 +31,8 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
@@ -175,7 +177,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention per segment of a packed row, (1, L, H, D); the face is that of AttentionInterface.
+    """Attention piece by piece of a packed row, (1, L, H, D), with the face of AttentionInterface.
 
     query          (1, H, L, D)
     key, value     (1, H / n, L, D): n heads share each (grouped-query attention)
@@ -190,11 +192,15 @@ def shared_prefix_attention(
     window, longest = kwargs.get("sliding_window"), shared_prefix.longest
     if window is not None and window < longest:
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
+    for name in ("softcap", "s_aux"):  # of Gemma 2's scores; gpt-oss's sinks
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} attends with {name}: use --no_share_prefix")
     shared_prefix.calls += 1
-    q, k, v = (x.split(shared_prefix.sizes, 2) for x in (query, key, value))
+    sizes = [size for size, _, _ in shared_prefix.pieces]
+    q, k, v = (x.split(sizes, 2) for x in (query, key, value))
     out = [
         attend(q[i], k[i], v[i], k[prompt], v[prompt], scaling)
-        for i, (prompt, attend) in enumerate(shared_prefix.segments)
+        for i, (_, prompt, attend) in enumerate(shared_prefix.pieces)
     ]
     return torch.cat(out, 2).transpose(1, 2), None
 
@@ -202,31 +208,30 @@ def shared_prefix_attention(
 class _Plan:
     """How `shared_prefix_attention` walks a row; made once per forward pass, read by every layer.
 
-    sizes     tokens of the pieces that the row is cut into
-    segments  per piece (number of its prompt's piece, how it attends): a prompt `_causal`, the
-              responses of a prompt `_merged` on a CPU, in `_masked` blocks elsewhere
-    longest   tokens of the longest prompt + response
-    calls     layers that came by: forward passes and recomputations
+    pieces   what the row is cut into: (tokens, number of the piece that is its prompt, how it
+             attends). A prompt attends `_causal`, the responses of a prompt `_merged` on a CPU, in
+             `_masked` blocks elsewhere
+    longest  tokens of the longest prompt + response
+    calls    layers that came by: forward passes and recomputations
     """
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
-        self.calls, self.sizes, self.segments = 0, [], []
+        self.calls, self.pieces = 0, []
         self.longest = int(packed.position_ids.max()) + 1
         for prompt, responses in _spans(packed):
             responses = [response for response in responses if response.stop > response.start]
-            first = len(self.sizes)
             if len(responses) == 1:  # an ordinary causal sequence
                 prompt, responses = slice(prompt.start, responses[0].stop), []
-            pieces = [(prompt, _causal)]
+            cuts = [(prompt, _causal)]
             if responses and device.type in _MERGING:
                 lengths = [response.stop - response.start for response in responses]
-                pieces.append((slice(prompt.stop, responses[-1].stop), _merged(lengths)))
+                cuts.append((slice(prompt.stop, responses[-1].stop), partial(_merged, lengths)))
             elif responses:
                 for block in _blocks(responses, (prompt.stop - prompt.start) // 4):
                     attend = partial(_masked, _block_mask(prompt, block, device))
-                    pieces.append((slice(block[0].start, block[-1].stop), attend))
-            self.sizes += [piece.stop - piece.start for piece, _ in pieces]
-            self.segments += [(first, attend) for _, attend in pieces]
+                    cuts.append((slice(block[0].start, block[-1].stop), attend))
+            first = len(self.pieces)
+            self.pieces += [(cut.stop - cut.start, first, attend) for cut, attend in cuts]
 
 
 def _causal(q, k, v, prompt_k, prompt_v, scale):
@@ -235,66 +240,77 @@ def _causal(q, k, v, prompt_k, prompt_v, scale):
 
 
 def _masked(mask, q, k, v, prompt_k, prompt_v, scale):
-    """A block of neighbouring responses with keys [prompt | block] under a (tokens, keys) bool mask.
+    """A block of neighbouring responses: keys [prompt | block], (tokens, keys) bool mask.
 
-    A block is at most a quarter as long as its prompt: few calls, hardly a key too many, and no
-    L x L mask. The n heads that share keys become n times the rows: no kernel repeats the keys.
+    A block is one response, or several of together a quarter of the prompt at most: few calls,
+    hardly a key too many, and no L x L mask. The n heads that share keys become n times the rows,
+    so that no kernel repeats the keys.
     """
     n = q.shape[1] // k.shape[1]
     keys, values = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
     return _heads(sdpa(_rows(q, n), keys, values, mask.repeat(n, 1), scale=scale), n)
 
 
-_MERGING = {"cpu"}  # devices for which _merged knows the kernel
+def _merged(lengths, q, k, v, prompt_k, prompt_v, scale):
+    """All responses of a prompt: each token to the prompt, and to its own response; then merged.
+
+    The kernel behind sdpa, called alone, wants one dtype, one head width and dense heads.
+    """
+    width, D = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    same = [
+        (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))).to(v.dtype).contiguous()
+        for x in (q, k, v, prompt_k, prompt_v)
+    ]
+    return _Merged.apply(lengths, scale or q.shape[-1] ** -0.5, *same)[..., :D]
+
+
+_MERGING = {"cpu"}  # devices whose kernel _Merged calls
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Merged(torch.autograd.Function):
-    """All responses of a prompt, without a mask: to the prompt, each to itself, and the two merged.
+    """Attention over two sets of keys, without a mask.
 
     With l_p and l_o the logsumexp of a token's scores on the prompt and on its own response,
 
         l = log(e^l_p + e^l_o)      out = e^(l_p - l) out_p + e^(l_o - l) out_o
 
-    The flash kernel's backward pass makes the attention weights e^(score - l) again from the l that
-    it is given, and needs of the rest only `out`. Given those of the whole, it returns a part's
-    share of the gradient of the whole.
+    The kernel's backward pass makes weights and gradients of scores from l and out,
+
+        w = e^(score - l)           dscore = w (grad . value - grad . out)
+
+    so that either set of keys, given those of the whole, has its share of the whole's gradient.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, prompt_k, prompt_v, lengths, scale):
+    def forward(ctx, lengths, scale, q, k, v, prompt_k, prompt_v):
         n = q.shape[1] // k.shape[1]
-        to_prompt = _flash(_rows(q, n), prompt_k, prompt_v, scale=scale)
+        to_prompt = _flash(_rows(q, n), prompt_k, prompt_v, 0.0, False, scale=scale)
         own = (q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
-        parts = [_flash(*qkv, is_causal=True, scale=scale) for qkv in _cut(own, lengths)]
+        to_own = [_flash(*qkv, 0.0, True, scale=scale) for qkv in _cut(own, lengths)]
         out_p, l_p = (_heads(x, n) for x in to_prompt)
-        out_o, l_o = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-        out = torch.lerp(out_o, out_p, (l_p - l_o).sigmoid()[..., None].to(out_p.dtype))
+        out_o, l_o = (torch.cat(x, 2) for x in zip(*to_own, strict=True))
+        share = (l_p - l_o).sigmoid()[..., None]  # e^(l_p - l), in float32 or float64
+        out = torch.lerp(out_o.to(share.dtype), out_p.to(share.dtype), share).to(q.dtype)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, torch.logaddexp(l_p, l_o))
         ctx.lengths, ctx.scale, ctx.n = lengths, scale, n
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, prompt_k, prompt_v, out, l = ctx.saved_tensors
-        n, rest = ctx.n, (0.0, False)  # no dropout, not causal
+        n, scale = ctx.n, ctx.scale  # below: no dropout, and causal or not
         grad_p, q_p, out_p, l_p = (_rows(x, n) for x in (grad, q, out, l))
         dq_p, *d_prompt = _flash_backward(
-            grad_p, q_p, prompt_k, prompt_v, out_p, l_p, *rest, scale=ctx.scale
+            grad_p, q_p, prompt_k, prompt_v, out_p, l_p, 0.0, False, scale=scale
         )
         own = (grad, q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), out, l)
-        rest = (0.0, True)
-        parts = [_flash_backward(*x, *rest, scale=ctx.scale) for x in _cut(own, ctx.lengths)]
-        dq, dk, dv = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        d_own = [_flash_backward(*x, 0.0, True, scale=scale) for x in _cut(own, ctx.lengths)]
+        dq, dk, dv = (torch.cat(x, 2) for x in zip(*d_own, strict=True))
         dk, dv = (x.unflatten(1, (-1, n)).sum(2) for x in (dk, dv))
-        return dq + _heads(dq_p, n), dk, dv, *d_prompt, None, None
-
-
-def _merged(lengths):
-    return lambda q, k, v, prompt_k, prompt_v, scale: _Merged.apply(
-        q, k, v, prompt_k, prompt_v, lengths, scale
-    )
+        return None, None, dq + _heads(dq_p, n), dk, dv, *d_prompt
 
 
 def _rows(x: Tensor, n: int) -> Tensor:
@@ -404,7 +420,7 @@ def _use_shared_prefix(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    # compiled layers leave it as it is: lengths differ from row to row
+    # not compiled, even inside compiled layers: lengths differ from row to row
     AttentionInterface.register(ATTENTION, torch.compiler.disable(shared_prefix_attention))
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for ordinary calls
     model.set_attn_implementation(ATTENTION)

@@ -813,6 +813,9 @@ def check(config, world: int) -> None:
         raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if config.torch_compile and not torch.cuda.is_available():
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
     if "itool" in config.stages or "warmup" in config.stages:
         check_itool(config)
     fits = {"dapo": ("none", "spo", "sft"), "grpo": ("none",), "chord": ("sft",)}.get(

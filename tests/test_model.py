@@ -126,16 +126,6 @@ def test_load_turns_dropout_off(folders, tmp_path):
     assert network.is_gradient_checkpointing
 
 
-def test_load_compiles_layers_where_there_is_a_compiler(folders, monkeypatch):
-    for compiled in (False, True):
-        network, _ = library.load(folders / "qwen2", torch_compile=compiled)
-        layers = network.get_decoder().layers
-        assert {hasattr(x.forward, "_torchdynamo_orig_callable") for x in layers} == {compiled}
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"--torch_compile: no C\+\+ compiler"):
-        library.load(folders / "qwen2", torch_compile=True)
-
-
 @pytest.mark.parametrize(
     ("remove", "message"),
     [

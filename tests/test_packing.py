@@ -167,6 +167,57 @@ def test_attention_function_equals_mask(make, prompt, way):
     assert_close(fast, hidden)
 
 
+def dense(lengths, scale, q, k, v, prompt_k, prompt_v):
+    """Attention of responses to their prompt and each to itself, with every score in memory."""
+    n = q.shape[1] // k.shape[1]
+    keys, values = (
+        torch.cat(pair, 2).repeat_interleave(n, 1) for pair in ((prompt_k, k), (prompt_v, v))
+    )
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    own = (owner[:, None] == owner).tril()
+    sees = torch.cat([own.new_ones(len(owner), prompt_k.shape[2]), own], 1)
+    scores = (q @ keys.transpose(2, 3) * scale).masked_fill(~sees, -math.inf)
+    return scores.softmax(-1) @ values
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_merged_attention_equals_dense(heads, dtype, tolerance):
+    torch.manual_seed(heads)
+    lengths, P, width = [1, 30, 290], 600, 16  # more than one block of the kernel, of either kind
+    tokens, keys = sum(lengths), (1, 2, P, width)
+    shapes = [(1, 2 * heads, tokens, width), *[(1, 2, tokens, width)] * 2, keys, keys]
+    inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected, actual = dense(lengths, 0.3, *exact), packing._merged(lengths, *inputs, 0.3)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    expected = [expected, *torch.autograd.grad((weights * expected).sum(), exact)]
+    actual = [actual, *torch.autograd.grad((weights * actual).sum(), inputs)]
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        assert (a - e).abs().max() <= tolerance * e.abs().max()
+
+
+def test_merged_attention_takes_what_sdpa_takes():
+    """Values of another width than the keys (DeepSeek's), heads that do not lie densely, mixed dtypes."""
+    torch.manual_seed(0)
+    shapes = [(1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 6), (1, 2, 7, 8), (1, 2, 7, 6)]
+    inputs = [torch.randn(1, 2, *shape[:1:-1]).transpose(2, 3) for shape in shapes]
+    inputs[0] = inputs[0].double()
+    actual = packing._merged([2, 3], *inputs, None)
+    assert_close(actual, dense([2, 3], 8**-0.5, inputs[0].float(), *inputs[1:]))
+
+
+def test_plan_chooses_the_way(way, request):
+    plan = packing._Plan(pack(PROMPT, RESPONSES), torch.device("cpu"))
+    names = [getattr(attend, "func", attend).__name__ for _, _, attend in plan.pieces]
+    merged = "merged" in request.node.name
+    assert names == (["_causal", "_merged"] if merged else ["_causal", *["_masked"] * (len(names) - 1)])
+    assert len(names) > 1 and sum(size for size, _, _ in plan.pieces) == len(PROMPT) + 23
+
+
 def test_joined_groups_equal_separate_groups(way):
     model = qwen2()
     groups = [(PROMPT, RESPONSES), ([2, 7], [[1, 8]]), ([2], [[8], [1, 8, 2]]), ([5, 6, 7], [[]])]

@@ -410,10 +410,25 @@ def test_gradient_does_not_depend_on_the_split_or_the_packing(method, tiny, tmp_
         ["--max_tokens_per_row", "1"],
         ["--max_tokens_per_row", "700", "--gradient_checkpointing"],
         ["--max_tokens_per_row", "700", "--no_share_prefix"],
-        ["--max_tokens_per_row", "700", "--torch_compile", *["--gradient_checkpointing"][method == "luffy" :]],
     ):
         gradient, _ = frozen.one_step(train.parse_args(command + more))
         assert frozen.relative_difference(gradient, reference) < 1e-5, more
+
+
+def test_compiled_layers_have_the_same_gradient(tiny, tmp_path):
+    command = [*frozen.flags(tiny, tmp_path), "--gradient_checkpointing"]
+    reference, _ = frozen.one_step(train.parse_args(command))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gradient, _ = frozen.one_step(train.parse_args([*command, "--torch_compile"]))
+    assert frozen.relative_difference(gradient, reference) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # before and after attention, two lengths
+
+
+def test_compiling_needs_a_compiler(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"--torch_compile: no C\+\+ compiler"):
+        train.check(train.parse_args([*frozen.flags(tiny, tmp_path), "--torch_compile"]), 1)
 
 
 def test_micro_batches_keep_every_group_and_the_budget(tiny, tmp_path):
