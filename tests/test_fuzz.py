@@ -285,9 +285,8 @@ def test_no_eval_no_shell_no_pickle(path):
                 function,
                 function if function.startswith("model.") else function.rpartition(".")[2],
             ]
-            names = [
-                "" if name == "re.compile" or function == "re.compile" else name for name in names
-            ]
+            if function in ("re.compile", "torch.compile"):  # neither runs text
+                names = ["", ""]
             for keyword in node.keywords:
                 text = ast.unparse(keyword.value)
                 assert keyword.arg != "shell", f"{path.name}:{node.lineno}"
