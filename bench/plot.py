@@ -85,10 +85,10 @@ def draw_memory(axis, memory: dict) -> None:
              f"{settings['vocabulary'] // 1000}k words")  # fmt: skip
 
 
-def table(step, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
+def table(step, small, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
     """Markdown lines: the table, then what it was measured on."""
     lines = ["| measured | result |", "|---|---|"]
-    for row in step["results"] if step else ():
+    for row in [row for file in (small, step) if file for row in file["results"]]:
         lines.append(
             f"| step, {row['shape']} parameters, prompt {row['prompt']:,}: ours / TRL | "
             f"{row['ours']['step']:.2f} s / {row['trl']['step']:.2f} s, **{row['ratio_step']:.1f} x** "
@@ -155,8 +155,11 @@ def conditions(files: dict) -> list[str]:
 
 
 def main() -> None:
-    names = ("step", "memory", "sync", "rollout", "scaling", "data")
+    names = ("step", "step-2M", "memory", "sync", "rollout", "scaling", "data")  # the larger model is drawn
     files = {name: file for name in names if (file := read(name))}
+    for name in ("step", "step-2M"):
+        if name in files:
+            files[name]["results"].sort(key=lambda row: row["prompt"])
     search = read("mcts")
     if not files:
         raise SystemExit("bench/ holds no result yet: run bench/step.py first")
