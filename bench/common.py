@@ -32,6 +32,8 @@ SHAPES = {
            "num_attention_heads": 6, "num_key_value_heads": 6},
     "14M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 9,
             "num_attention_heads": 6, "num_key_value_heads": 2},
+    "187M": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4,
+             "num_attention_heads": 12, "num_key_value_heads": 2},  # four of Qwen2.5-1.5B's 28 layers
 }  # fmt: skip
 FILLER = " a"  # one token of toy_model's tokenizer, wherever it stands
 
