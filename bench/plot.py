@@ -25,49 +25,53 @@ def read(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def draw_times(axis, results: list[dict]) -> None:
-    """Seconds of a step against the length of the prompt, both arms, the largest model."""
-    rows = [row for row in results if row["shape"] == results[-1]["shape"]]
+def steps() -> dict[str, dict]:
+    """The files of bench/step.py, from the smallest model to the largest, rows by length of the prompt."""
+    files = {path.stem: json.loads(path.read_text()) for path in common.BENCH.glob("step-*.json")}
+    for file in files.values():
+        file["results"].sort(key=lambda row: row["prompt"])
+    return dict(sorted(files.items(), key=lambda item: item[1]["results"][0]["body"]))
+
+
+def draw_times(axis, rows: list[dict]) -> None:
+    """Seconds of a step against the length of the prompt, both arms, the largest model measured at several."""
+    shapes = [row["shape"] for row in rows]
+    rows = [row for row in rows if row["shape"] == max(shapes[::-1], key=shapes.count)]
     prompts = [row["prompt"] for row in rows]
     for arm, color, label in (("trl", THEIRS, "TRL"), ("ours", OURS, "ours")):
-        axis.plot(
-            prompts,
-            [row[arm]["step"] for row in rows],
-            "o-",
-            color=color,
-            label=f"{label}, whole step",
-        )
-        axis.plot(
-            prompts,
-            [row[arm]["update"] for row in rows],
-            "o:",
-            color=color,
-            label=f"{label}, training part",
-        )
-    axis.plot(
-        prompts,
-        [row["floor_s"] for row in rows],
-        "--",
-        color="gray",
-        label="floor of the matrix work",
-    )
+        for part, style, words in (("step", "o-", "whole step"), ("update", "o:", "training part")):
+            seconds = [row[arm][part] for row in rows]
+            axis.plot(prompts, seconds, style, color=color, label=f"{label}, {words}")
+    floors = [row["floor_s"] for row in rows]
+    axis.plot(prompts, floors, "--", color="gray", label="floor of the matrix work")
     top = 1.6 * max(row["trl"]["step"] for row in rows)  # room for the legend
     axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, top), xticks=prompts,
              title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters")  # fmt: skip
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def draw_breakdown(axis, results: list[dict]) -> None:
-    """What a step is spent on, as shares, per prompt length."""
-    rows = [row for row in results if row["shape"] == results[-1]["shape"]]
+def draw_ratios(axis, rows: list[dict]) -> None:
+    """How many times faster than TRL a step is, per model and length of the prompt."""
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape]
+        xy = [row["prompt"] for row in own], [row["ratio_step"] for row in own]
+        axis.plot(*xy, "o-", label=f"{shape} parameters")
+    prompts = sorted({row["prompt"] for row in rows})
+    axis.axhline(1, color=THEIRS, linestyle="--", linewidth=1)
+    axis.set(xlabel="prompt tokens", ylabel="TRL's step / ours", xticks=prompts, ylim=(0, None),
+             title="times faster per step")  # fmt: skip
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def draw_breakdown(axis, rows: list[dict]) -> None:
+    """What a step is spent on, as shares, per model and length of the prompt."""
+    names = [f"{row['shape']}, {row['prompt']:,}" for row in rows]
     left = [0.0] * len(rows)
     for part, label in PARTS.items():
         share = [100 * row["ours"].get(part, 0.0) / row["ours"]["step"] for row in rows]
-        axis.barh([str(row["prompt"]) for row in rows], share, left=left, label=label)
+        axis.barh(names, share, left=left, label=label)
         left = [a + b for a, b in zip(left, share)]
-    axis.set(
-        xlabel="% of our step", ylabel="prompt tokens", title="where our step goes", xlim=(0, 100)
-    )
+    axis.set(xlabel="% of our step", title="where our step goes", xlim=(0, 100))
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
@@ -85,10 +89,10 @@ def draw_memory(axis, memory: dict) -> None:
              f"{settings['vocabulary'] // 1000}k words")  # fmt: skip
 
 
-def table(step, small, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
+def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
     """Markdown lines: the table, then what it was measured on."""
     lines = ["| measured | result |", "|---|---|"]
-    for row in [row for file in (small, step) if file for row in file["results"]]:
+    for row in rows:
         lines.append(
             f"| step, {row['shape']} parameters, prompt {row['prompt']:,}: ours / TRL | "
             f"{row['ours']['step']:.2f} s / {row['trl']['step']:.2f} s, **{row['ratio_step']:.1f} x** "
@@ -155,30 +159,25 @@ def conditions(files: dict) -> list[str]:
 
 
 def main() -> None:
-    names = ("step", "step-2M", "memory", "sync", "rollout", "scaling", "data")  # the larger model is drawn
-    files = {name: file for name in names if (file := read(name))}
-    for name in ("step", "step-2M"):
-        if name in files:
-            files[name]["results"].sort(key=lambda row: row["prompt"])
-    search = read("mcts")
+    names = ("memory", "sync", "rollout", "scaling", "data")
+    files = steps()
+    rows = [row for file in files.values() for row in file["results"]]
+    files |= {name: file for name in names if (file := read(name))}
     if not files:
         raise SystemExit("bench/ holds no result yet: run bench/step.py first")
-    panels = []
-    if "step" in files:
-        panels += [
-            (draw_times, files["step"]["results"]),
-            (draw_breakdown, files["step"]["results"]),
-        ]
+    panels = [(draw, rows) for draw in (draw_times, draw_ratios, draw_breakdown) if rows]
     if "memory" in files:
         panels.append((draw_memory, files["memory"]))
     if panels:
-        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-        for axis, (draw, results) in zip(axes[0], panels):
+        figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 7.5), squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for axis, (draw, results) in zip(axes.flat, panels):
             draw(axis, results)
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figure.savefig(common.BENCH / "performance.png", dpi=120)
-    lines = table(*(files.get(name) for name in names), search)
+    lines = table(rows, *(files.get(name) for name in names), read("mcts"))
     picture = ["![performance](bench/performance.png)", ""] if panels else []
     text = "\n".join([*lines, "", *picture, *conditions(files)]) + "\n"
     readme = common.REPO / "README.md"

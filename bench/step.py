@@ -1,7 +1,8 @@
 """One ToolUPT step of ours against one GRPO step of TRL, and our training part against the floor of its matrix work.
 
-    OMP_NUM_THREADS=2 python bench/step.py                              25 to 60 minutes -> bench/step.json
-    OMP_NUM_THREADS=2 python bench/step.py --shapes tiny --prompts 256 --steps 2 --out /tmp/step.json     two minutes
+    OMP_NUM_THREADS=2 python bench/step.py                              25 to 60 minutes -> bench/step-2M.json, step-14M.json
+    OMP_NUM_THREADS=2 python bench/step.py --shapes tiny --prompts 256 --steps 2 --out /tmp      two minutes
+    OMP_NUM_THREADS=2 python bench/step.py --shapes 187M --prompts 1024         50 minutes, 16 GB of memory
 
 Each arm is a process of its own with all threads; the arms take turns, one step each, and only one works at a time.
 Both have the same random weights, prompts (as many tokens, the same chat template), 8 sampled responses of at most
@@ -190,10 +191,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
     parser.add_argument("--torch_compile", nargs="*", default=["ours"], choices=["ours", "trl"])
     parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
-    parser.add_argument("--out", default=str(common.BENCH / "step.json"))
+    parser.add_argument("--out", default=str(common.BENCH), help="folder of step-SHAPE.json")
     args = parser.parse_args()
-    deadline, results, machine = time.time() + 60 * args.minutes, [], common.machine()
+    deadline, machine = time.time() + 60 * args.minutes, common.machine()
     for shape in args.shapes:
+        results = []
         for prompt in args.prompts:
             if time.time() > deadline:
                 print(f"{shape} {prompt}: not measured, {args.minutes} minutes are over")
@@ -206,7 +208,9 @@ def main() -> None:
                 f"({r['matmul_gflops']:.0f} GFLOP/s)",
                 flush=True,
             )
-            common.write(args.out, {"machine": machine, "results": results})
+            common.write(
+                Path(args.out, f"step-{shape}.json"), {"machine": machine, "results": results}
+            )
 
 
 if __name__ == "__main__":
