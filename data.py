@@ -138,7 +138,7 @@ TAGS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</th
 class Example:
     """One decision of the model: a prompt and the expert's response."""
 
-    id: str  # "<dataset>/<row>/<turn>"
+    id: str  # "<dataset>/<row>/<turn>": turns of a row stay together in `split`
     tools: list[dict]  # {"name", "description", "parameters": JSON schema}
     history: list[tuple[str, str]]  # earlier rounds: (role "user" | "assistant", text)
     query: str  # the current user message
@@ -679,7 +679,7 @@ def _groups(
         return node
 
     for example in examples:
-        row = ("row", example.id.rpartition("/")[0])
+        row = ("row", _row(example))
         said = [text for role, text in example.history if role == "user"] + [example.query]
         said = [re.findall(r"\w+", text.casefold()) for text in said]
         for words in [said[0], *(words for words in said[1:] if len(words) >= 12)]:
@@ -688,8 +688,13 @@ def _groups(
             parent[root(row)] = root(("tie", tie))
     groups = defaultdict(list)
     for index, example in enumerate(examples):
-        groups[root(("row", example.id.rpartition("/")[0]))].append(index)
+        groups[root(("row", _row(example)))].append(index)
     return list(groups.values())
+
+
+def _row(example: Example) -> str:
+    """Return the "<dataset>/<row>" of an id; an id of another form is a row of its own."""
+    return example.id.rpartition("/")[0] if example.id.count("/") > 1 else example.id
 
 
 def _read(file: Path) -> list:

@@ -57,8 +57,8 @@ import report
 import rollout
 
 MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
-    "algo", "stages", "seed", "train_batch_size", "num_generations", "generation_batches", "reward", "advantage",
-    "alignment", "overlong", "loss", "expert", "lora_rank", "split", "preference",
+    "algo", "stages", "seed", "train_batch_size", "num_generations", "generation_batches", "max_completion_length",
+    "reward", "advantage", "alignment", "overlong", "loss", "expert", "lora_rank", "split", "preference",
 )  # fmt: skip
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory

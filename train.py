@@ -38,6 +38,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -46,7 +47,8 @@ import traceback
 import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from inspect import getsource
 from pathlib import Path
 from typing import get_args
 
@@ -1374,16 +1376,19 @@ def parse_args(argv: list[str]) -> Config:
     )  # fmt: skip
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     parser.add_argument("--list", action="store_true", help="print the methods and stop")
+    words = dict(re.findall(r"^    (\w+): .*?  # (.+)$", getsource(Config), re.MULTILINE))
     for f in fields(Config):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        about = {"help": f"{default}: {words.get(f.name, '')}".replace("%", "%%")}
         if f.type is bool:
-            parser.add_argument(f"--{f.name}", action="store_true")
+            parser.add_argument(f"--{f.name}", action="store_true", **about)
             parser.add_argument(f"--no_{f.name}", dest=f.name, action="store_false")
         elif f.name == "algo":
-            parser.add_argument("--algo", choices=PRESETS)
+            parser.add_argument("--algo", choices=PRESETS, **about)
         elif f.type in (list[str], list[float]):
-            parser.add_argument(f"--{f.name}", nargs="+", type=get_args(f.type)[0])
+            parser.add_argument(f"--{f.name}", nargs="+", type=get_args(f.type)[0], **about)
         else:
-            parser.add_argument(f"--{f.name}", type=f.type)
+            parser.add_argument(f"--{f.name}", type=f.type, **about)
     flags = vars(parser.parse_args(argv))
     if flags.pop("list", False):
         print(table())

@@ -127,6 +127,9 @@ def machine() -> dict:
     git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    threads, ranks = os.environ.get("OMP_NUM_THREADS"), os.environ.get("LOCAL_WORLD_SIZE")
+    command = f"OMP_NUM_THREADS={threads} " if threads else ""
+    command += f"torchrun --nproc_per_node={ranks} bench/" if ranks else "python bench/"
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -135,7 +138,7 @@ def machine() -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,
-        "command": "python bench/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 

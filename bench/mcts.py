@@ -17,16 +17,13 @@ the same in all questions first, so that vLLM has it in its prefix cache.
 
 import argparse
 import json
-import platform
-import sys
 import time
 from pathlib import Path
 
+import common
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import itool
@@ -134,6 +131,7 @@ def main() -> None:
     parser.add_argument("--self_evaluation", choices=("paper", "cache"), default="paper")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
+    machine = common.machine()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     examples = data.load("toy", "train")[: args.trees]
     prompts = [data.render(example, tokenizer) for example in examples]
@@ -161,7 +159,7 @@ def main() -> None:
         },
         "spread_of_ours": abs(first["seconds"] - second["seconds"]) / seconds,
         "arguments": {name: str(value) for name, value in vars(args).items() if name != "out"},
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine,
     }
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     args.out.write_text(json.dumps(found | {args.self_evaluation: result}, indent=1) + "\n")

@@ -100,19 +100,18 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
             f"{row['times_floor']:.1f} x the floor) |"
         )
     if memory:
-        packed, full = (
-            memory["results"]["packed"]["tracked"],
-            memory["results"]["padded, full"]["tracked"],
-        )
+        ways = ("packed", "padded, full", "padded, answers")
+        packed, full, answers = (memory["results"][way]["tracked"] for way in ways)
         lines.append(
             f"| peak memory of the training part, prompt {memory['settings']['prompt']:,}, vocabulary "
             f"{memory['settings']['vocabulary']:,} | {packed / 2**30:.2f} GiB, 1/{full / packed:.0f} of the padded "
-            f"computation with full logits ({full / 2**30:.1f} GiB) |"
+            f"computation with full logits ({full / 2**30:.1f} GiB, counted on tensors without data), "
+            f"1/{answers / packed:.1f} of it with logits of responses only |"
         )
     if sync:
         lines.append(
             f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; at most "
-            f"{sync['peak_alive_bytes'] / sync['model_bytes']:.0%} of the model held beside it |"
+            f"{sync['peak_alive_bytes'] / sync['model_bytes']:.1%} of the model held beside it |"
         )
     if rollout:
         rate = common.median(rollout["rewards_per_second"])
@@ -133,7 +132,7 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
             f"| data | {row['rows']:,} xLAM-shaped rows converted in {row['convert_s']:.0f} s of one core; what fits is "
             f"known {row['fit_s']:.0f} s later (tokenising everything: {row['tokenise_all_s']:.0f} s) |"
         )
-    for order, row in (search or {}).items():
+    for order, row in search.items():
         lines.append(
             f"| iTool's search, {row['arguments']['trees']} trees, against a call per sample and grade (on {row['naive']['trees']} "
             f"trees), `--self_evaluation {order}` | {row['ours']['seconds']:.2f} s / {row['naive']['seconds']:.1f} s a tree, "
@@ -142,16 +141,15 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
     return lines
 
 
-def conditions(files: dict) -> list[str]:
-    """Hardware, versions, and per file its commit, load and command."""
-    first = next(iter(files.values()))["machine"]
+def conditions(machines: list[dict]) -> list[str]:
+    """Hardware, versions, and per measurement its commit, load and command."""
+    first = machines[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [
         f"{first['cpu']}, {first['cores']} cores, {first['gpu'] or 'no GPU'}; Python {first['python']}, {versions}.",
         "",
     ]
-    for name, file in files.items():
-        machine = file["machine"]
+    for machine in machines:
         lines.append(
             f"- `{machine['command']}`: commit {machine['commit']}, load {machine['load_average']} before it"
         )
@@ -177,9 +175,11 @@ def main() -> None:
             axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figure.savefig(common.BENCH / "performance.png", dpi=120)
-    lines = table(rows, *(files.get(name) for name in names), read("mcts"))
+    searches = read("mcts") or {}
+    machines = [file["machine"] for file in [*files.values(), *searches.values()]]
+    lines = table(rows, *(files.get(name) for name in names), searches)
     picture = ["![performance](bench/performance.png)", ""] if panels else []
-    text = "\n".join([*lines, "", *picture, *conditions(files)]) + "\n"
+    text = "\n".join([*lines, "", *picture, *conditions(machines)]) + "\n"
     readme = common.REPO / "README.md"
     before, _, rest = readme.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])

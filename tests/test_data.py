@@ -454,6 +454,14 @@ def test_split_joins_rows_by_a_long_later_query():
         assert not {e.query for e in first} & {e.query for e in second}
 
 
+def test_split_takes_an_id_of_another_form_for_a_row_of_its_own():
+    examples = [example(f"question {n}", row=id) for n, id in enumerate(("17", "18", "mine/1", "mine/2"))]
+    assert [len(part) for part in data.split(examples, 0.5)] == [2, 2]
+    one_row = [example(f"question {n}", row=f"mine/1/{n}") for n in range(4)]
+    with pytest.raises(ValueError, match="4 examples in 1 groups"):
+        data.split(one_row, 0.5)
+
+
 def test_split_that_is_impossible():
     same = [example("Hi!", row=f"d/{n}/0") for n in range(9)]
     for examples, fraction in ((same, 0.5), ([], 0.5), (conversations(random.Random(0)), 1.0)):

@@ -590,6 +590,15 @@ def test_defaults_of_toolupt_are_table_7():
     assert (sft.learning_rate, sft.lr_scheduler_type, sft.max_steps) == (1e-5, "cosine", 3000)
 
 
+def test_help_says_what_each_knob_is(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "8: sampled responses per prompt; ToolUPT Table 7" in out
+    assert "0.2: DAPO section 4.1; no effect on-policy" in out
+    assert "none: none | 4bit: frozen weights in NF4 (QLoRA)" in out
+
+
 def test_precedence_is_default_preset_flag():
     assert train.parse_args([]).num_generations == 8
     assert train.parse_args(["--algo", "luffy"]).num_generations == 7
