@@ -112,6 +112,12 @@ def matmul_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: i
     return 2 * size**3 / best
 
 
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
 def machine() -> dict:
     """Hardware, versions and commit: what a reader needs beside the numbers."""
     cpu = next(

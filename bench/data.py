@@ -4,7 +4,7 @@
     python bench/data.py --rows 2000 --out /tmp/data.json        a few seconds
 
 The rows are synthetic, with the real layout and sizes (three tools, one or two calls, about 2,000 characters). One core:
-seconds of `data.read_rows` and `data.convert`, growth of resident memory per row at a quarter of the rows and at all of
+seconds of `data.read_rows` and `data.convert`, peak of resident memory per row at a quarter of the rows and at all of
 them (constant per row: nothing grows faster than the data), then seconds of `data.fit` at Table 7's lengths, which
 tokenises only texts that might be too long, against tokenising every prompt and target.
 """
@@ -55,16 +55,11 @@ def row(number: int) -> dict:
     }
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def convert(path: Path, rows: int) -> dict:
     """Seconds and bytes of reading and converting a file; then seconds until it is known what fits."""
-    before, start = resident(), time.process_time()
+    before, start = common.resident("VmRSS"), time.process_time()
     examples, drops = data.convert("xlam", data.read_rows(path))
-    seconds, grown = time.process_time() - start, resident() - before
+    seconds, grown = time.process_time() - start, common.resident("VmHWM") - before
     tokenizer = common.AutoTokenizer.from_pretrained(REPO / "toy_model")
     start = time.process_time()
     kept, _ = data.fit(examples, tokenizer, *LIMITS)

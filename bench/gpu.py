@@ -1,19 +1,22 @@
 """The training part on one GPU: random weights of Qwen2.5's shapes, tokens per second, MFU, peak memory.
 
     python bench/gpu.py                                        under eight minutes -> bench/gpu.json
-    python bench/gpu.py --device cpu --shapes toy --prompts 64 --answer 8 --steps 1 --out /tmp/gpu.json       a minute
+    python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --ways padded sdpa flex kept --out /tmp/gpu.json
 
 Needs torch and transformers, no vllm, no download. fp32 master weights and AdamW, bf16 compute through FSDP2 on one
-rank, activation checkpointing (--no_recompute: without), 8 answers per prompt. For each shape and prompt length:
+rank, activation checkpointing, 8 answers per prompt, forward passes of at most train.py's --max_tokens_per_row tokens.
+For each shape and prompt length:
 
-    padded         packing.padded_logps: the prompt once per answer
-    sdpa           packing.shared_prefix_attention as it stands: a causal call, then masked blocks of responses
-    flex           flex_attention with the same mask as a block mask, compiled
-    varlen         varlen_attn: prompt and responses are sequences of one call; the prompt's keys go to each response
+    padded    packing.padded_logps: the prompt once per answer
+    sdpa      packing.shared_prefix_attention as it stands: a causal call, then masked blocks of responses
+    varlen    varlen_attn: prompt and responses are sequences of one call; the prompt's keys go to each response
+    flex      flex_attention with the same mask as a block mask, compiled for each length
+    kept      sdpa without activation checkpointing
 
-Every way is first held against `padded` in log-probs and in the gradient of one matrix, within bf16's accuracy; then it
-is timed: forward, backward, clipping and AdamW. A shape that does not fit with AdamW (16 bytes per parameter) is
-measured without the optimiser and says so.
+Each way's attention is first held, value and gradient, against dense attention in float64 under packing.attention_mask,
+with sharp scores: `attention_apart` is the relative error, `exact` says that it is bf16's. Then it is timed: seconds of
+forward and backward per group, seconds of clipping and AdamW per update. An update has 32 groups (ToolUPT's 256 prompts
+on 8 GPUs), its seconds are the sum. What does not fit with AdamW (16 bytes per parameter) is measured without and says so.
 
     MFU = 6 * (body * (prompt + answers) + head * answers) / seconds / matmul rate of this card, bf16, measured here
 
@@ -24,12 +27,14 @@ import argparse
 import gc
 import inspect
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 
 import common
 import torch
 import torch.distributed as dist
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
 import packing
@@ -43,10 +48,13 @@ SHAPES = {
     "toy": (1024, 64, 128, 2, 4, 2, True),
 }
 GROUP = 8
+BUDGET = train.Config.max_tokens_per_row  # tokens of a forward pass
+GROUPS_PER_UPDATE = 32
+ROOM = 20e9  # bytes for activations and gathered layers, beside 16 per parameter
 
 
-def make(shape: str, device: str, length: int, recompute: bool = True):
-    """A sharded model on one rank, weights drawn on the device."""
+def drawn(shape: str, device: str, length: int) -> Qwen2ForCausalLM:
+    """A model of random weights, drawn on the device."""
     V, width, inner, layers, heads, kv_heads, tied = SHAPES[shape]
     config = Qwen2Config(
         vocab_size=V, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -55,10 +63,7 @@ def make(shape: str, device: str, length: int, recompute: bool = True):
     )  # fmt: skip
     with torch.device(device):
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config).train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return modeling.shard(model)
+        return Qwen2ForCausalLM(config).train()
 
 
 class Plan(packing._Plan):
@@ -129,81 +134,126 @@ def _block_mask(packed, device):
 def _compiled_flex(device_type: str):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
 
 
 def _varlen_plan(packed, device):
     """Which key rows each sequence reads, and where the sequences end."""
     keys, q_lengths, k_lengths = [], [], []
     for prompt, responses in packing._spans(packed):
-        P = list(range(prompt.start, prompt.stop))
-        for own in [range(prompt.start, prompt.stop), *(range(r.start, r.stop) for r in responses)]:
-            if own.stop > own.start:
-                keys += P if own.start == prompt.start else [*P, *own]
+        seen = torch.arange(prompt.start, prompt.stop)
+        keys.append(seen)
+        q_lengths.append(len(seen))
+        k_lengths.append(len(seen))
+        for response in responses:
+            own = torch.arange(response.start, response.stop)
+            if len(own):
+                keys += [seen, own]
                 q_lengths.append(len(own))
-                k_lengths.append(len(own) if own.start == prompt.start else len(P) + len(own))
+                k_lengths.append(len(seen) + len(own))
     ends = [
         torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
         for lengths in (q_lengths, k_lengths)
     ]
-    return torch.tensor(keys, device=device), *ends, max(q_lengths), max(k_lengths)
+    return torch.cat(keys).to(device), *ends, max(q_lengths), max(k_lengths)
+
+
+ATTENTION = {"sdpa": packing.shared_prefix_attention, "varlen": varlen, "flex": flex}
+ATTENTION |= {"kept": ATTENTION["sdpa"]}
+WAYS = ("padded", *ATTENTION)
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def scores(way: str, model, prompt: list[int], answers: list[list[int]]):
-    """Log-probs and entropies of one group, (8, T)."""
+def attention_apart(attend, shape: str, device: str) -> float:
+    """Relative error of a way's attention and of its three gradients, the worst, against dense attention in float64."""
+    _, width, _, _, heads, kv_heads, _ = SHAPES[shape]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [packing.pack(range(P), [range(n) for n in lengths]) for P, lengths in (
+        (384, (40, 1, 47, 33, 60, 8, 21, 50)), (129, (17, 90)),
+    )]  # fmt: skip
+    packed = packing.join(rows)
+    L, D = len(packed.input_ids), width // heads
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, H, L, D).to(device, dtype) for H in (heads, kv_heads, kv_heads, heads))
+    q *= 3  # sharp: a key more or less changes the output
+
+    def values(q, k, v, attend):
+        qkv = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*qkv)
+        out.backward(grad.to(out.dtype))
+        return [out.detach(), *(x.grad for x in qkv)]
+
+    mask = packing.attention_mask(packed).to(device)
+    dense = lambda q, k, v: scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    expected = values(q.double(), k.double(), v.double(), dense)
+    plan = Plan(packed, torch.device(device))
+    way = lambda q, k, v: attend(None, q, k, v, None, shared_prefix=plan, scaling=D**-0.5)[0].transpose(1, 2)
+    found = values(q, k, v, way)
+    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected))
+
+
+def scores(way: str, model, groups: list) -> Iterator[tuple]:
+    """Log-probs and entropies of the groups, (answers, T) per forward pass."""
+    length, answers = len(groups[0][0]), groups[0][1]
     if way == "padded":
-        return packing.padded_logps(model, prompt, answers)
-    from transformers import AttentionInterface
+        n = max(1, BUDGET // (length + len(answers[0])))  # answers per forward pass
+        for prompt, answers in groups:
+            for i in range(0, len(answers), n):
+                yield packing.padded_logps(model, prompt, answers[i : i + n])
+    else:
+        n = max(1, BUDGET // (length + sum(map(len, answers))))  # groups per forward pass
+        for i in range(0, len(groups), n):
+            row = packing.join([packing.pack(*group) for group in groups[i : i + n]])
+            yield packing.response_logps(model, row)
 
-    ways = {"sdpa": packing.shared_prefix_attention, "flex": flex, "varlen": varlen}
-    packing._Plan = Plan
-    packing._use_shared_prefix(model)
-    AttentionInterface.register(packing.ATTENTION, ways[way])
-    return packing.response_logps(model, packing.pack(prompt, answers))
+
+def passes(way: str, model, groups: list) -> None:
+    """Forward and backward over the groups."""
+    tokens = sum(len(answer) for _, answers in groups for answer in answers)
+    for logps, entropy in scores(way, model, groups):
+        (-(logps.sum() + 3e-4 * entropy.sum()) / tokens).backward()
 
 
-def update(way: str, model, optimizer, groups: list, device: str) -> float:
-    """Seconds of forward, backward, clipping and AdamW over the groups, one at a time."""
+def seconds_of(work, device: str) -> float:
+    """Seconds of work() alone."""
     synchronize(device)
     start = time.perf_counter()
-    tokens = sum(len(a) for _, answers in groups for a in answers)
-    for prompt, answers in groups:
-        logps, entropy = scores(way, model, prompt, answers)
-        (-(logps.sum() + 3e-4 * entropy.sum()) / tokens).backward()
-    modeling.clip_grad_norm(model, 1.0)
-    if optimizer:
-        optimizer.step()
-    model.zero_grad()
+    work()
     synchronize(device)
     return time.perf_counter() - start
 
 
-def timing(way: str, model, optimizer, groups: list, args) -> dict:
-    """Median seconds of an update, and the peak of memory on a GPU."""
+def timing(way: str, shape: str, groups: list, adam: bool, args) -> dict:
+    """Median seconds of the passes per group and of the optimiser per update, and the peak of memory on a GPU."""
     if args.device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    update(way, model, optimizer, groups[:1], args.device)
-    seconds = [update(way, model, optimizer, groups, args.device) for _ in range(args.steps)]
-    peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if args.device == "cuda" else {}
-    return {"seconds": common.median(seconds), **peak}
+    model = drawn(shape, args.device, len(groups[0][0]) + args.answer)
+    if way != "kept":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = modeling.shard(model)
+    optimizer = modeling.optimizer(model, 1e-6) if adam else None
+    packing._Plan = Plan
+    packing._use_shared_prefix(model)
+    AttentionInterface.register(packing.ATTENTION, ATTENTION.get(way, ATTENTION["sdpa"]))
 
+    def finish():
+        modeling.clip_grad_norm(model, 1.0)
+        if optimizer:
+            optimizer.step()
+        model.zero_grad()
 
-def agreement(way: str, model, group: tuple, expected: list | None) -> tuple[list, dict]:
-    """Log-probs and one gradient of a way; how far they are from `padded`'s, relative to the largest entry."""
-    logps, entropy = scores(way, model, *group)
-    (-logps.sum() / logps.numel()).backward()
-    gradient = model.get_decoder().layers[0].self_attn.k_proj.weight.grad
-    found = [logps.detach().clone(), getattr(gradient, "_local_tensor", gradient).clone()]
-    model.zero_grad()
-    if expected is None:
-        return found, {}
-    apart = [float((a - e).abs().max() / e.abs().max()) for a, e in zip(found, expected)]
-    return found, dict(zip(("logps_apart", "gradient_apart"), apart))
+    times = []
+    for _ in range(1 + args.steps):  # one warms up, compiles, and makes AdamW's moments
+        forward_backward = seconds_of(lambda: passes(way, model, groups), args.device)
+        times.append((forward_backward / len(groups), seconds_of(finish, args.device)))
+    per_group, last = (common.median(column[1:]) for column in zip(*times))
+    row = {"groups": len(groups), "seconds_per_group": per_group, "optimizer_seconds": last}
+    row |= {"adam": adam, "seconds": GROUPS_PER_UPDATE * per_group + last}
+    if args.device == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return row
 
 
 def synchronize(device: str) -> None:
@@ -211,53 +261,63 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(shape: str, args, rate: float, deadline: float) -> list[dict]:
-    """All ways at all prompt lengths for one shape."""
-    rows = []
-    model = make(shape, args.device, max(args.prompts) + args.answer, not args.no_recompute)
-    body, head = common.matrix_parameters(model)
-    total = sum(p.numel() for p in model.parameters())
-    free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 1e12
-    # learning rate 0: all ways see the same weights. 12 bytes per parameter: gradient and moments
-    optimizer = modeling.optimizer(model, 0.0) if 13 * total < free else None
-    for prompt_length in args.prompts:
-        generator = torch.Generator().manual_seed(1)
-        draw = lambda n: torch.randint(SHAPES[shape][0], (n,), generator=generator).tolist()
-        count = max(1, args.tokens // (prompt_length + GROUP * args.answer))
-        groups = [
-            (draw(prompt_length), [draw(args.answer) for _ in range(GROUP)]) for _ in range(count)
-        ]
-        expected = None
-        for way in args.ways:
-            row = {"shape": shape, "prompt": prompt_length, "way": way, "parameters": total}
-            rows.append(row)
+def matmul_rate(device: str) -> float:
+    """FLOP/s of square matrix products, back to back, after a second of them: the clocks are up."""
+    if device == "cpu":
+        return common.matmul_rate()
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def products():
+        for _ in range(50):
+            a @ b
+
+    start = time.perf_counter()
+    while time.perf_counter() - start < 1:
+        seconds_of(products, device)
+    return 50 * 2 * size**3 / seconds_of(products, device)
+
+
+def measure(shape: str, prompt_length: int, args, rate: float, deadline: float) -> Iterator[dict]:
+    """A row per way for one shape and prompt length."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(SHAPES[shape][0], (n,), generator=generator).tolist()
+    tokens = prompt_length + GROUP * args.answer
+    groups = [
+        (draw(prompt_length), [draw(args.answer) for _ in range(GROUP)])
+        for _ in range(max(1, args.tokens // tokens))
+    ]
+    meta = drawn(shape, "meta", 1)
+    (body, head), total = common.matrix_parameters(meta), sum(p.numel() for p in meta.parameters())
+    memory = torch.cuda.mem_get_info()[1] if args.device == "cuda" else float("inf")
+    padded = None
+    for way in args.ways:
+        row = {"shape": shape, "parameters": total, "prompt": prompt_length, "way": way}
+        timed = groups[:1] if way == "padded" else groups  # slow: one group tells its rate
+        for adam in (True, False) if 16 * total + ROOM < memory else (False,):
             if time.time() > deadline:
                 row["error"] = "not measured: the time is over"
-                continue
-            few = groups if way != "padded" else groups[:1]  # slow: one group tells its rate
-            for _ in range(2):
-                try:
-                    found, apart = agreement(way, model, groups[0], expected)
-                    expected = expected or found
-                    row.update(apart, **timing(way, model, optimizer, few, args))
-                except Exception as error:  # a kernel that this card or build lacks is a result too
-                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-                    model.zero_grad()
-                    if isinstance(error, torch.OutOfMemoryError) and optimizer:
-                        optimizer = None
-                        continue
                 break
-            if "seconds" in row:
+            try:
+                if way != "padded":
+                    apart = attention_apart(ATTENTION[way], shape, args.device)
+                    row |= {"attention_apart": apart, "exact": apart < (0.02 if args.device == "cuda" else 1e-5)}
+                row |= timing(way, shape, timed, adam, args)
                 row.pop("error", None)
-                row["optimizer"] = optimizer is not None
-                tokens = prompt_length + GROUP * args.answer
-                row["tokens_per_second"] = len(few) * tokens / row["seconds"]
-                work = len(few) * prompt_length, len(few) * GROUP * args.answer
-                row["mfu"] = common.floor_flops(body, head, *work) / row["seconds"] / rate
-            print(row, flush=True)
-    del model, optimizer
-    gc.collect()
-    return rows
+            except Exception as error:  # a kernel that this card or build lacks is a result too
+                row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            gc.collect()
+            torch.cuda.empty_cache()
+            if "OutOfMemory" not in row.get("error", ""):
+                break
+        if "seconds" in row:
+            work = GROUPS_PER_UPDATE * prompt_length, GROUPS_PER_UPDATE * GROUP * args.answer
+            row["tokens_per_second"] = sum(work) / row["seconds"]
+            row["mfu"] = common.floor_flops(body, head, *work) / row["seconds"] / rate
+            padded = row["seconds_per_group"] if way == "padded" else padded
+            row["times_padded"] = padded and padded / row["seconds_per_group"]
+        print(row, flush=True)
+        yield row
 
 
 def main() -> None:
@@ -265,11 +325,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1.5B", "3B", "7B"], choices=SHAPES)
     parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192], help="tokens")
     parser.add_argument("--answer", type=int, default=100, help="tokens")
-    parser.add_argument("--ways", nargs="+", default=["padded", "sdpa", "varlen", "flex"])
-    parser.add_argument("--tokens", type=int, default=36_000, help="of a timed update, about")
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--tokens", type=int, default=36_000, help="timed together, about")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--no_recompute", action="store_true", help="keep all activations")
     parser.add_argument("--minutes", type=float, default=6.5, help="then nothing new starts")
     parser.add_argument("--out", default=str(common.BENCH / "gpu.json"))
     args = parser.parse_args()
@@ -277,15 +336,15 @@ def main() -> None:
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")
     deadline = time.time() + 60 * args.minutes
     train.init_distributed()
-    on_gpu = args.device == "cuda"
-    rate = common.matmul_rate(
-        args.device, torch.bfloat16 if on_gpu else torch.float32, 8192 if on_gpu else 1024
-    )
-    result = {"machine": common.machine(), "matmul_tflops": rate / 1e12, "rows": []}
+    rate = matmul_rate(args.device)
+    result = {"machine": common.machine(), "matmul_tflops": [rate / 1e12], "rows": []}
     print(f"matmul rate {rate / 1e12:.1f} TFLOP/s", flush=True)
     for shape in args.shapes:
-        result["rows"] += measure(shape, args, rate, deadline)
-        common.write(args.out, result)
+        for prompt in args.prompts:
+            result["rows"] += measure(shape, prompt, args, rate, deadline)
+            common.write(args.out, result)
+    result["matmul_tflops"].append(matmul_rate(args.device) / 1e12)  # first and last
+    common.write(args.out, result)
     dist.destroy_process_group()
 
 

@@ -81,7 +81,7 @@ def measure(way: str, tracked: bool, args) -> dict:
             scores(way, model, prompt[:8], [r[:2] for r in responses]).backward()
             model.zero_grad()
         weights = sum(p.nbytes for p in model.parameters())
-        before, tracker = resident("VmRSS"), MemTracker()
+        before, tracker = common.resident("VmRSS"), MemTracker()
         if tracked:
             tracker.track_external(model)
             with tracker:
@@ -91,12 +91,6 @@ def measure(way: str, tracked: bool, args) -> dict:
         scores(way, model, prompt, responses).backward()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"rss": peak - before}
-
-
-def resident(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    [line] = [line for line in open("/proc/self/status") if line.startswith(name)]
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

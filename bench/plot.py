@@ -110,8 +110,8 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
         )
     if sync:
         lines.append(
-            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; at most "
-            f"{sync['peak_alive_bytes'] / sync['model_bytes']:.1%} of the model held beside it |"
+            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; memory grows by "
+            f"{sync['peak_growth_bytes'] / sync['model_bytes']:.0%} of the model meanwhile |"
         )
     if rollout:
         rate = common.median(rollout["rewards_per_second"])
@@ -124,7 +124,8 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
         two = scaling["results"]
         lines.append(
             f"| two ranks on two cores, prompts per second against one rank on one | "
-            f"{two['2 ranks, strong']['speedup']:.2f} x strong, {two['2 ranks, weak']['speedup']:.2f} x weak |"
+            f"{two['2 ranks, strong']['speedup']:.2f} x strong, {two['2 ranks, weak']['speedup']:.2f} x weak "
+            f"(one rank with two threads: {two['1 rank, 2 threads']['speedup']:.2f} x) |"
         )
     if rows_of_data:
         row = rows_of_data["results"][-1]
