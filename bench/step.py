@@ -28,6 +28,7 @@ takes the highest rate of all rows instead, since a shared machine's speed drift
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import tempfile
@@ -43,14 +44,14 @@ from common import data
 GROUP = 8
 
 
-def ours(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled: bool) -> None:
+def ours(pipe, folder: Path, examples: list, args) -> None:
     """The process of our arm: one step per message."""
     import train
 
     train.init_distributed()
     arm = common.Ours(
-        folder, examples, answer, train_batch_size=prompts, num_generations=GROUP, engine="vllm",
-        torch_compile=compiled,
+        folder, examples, args.answer, train_batch_size=args.prompts_per_step, num_generations=GROUP,
+        engine="vllm", torch_compile="ours" in args.torch_compile,
     )  # fmt: skip
     body, head = common.matrix_parameters(arm.run.model)
     pipe.send({"body": body, "head": head})
@@ -61,7 +62,7 @@ def ours(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled
         pipe.send({**parts, "answer_tokens": metrics["completions/mean_length"]})
 
 
-def trl(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled: bool) -> None:
+def trl(pipe, folder: Path, examples: list, args) -> None:
     """The process of TRL's arm: its training loop waits for a message before every step."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -84,13 +85,15 @@ def trl(pipe, folder: Path, examples: list, answer: int, prompts: int, compiled:
             pipe.send({"step": step, **times, "update": step - times["rollout"]})
 
     rows = [{"prompt": data.messages(e), "target": e.target} for e in examples]
-    arguments = GRPOConfig(
+    settings = dict(
         output_dir=str(folder / "trl"), max_steps=10_000, learning_rate=1e-5, seed=0,
-        per_device_train_batch_size=GROUP, gradient_accumulation_steps=prompts, num_generations=GROUP,
-        max_completion_length=answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
+        per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.prompts_per_step, num_generations=GROUP,
+        max_completion_length=args.answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
         gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        logging_strategy="no", shuffle_dataset=False, torch_compile=compiled,
+        logging_strategy="no", shuffle_dataset=False, torch_compile="trl" in args.torch_compile,
     )  # fmt: skip
+    more = (setting.split("=", 1) for setting in args.trl)
+    arguments = GRPOConfig(**settings | {name: json.loads(value) for name, value in more})
     trainer = GRPOTrainer(
         str(folder),
         reward,
@@ -123,9 +126,7 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
         arms, spawn = {}, multiprocessing.get_context("spawn")
         for name, work in (("ours", ours), ("trl", trl)):
             here, there = spawn.Pipe()
-            compiled = name in args.torch_compile
-            rest = (folder, examples, args.answer, args.prompts_per_step, compiled)
-            process = spawn.Process(target=work, args=(there, *rest), daemon=False)
+            process = spawn.Process(target=work, args=(there, folder, examples, args), daemon=False)
             process.start()
             there.close()
             arms[name] = (process, here, here.recv())
@@ -168,7 +169,9 @@ def summary(shape: str, prompt: int, args, sizes: dict, rows: list[dict]) -> dic
         tokens = args.prompts_per_step * prompt, args.prompts_per_step * responses
         works.append(common.floor_flops(sizes["body"], sizes["head"], *tokens))
     best = max(max(row[name]["rates"]) for row in rows for name in ("ours", "trl"))
-    multiples = lambda rates: [row["ours"]["update"] * r / w for row, r, w in zip(rows, rates, works)]
+    multiples = lambda rates: [
+        row["ours"]["update"] * r / w for row, r, w in zip(rows, rates, works)
+    ]
     return {
         "shape": shape,
         "prompt": prompt,
@@ -176,6 +179,7 @@ def summary(shape: str, prompt: int, args, sizes: dict, rows: list[dict]) -> dic
         "group": GROUP,
         "prompts_per_step": args.prompts_per_step,
         "torch_compile": args.torch_compile,
+        "trl_settings": args.trl,
         **sizes,
         "steps": len(rows),
         **parts,
@@ -201,6 +205,9 @@ def main() -> None:
     parser.add_argument("--prompts_per_step", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
     parser.add_argument("--torch_compile", nargs="*", default=["ours"], choices=["ours", "trl"])
+    parser.add_argument(
+        "--trl", nargs="*", default=[], metavar="NAME=JSON", help="more of its GRPOConfig"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
     parser.add_argument("--out", default=str(common.BENCH), help="folder of step-SHAPE.json")
     args = parser.parse_args()
