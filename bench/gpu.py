@@ -1,7 +1,7 @@
 """The training part on one GPU: random weights of Qwen2.5's shapes, tokens per second, MFU, peak memory.
 
     python bench/gpu.py                                        under eight minutes -> bench/gpu.json
-    python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --ways padded sdpa flex kept --out /tmp/gpu.json
+    python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --ways padded sdpa kept --out /tmp/gpu.json
 
 Needs torch and transformers, no vllm, no download. fp32 master weights and AdamW, bf16 compute through FSDP2 on one
 rank, activation checkpointing, 8 answers per prompt, forward passes of at most train.py's --max_tokens_per_row tokens.
@@ -176,7 +176,9 @@ def attention_apart(attend, shape: str, device: str) -> float:
     packed = packing.join(rows)
     L, D = len(packed.input_ids), width // heads
     torch.manual_seed(0)
-    q, k, v, grad = (torch.randn(1, H, L, D).to(device, dtype) for H in (heads, kv_heads, kv_heads, heads))
+    q, k, v, grad = (
+        torch.randn(1, H, L, D).to(device, dtype) for H in (heads, kv_heads, kv_heads, heads)
+    )
     q *= 3  # sharp: a key more or less changes the output
 
     def values(q, k, v, attend):
@@ -189,7 +191,9 @@ def attention_apart(attend, shape: str, device: str) -> float:
     dense = lambda q, k, v: scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     expected = values(q.double(), k.double(), v.double(), dense)
     plan = Plan(packed, torch.device(device))
-    way = lambda q, k, v: attend(None, q, k, v, None, shared_prefix=plan, scaling=D**-0.5)[0].transpose(1, 2)
+    way = lambda q, k, v: attend(None, q, k, v, None, shared_prefix=plan, scaling=D**-0.5)[
+        0
+    ].transpose(1, 2)
     found = values(q, k, v, way)
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected))
 
@@ -301,7 +305,10 @@ def measure(shape: str, prompt_length: int, args, rate: float, deadline: float) 
             try:
                 if way != "padded":
                     apart = attention_apart(ATTENTION[way], shape, args.device)
-                    row |= {"attention_apart": apart, "exact": apart < (0.02 if args.device == "cuda" else 1e-5)}
+                    row |= {
+                        "attention_apart": apart,
+                        "exact": apart < (0.02 if args.device == "cuda" else 1e-5),
+                    }
                 row |= timing(way, shape, timed, adam, args)
                 row.pop("error", None)
             except Exception as error:  # a kernel that this card or build lacks is a result too

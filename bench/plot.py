@@ -60,7 +60,7 @@ def draw_ratios(axis, rows: list[dict]) -> None:
     axis.axhline(1, color=THEIRS, linestyle="--", linewidth=1)
     axis.set(xlabel="prompt tokens", ylabel="TRL's step / ours", xticks=prompts, ylim=(0, None),
              title="times faster per step")  # fmt: skip
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(framealpha=1, edgecolor="none", fontsize=8, loc="lower right")
 
 
 def draw_breakdown(axis, rows: list[dict]) -> None:
