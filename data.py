@@ -374,7 +374,7 @@ def split(
             first.update(group)
     if not 0 < len(first) < len(examples):
         sizes = f"{len(examples)} examples in {len(groups)} groups"
-        remedy = "add data, or take the held-out part from a file of its own"
+        remedy = "add data, raise the share (--eval_fraction), or give a file of its own (--eval_file)"
         raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; {remedy}")
     if len(first) < 0.9 * room:
         print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
@@ -561,7 +561,7 @@ def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Exampl
             kind = "tool_call" if role in ("call", "think") else "answer"
             beside = kind == "answer" and after in ("call", "think")
             if kind == "tool_call":
-                text = call = _dumps(content[0] if len(content) == 1 else content)  # spec A13b
+                text = call = _dumps(content[0] if len(content) == 1 else content)
             else:
                 text = content if role == "assistant" else _no_tool(query, f"{seed}/{row}")
             target = f"<{kind}>\n{text}\n</{kind}>"
@@ -635,15 +635,15 @@ def _own(row, number: int) -> Example:
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
         raise ValueError(f"row {number} has no target, the expert response; {remedy}")
     try:
-        pairs = {
-            key: [(first, second) for first, second in row[key]] for key in ("history", "steps")
-        }
+        pairs = {key: [_pair(key, item) for item in row[key]] for key in ("history", "steps")}
         example = Example(**{**row, **pairs})
         texts = [example.id, example.query, example.target, example.kind, example.system]
         texts += [text for pair in example.history + example.steps for text in pair]
         tools = example.tools if type(example.tools) is list else [None]
         if {*map(type, texts)} != {str} or any(type(tool) is not dict for tool in tools):
             raise ValueError("a field of the wrong type")
+        if roles := {role for role, _ in example.history} - {"user", "assistant"}:
+            raise ValueError(f"history with the role {min(roles)!r}, not user or assistant")
         if "__TOOL_DESCS__" not in example.system:
             raise ValueError("system without __TOOL_DESCS__")
         if example.kind not in ("tool_call", "answer"):
@@ -655,8 +655,17 @@ def _own(row, number: int) -> Example:
         _digest(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"row {number} is no Example ({reason}); use write_jsonl") from None
+        remedy = "README's section \"Your data\" shows rows; data.write_jsonl writes them"
+        raise ValueError(f"row {number} is no Example ({reason}); {remedy}") from None
     return example
+
+
+def _pair(key: str, item) -> tuple[str, str]:
+    """Return a round of the history or a step: exactly two texts, nothing that merely unpacks into two."""
+    if type(item) is not list or len(item) != 2:
+        form = '["user", "text"]' if key == "history" else '["call", "observation"]'
+        raise ValueError(f"{key} holds {str(item)[:80]!r}, not {form}")
+    return tuple(item)
 
 
 def _num_calls(example: Example) -> int:
@@ -700,6 +709,8 @@ def _row(example: Example) -> str:
 def _read(file: Path) -> list:
     """Return the rows of one file; ValueError names the file, the line and the remedy."""
     where = str(file)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist")
     if file.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{file} is neither .json nor .jsonl; convert it first")
     try:
@@ -713,6 +724,8 @@ def _read(file: Path) -> list:
         raise ValueError(f"{file} is not UTF-8 ({error}); download it again") from None
     except (ValueError, RecursionError) as error:
         hint = "name it .jsonl if each line is an object, else download it again"
+        if file.suffix == ".jsonl":
+            hint = "each line must be one whole JSON value"
         raise ValueError(f"{where} is not JSON ({error}); {hint}") from None
     if type(rows) is not list:
         raise ValueError(f"{file} is a JSON {type(rows).__name__}, not a list; is it the dataset?")

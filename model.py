@@ -278,7 +278,10 @@ def check_folder(name: str) -> None:
         "tokenizer": ["tokenizer*", "vocab.*"],
     }.items():
         if not any(True for pattern in patterns for _ in path.glob(pattern)):
-            raise ValueError(f"{name}: no {what} in this folder; write it with save_pretrained")
+            saved = [*path.glob("checkpoint-*[0-9]"), *path.parent.glob(path.name.removesuffix("-state"))]
+            other = next((str(folder) for folder in saved[::-1] if folder != path), None)
+            remedy = f"take {other}" if other else "write it with save_pretrained"
+            raise ValueError(f"{name}: no {what} in this folder; {remedy}")
 
 
 def _check_hub(name: str) -> None:

@@ -61,7 +61,9 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
     config = next(_lines(out / "metrics.jsonl"))
     rows = [row for row in _lines(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
-        raise ValueError(f"{out}/rollouts.jsonl has no step {step}; see --step")
+        steps = sorted({row["step"] for row in _lines(out / "rollouts.jsonl")})
+        has = f"steps {steps[0]} to {steps[-1]}: --step N" if steps else "none"
+        raise ValueError(f"{out}/rollouts.jsonl has no step {step}; it has {has}")
     trust_remote_code = config["trust_remote_code"]
     tokenizer = AutoTokenizer.from_pretrained(
         config["model_name_or_path"], trust_remote_code=trust_remote_code

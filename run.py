@@ -57,8 +57,9 @@ import report
 import rollout
 
 MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
-    "algo", "stages", "seed", "train_batch_size", "num_generations", "generation_batches", "max_completion_length",
-    "reward", "advantage", "alignment", "overlong", "loss", "expert", "lora_rank", "split", "preference",
+    "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
+    "max_prompt_length", "max_completion_length", "reward", "advantage", "alignment", "overlong", "loss", "expert",
+    "lora_rank", "split", "preference",
 )  # fmt: skip
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
@@ -104,7 +105,8 @@ class Run:
         self.config, self.out, self.searches_follow = config, Path(config.output_dir), "itool" in (config.stages, then)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check(config, self.world)
-        refuse_earlier_run(config)
+        if changed := refuse_earlier_run(config):
+            self.say(f"the run goes on with other settings: {', '.join(changed)}")
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
@@ -612,8 +614,11 @@ def remove(out: Path, steps: list[int]) -> None:
             shutil.rmtree(out / f".{name}.old", ignore_errors=True)
 
 
-def refuse_earlier_run(config) -> None:
-    """ValueError where a start would write over, or mix with, a run that it does not go on with, or has none to go on with."""
+def refuse_earlier_run(config) -> list[str]:
+    """ValueError where a start would write over, or mix with, a run that it does not go on with, or has none to go on with.
+
+    Returns what else differs from the settings of the run that it goes on with.
+    """
     out, where = Path(config.output_dir), config.resume_from_checkpoint
     steps, path = saved_steps(out), out / "metrics.jsonl"
     if where not in ("", "latest"):
@@ -634,16 +639,18 @@ def refuse_earlier_run(config) -> None:
     if steps and path.exists():
         with open(path) as file:
             earlier, now = json.loads(next(file, "{}")), asdict(config)
-        changed = [
-            f"--{name} {earlier[name]} -> {now[name]}"
-            for name in MUST_AGREE
-            if earlier.get(name, now[name]) != now[name]
-        ]
-        if changed:
+        changed = {
+            name: f"--{name} {earlier[name]} -> {now[name]}"
+            for name in now
+            if earlier.get(name, now[name]) != now[name] and name != "resume_from_checkpoint"
+        }
+        if wrong := [text for name, text in changed.items() if name in MUST_AGREE]:
             raise ValueError(
-                f"--output_dir {out} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
+                f"--output_dir {out} holds a run with other settings ({', '.join(wrong)}): resume it with its own, "
                 "or take another folder"
             )
+        return list(changed.values())
+    return []
 
 
 def lock(out: Path):
@@ -696,8 +703,10 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
                 + "".join(f", {n} dropped: {why}" for why, n in drops.items())
             )
         if not part:
+            limits = [f"--max_{kind}_length" for kind, part_of in (("prompt", "prompt"), ("completion", "target"))
+                      if any(f"turn: {part_of} longer" in why for why in drops)]  # fmt: skip
             raise ValueError(
-                f"no {name} example fits; raise --max_prompt_length or --max_completion_length"
+                f"no {name} example fits; raise {' and '.join(limits)} (lengths: python data.py stats FILE --tokenizer MODEL)"
             )
         parts.append(part)
     train, held_out = parts

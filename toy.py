@@ -104,7 +104,7 @@ def generate(
 
 
 def tool_call(calls: list, compact: bool = False) -> str:
-    """Return the expert text of `calls`: a bare object for one, a list for several (spec A13b)."""
+    """Return the expert text of `calls`: a bare object for one, a list for several."""
     body = calls[0] if len(calls) == 1 else calls
     return (
         f"<tool_call>\n{json.dumps(body, separators=(',', ':') if compact else None)}\n</tool_call>"

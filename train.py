@@ -92,7 +92,7 @@ class Config:
     seed: int = 0  # data order and request seeds are functions of (seed, step)
     # the step
     max_steps: int = 600  # optimiser steps; ToolUPT Table 7
-    train_batch_size: int = 256  # prompts per step over all ranks; ToolUPT Table 7 (spec A26)
+    train_batch_size: int = 256  # prompts per step over all ranks; ToolUPT Table 7 (README, choice 24)
     num_generations: int = 8  # sampled responses per prompt; ToolUPT Table 7
     temperature: float = 1.0  # ToolUPT Table 7
     learning_rate: float = 1e-6  # ToolUPT Table 7
@@ -101,7 +101,7 @@ class Config:
     weight_decay: float = 0.01  # veRL's default, on matrices only
     adam_beta2: float = 0.999  # veRL's default for actors
     max_grad_norm: float = 1.0  # veRL's default
-    entropy_coef: float = 3e-4  # ToolUPT Table 7; added outside the mix of Eq. 23 (spec A25)
+    entropy_coef: float = 3e-4  # ToolUPT Table 7; added outside the mix of Eq. 23 (README, choice 14)
     # the method: what the rows of PRESETS differ in
     stages: str = "rl"  # rl | sft | sft,rl | itool | warmup,itool
     reward: str = "outcome"  # outcome: Eq. 12 in [-3, 4]; binary: 1 when completely right
@@ -115,9 +115,9 @@ class Config:
     generation_batches: int = 1  # batches sampled per round of dynamic sampling; DAPO's script: 3
     overlong: float = 0.0  # last share of max_completion_length in which DAPO's length penalty rises to -1; 0: none
     # details of the method
-    alignment: str = "positional"  # fgae: positional | lcs (spec A13)
-    spo_beta: float = 1.0  # ours: the paper gives no value (spec A16)
-    balance_low: float = 0.02  # ours, as the next three: the paper gives no values (spec A24)
+    alignment: str = "positional"  # fgae: positional | lcs (README, choice 6)
+    spo_beta: float = 1.0  # ours: the paper gives no value (README, choice 11)
+    balance_low: float = 0.02  # ours, as the next three: the paper gives no values (README, choice 12)
     balance_high: float = 0.3
     balance_up: int = 100  # steps; cycle: low -> high; decay: 0 -> high
     balance_down: int = 200  # steps; cycle: high -> low, in a line; decay: in a cosine, and low from there on
@@ -141,7 +141,7 @@ class Config:
     iterations: int = 3  # Figure 7: best at about three
     pool_fraction: float = 0.5  # random share of the training examples; section 4.1
     buffer_fraction: float = 0.1  # of the pool, of highest perplexity; section 3.2
-    buffer_rank: str = "stratified"  # stratified: calls and answers ranked apart (spec 10) | global
+    buffer_rank: str = "stratified"  # stratified: calls and answers ranked apart (README, iTool's choice 6) | global
     mcts: bool = True  # --no_mcts: best and worst of four samples, no search (Figure 6)
     mcts_depth: int = 3  # fragments per path, the last one free; Table 7
     mcts_width: int = 3  # children per node; Table 7
@@ -179,7 +179,7 @@ class Config:
     save_total_limit: int = 2  # older checkpoints are deleted; 0: keep all
     resume_from_checkpoint: str = ""  # latest, or RUN/checkpoint-STEP: go on with its step, weights and optimiser
     log_rollouts: bool = True  # write every response with its rewards and advantages to rollouts.jsonl
-    max_logp_difference: float = 0.0  # nat; engine and trainer further apart on average: the run stops; 0: `check_engine`
+    max_logp_difference: float = 0.0  # nat; engine and trainer further apart on average: the run stops; 0: 1e-3 in float32, else 0.1
     report_to: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
 # fmt: on
 
@@ -770,12 +770,12 @@ def add_advantages(config: Config, group: Group) -> None:
     if config.advantage == "fgae":
         is_call = (
             group.example.kind == "tool_call"
-        )  # process rewards for tool calls only (spec A13c)
+        )  # process rewards for tool calls only (README, choice 6)
         expert_ids, expert_mask = pad([group.target] * K)
         expert_mask = expert_mask & is_call
         if config.alignment == "lcs":
             expert_mask[:, -1] = (
-                False  # a wrong answer must not earn the bound for its EOS (spec A13)
+                False  # a wrong answer must not earn the bound for its EOS
             )
         matched = fgae.matched_tokens(
             ids, mask, expert_ids, expert_mask, alignment=config.alignment
@@ -960,12 +960,12 @@ def evaluate(config: Config, run: Run) -> dict:
     texts = [row["turns"][0][0] for row in rows]
     sums = run.all_sum(rewards.tally(texts, [row["target"] for row in rows]))
     n, n_calls = sums["n"], sums["n_calls"]
-    return {
-        "eval/accuracy": sums["accuracy"] / n,
-        "eval/reward": sums["reward"] / n,
-        "eval/tool_call_accuracy": sums["tool_calls"] / max(1, n_calls),
-        "eval/answer_accuracy": sums["answers"] / max(1, n - n_calls),
-    }
+    metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
+    if n_calls:
+        metrics["eval/tool_call_accuracy"] = sums["tool_calls"] / n_calls
+    if n > n_calls:
+        metrics["eval/answer_accuracy"] = sums["answers"] / (n - n_calls)
+    return metrics
 
 
 def validation_loss(config: Config, run: Run) -> float:

@@ -110,8 +110,8 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
         )
     if sync:
         lines.append(
-            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; memory grows by "
-            f"{sync['peak_growth_bytes'] / sync['model_bytes']:.0%} of the model meanwhile |"
+            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; at most "
+            f"{sync['held_bytes'] / sync['model_bytes']:.0%} of the model held beside it |"
         )
     if rollout:
         rate = common.median(rollout["rewards_per_second"])

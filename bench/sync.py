@@ -4,8 +4,9 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py --shape tiny --prompt 128 --steps 2 --out /tmp/sync.json
 
 Steps of train.run_rl with vLLM on every rank. `model.full_tensors` gathers one parameter at a time. In one more step, not
-timed, rank 0's memory is watched during the sync: its peak above what it was before, on a CPU of the whole process (Linux's
-VmHWM, free heap given back first), on a GPU of torch's allocator. A second copy of the model would show there as 100 %.
+timed, rank 0's memory is read whenever the next parameter is handed over: what the process holds above what it held
+before, free heap given back first (on a GPU: what torch's allocator holds). A second copy of the model would show there
+as 100 %. What vLLM needs for a moment within a layer (gathered weight, new weight, packed weight) is not in it.
 """
 
 import argparse
@@ -26,34 +27,31 @@ import train
 
 
 class Watch:
-    """Stands for model.full_tensors and counts what it hands out."""
+    """Stands for model.full_tensors and counts what it hands out; where `held` is a list, also memory at each hand-over."""
 
     def __init__(self):
-        self.gather = modeling.full_tensors
+        self.gather, self.held = modeling.full_tensors, None
 
     def __call__(self, model):
         own = {p.untyped_storage().data_ptr() for p in local_tensors(model)}
         self.names = self.bytes = 0
+        start = memory() if self.held is not None else 0
         for name, tensor in self.gather(model):
             self.names += 1
             if tensor.untyped_storage().data_ptr() not in own:  # one rank: nothing is copied at all
                 self.bytes += tensor.nbytes
+            if self.held is not None:
+                self.held.append(memory() - start)
             yield name, tensor
             del tensor
 
 
-def growth(work) -> int:
-    """Bytes by which memory grows at most while work() runs."""
+def memory() -> int:
+    """Bytes that this process holds: resident without free heap, or those of torch's allocator on a GPU."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = common.resident("VmRSS")
-    work()
-    return common.resident("VmHWM") - before
+    return common.resident("VmRSS")
 
 
 def local_tensors(model):
@@ -87,8 +85,7 @@ def main() -> None:
     arm = common.Ours(folder, examples, args.answer, **settings)
     modeling.full_tensors = watch = Watch()
     rows = [arm.step() for _ in range(args.steps + 1)][1:]
-    sync, grown = train.sync, []
-    train.sync = lambda run: grown.append(growth(lambda: sync(run)))
+    watch.held = []
     arm.step()
     arm.run.close()
     weights = sum(p.numel() * 4 for p in arm.run.model.parameters())
@@ -98,12 +95,12 @@ def main() -> None:
             "machine": common.machine(), "settings": vars(args), "ranks": dist.get_world_size(),
             "share_of_step": share, "sync_s": common.median([row["timing_s/sync"] for row in rows]),
             "step_s": common.median([row["step"] for row in rows]), "tensors": watch.names,
-            "model_bytes": weights, "gathered_bytes": watch.bytes, "peak_growth_bytes": grown[-1],
+            "model_bytes": weights, "gathered_bytes": watch.bytes, "held_bytes": max(watch.held),
         }  # fmt: skip
         print(
             f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of {result['step_s']:.2f} s); "
             f"{watch.names} tensors, {watch.bytes / 1e6:.1f} MB gathered of a model of {weights / 1e6:.1f} MB, "
-            f"memory grows by at most {grown[-1] / 1e6:.1f} MB, {grown[-1] / weights:.1%} of the model"
+            f"at most {max(watch.held) / 1e6:.1f} MB held beside it, {max(watch.held) / weights:.1%} of the model"
         )
         common.write(args.out, result)
     dist.barrier()

@@ -544,6 +544,7 @@ def test_unknown_names_and_missing_paths(tmp_path):
     [
         ("a.json", b'[{"query": "x", ', "a.json is not JSON"),
         ("a.json", b"", "a.json is not JSON"),
+        ("a.jsonl", b'[]\n[{"query": "x", ', "line 2 of .*a.jsonl is not JSON.*each line must be one whole"),
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b'{"query": "x"}', "not a list"),
         ("a.json", b"3", "not a list"),
@@ -642,6 +643,23 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
     del good["query"]
     (tmp_path / "a.jsonl").write_text(json.dumps(good))
     with pytest.raises(ValueError, match="row 1 is no Example.*query"):
+        load("jsonl", tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"history": [{"role": "user", "content": "Hi"}]}, "history holds.*role.*not .\"user\", \"text\""),
+        ({"history": ["hi"]}, "history holds 'hi'"),
+        ({"history": [["human", "Hi"]]}, "the role 'human', not user or assistant"),
+        ({"steps": [{"call": "f", "observation": "1"}]}, "steps holds.*not .\"call\", \"observation\""),
+        ({"steps": [["f", "1", "2"]]}, "steps holds"),
+    ],
+)
+def test_jsonl_pairs_of_another_form_are_refused(tmp_path, change, message):
+    """Each unpacks into two, or looks like OpenAI's form: nothing may be read as something else."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(vars(example()) | change))
+    with pytest.raises(ValueError, match=message):
         load("jsonl", tmp_path / "a.jsonl")
 
 

@@ -147,6 +147,15 @@ def test_load_names_what_is_missing(folders, tmp_path, remove, message):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
+def test_the_folder_of_a_run_names_its_checkpoint(folders, tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-state"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="no config.json in this folder; take .*/checkpoint-2$"):
+            library.check_folder(str(tmp_path))
+    with pytest.raises(ValueError, match="; take .*/checkpoint-2$"):
+        library.check_folder(str(tmp_path / "checkpoint-2-state"))
+
+
 def test_load_refuses_a_missing_folder_and_missing_weights(folders, tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         library.load(tmp_path / "nowhere")

@@ -1348,8 +1348,10 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, tmp_path):
         (out / name).mkdir()
     config = train.Config(**metrics_of(out)[0])
     config = replace(config, output_dir=str(out), resume_from_checkpoint="latest")
-    run_module.refuse_earlier_run(replace(config, max_steps=99, learning_rate=1.0))
-    for name, value in (("seed", 5), ("algo", "grpo"), ("num_generations", 16)):
+    changed = run_module.refuse_earlier_run(replace(config, max_steps=99, learning_rate=1.0))
+    steps, rate = f"--max_steps {config.max_steps} -> 99", f"--learning_rate {config.learning_rate} -> 1.0"
+    assert {steps, rate} <= {*changed} <= {steps, rate, f"--output_dir {finished} -> {out}"}
+    for name, value in (("seed", 5), ("algo", "grpo"), ("num_generations", 16), ("eval_fraction", 0.5)):
         text = refusal(run_module.refuse_earlier_run, replace(config, **{name: value}))
         assert f"--{name} {getattr(config, name)} -> {value}" in text
     (tmp_path / "other/checkpoint-2-state").mkdir(parents=True)
