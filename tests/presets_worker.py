@@ -32,7 +32,9 @@ def config_of(algo: str, out: Path) -> train.Config:
 def write_data(out: Path) -> None:
     """A part of the toy world: all of it takes seconds to tokenise, once for each row."""
     data.write_jsonl(data.load("toy", "train")[:64], out / "train.jsonl")
-    data.write_jsonl(data.load("toy", "test")[:8], out / "eval.jsonl")
+    test = data.load("toy", "test")
+    both = [[e for e in test if e.kind == kind][:4] for kind in ("tool_call", "answer")]
+    data.write_jsonl(sum(both, []), out / "eval.jsonl")
 
 
 if __name__ == "__main__":

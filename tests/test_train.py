@@ -448,6 +448,18 @@ def test_micro_batches_keep_every_group_and_the_budget(tiny, tmp_path):
     assert len(parts) == 2 and all(parts) and sum(map(len, parts)) == len(groups)
 
 
+@pytest.mark.parametrize("kinds", [("tool_call",), ("answer",), ("tool_call", "answer")])
+def test_a_kind_that_no_example_has_gets_no_accuracy(kinds, tiny, tmp_path, monkeypatch):
+    config = train.parse_args(frozen.flags(tiny, tmp_path))
+    run = Run(config)
+    run.engine, toy = None, data.load("toy", "test")
+    run.eval_examples = [next(e for e in toy if e.kind == kind) for kind in kinds]
+    said = [{"turns": [[e.target]], "target": e.target} for e in run.eval_examples]  # all right
+    monkeypatch.setattr(train.evaluation, "answer", lambda *args, **more: list(map(args[3], said)))
+    scores = train.evaluate(config, run)
+    assert scores == {"eval/accuracy": 1, "eval/reward": 4, **{f"eval/{kind}_accuracy": 1 for kind in kinds}}
+
+
 @pytest.mark.parametrize("method", ["grpo", "toolupt", "chord"])
 def test_entropy_bonus_has_a_gradient_of_its_own(method):
     """Without advantages the loss is the bonus: -coef/N on rollout tokens, 0 on experts and padding."""
