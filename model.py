@@ -278,9 +278,10 @@ def check_folder(name: str) -> None:
         "tokenizer": ["tokenizer*", "vocab.*"],
     }.items():
         if not any(True for pattern in patterns for _ in path.glob(pattern)):
-            saved = [*path.glob("checkpoint-*[0-9]"), *path.parent.glob(path.name.removesuffix("-state"))]
-            other = next((str(folder) for folder in saved[::-1] if folder != path), None)
-            remedy = f"take {other}" if other else "write it with save_pretrained"
+            latest = sorted(path.glob("checkpoint-*[0-9]"), key=os.path.getmtime)[-1:]  # of a run
+            beside = Path(name.rstrip("/").removesuffix("-state"))
+            saved = [str(folder) for folder in (*latest, beside) if folder.is_dir() and folder != path]
+            remedy = f"take {saved[0]}" if saved else "write it with save_pretrained"
             raise ValueError(f"{name}: no {what} in this folder; {remedy}")
 
 

@@ -697,16 +697,13 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
         part, drops = data.fit(
             part, tokenizer, config.max_prompt_length, config.max_completion_length
         )
+        dropped = "".join(f", {n} dropped: {why}" for why, n in drops.items())
         if not quiet:
-            print(
-                f"{name}: {len(part)} examples"
-                + "".join(f", {n} dropped: {why}" for why, n in drops.items())
-            )
+            print(f"{name}: {len(part)} examples{dropped}")
         if not part:
-            limits = [f"--max_{kind}_length" for kind, part_of in (("prompt", "prompt"), ("completion", "target"))
-                      if any(f"turn: {part_of} longer" in why for why in drops)]  # fmt: skip
             raise ValueError(
-                f"no {name} example fits; raise {' and '.join(limits)} (lengths: python data.py stats FILE --tokenizer MODEL)"
+                f"no {name} example fits{dropped}; raise --max_prompt_length (prompt) or --max_completion_length (target); "
+                "python data.py stats FILE --tokenizer MODEL shows lengths"
             )
         parts.append(part)
     train, held_out = parts

@@ -768,15 +768,11 @@ def add_advantages(config: Config, group: Group) -> None:
     ids, mask = pad([sample.token_ids for sample in group.samples])
     scores = torch.tensor(group.rewards)
     if config.advantage == "fgae":
-        is_call = (
-            group.example.kind == "tool_call"
-        )  # process rewards for tool calls only (README, choice 6)
+        is_call = group.example.kind == "tool_call"  # others have no process rewards (README, choice 6)
         expert_ids, expert_mask = pad([group.target] * K)
         expert_mask = expert_mask & is_call
         if config.alignment == "lcs":
-            expert_mask[:, -1] = (
-                False  # a wrong answer must not earn the bound for its EOS
-            )
+            expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
         matched = fgae.matched_tokens(
             ids, mask, expert_ids, expert_mask, alignment=config.alignment
         )

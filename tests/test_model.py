@@ -147,7 +147,10 @@ def test_load_names_what_is_missing(folders, tmp_path, remove, message):
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_the_folder_of_a_run_names_its_checkpoint(folders, tmp_path):
+def test_the_folder_of_a_run_names_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^\.: no config.json in this folder; write it"):
+        library.check_folder(".")
     for name in ("checkpoint-2", "checkpoint-2-state"):
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match="no config.json in this folder; take .*/checkpoint-2$"):
