@@ -78,10 +78,8 @@ class SharedPrefix:
         """
         width, D = max(query.shape[-1], value.shape[-1]), value.shape[-1]
         width += -width % 8
-        q, k, v = (
-            pad(x[0].transpose(0, 1).to(value.dtype), (0, width - x.shape[-1])).contiguous()
-            for x in (query, key, value)
-        )
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        q, k, v = (_widened(x, width).contiguous() for x in (q, k, v))
         return _Merged.apply(self, scale or query.shape[-1] ** -0.5, q, k, v)[None, ..., :D]
 
 
@@ -200,7 +198,9 @@ class _OnCpu:
             )  # fmt: skip
             parts.append([_heads(part[0], n), _heads(part[1]), _heads(part[2])])
         dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
-        return dq, *(x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
+        if dk.shape[1] > shared:
+            dk, dv = (x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
+        return dq, dk, dv
 
 
 _flash = torch.ops.aten._flash_attention_forward
@@ -208,6 +208,11 @@ _flash_backward = torch.ops.aten._flash_attention_backward
 _flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 KERNELS = {"cpu": _OnCpu, "cuda": _OnGpu}  # by type of device
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Zeros to the right, up to this width; `pad` copies even where there is nothing to add."""
+    return pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 def _repeat(x: Tensor, n: int) -> Tensor:
