@@ -187,20 +187,19 @@ class _OnCpu:
     def backward(grad, q, k, v, out, logsumexp, asking, seen, causal, scale):
         n, shared = q.shape[1] // k.shape[1], k.shape[1]
         k, v, n = (_repeat(k, n), _repeat(v, n), 1) if causal else (k, v, n)
-        queries = zip(*(x.split(asking.lengths) for x in (grad, q, out, logsumexp.T)))
+        queries = zip(*(x.split(asking.lengths) for x in (grad, q, out, logsumexp.T[..., None])))
         keys = zip(*(x.split(seen.lengths) for x in (k, v)))
         parts = []
-        for (grad, q, out, l), (k, v) in zip(queries, keys, strict=True):
-            l = _rows(l[..., None], n)[..., 0]
-            part = _flash_cpu_backward(
-                _rows(grad, n), _rows(q, n), _rows(k), _rows(v), _rows(out, n), l,
-                0.0, causal, scale=scale,
-            )  # fmt: skip
-            parts.append([_heads(part[0], n), _heads(part[1]), _heads(part[2])])
-        dq, dk, dv = (torch.cat(x) for x in zip(*parts, strict=True))
-        if dk.shape[1] > shared:
-            dk, dv = (x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
-        return dq, dk, dv
+        for asks, sees in zip(queries, keys, strict=True):
+            grad_i, q_i, out_i, l_i = (_rows(x, n) for x in asks)
+            dq, dk, dv = _flash_cpu_backward(
+                grad_i, q_i, *map(_rows, sees), out_i, l_i[..., 0], 0.0, causal, scale=scale
+            )
+            dk, dv = (_heads(x) for x in (dk, dv))
+            if dk.shape[1] > shared:
+                dk, dv = (x.unflatten(1, (shared, -1)).sum(2) for x in (dk, dv))
+            parts.append((_heads(dq, n), dk, dv))
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
 
 _flash = torch.ops.aten._flash_attention_forward

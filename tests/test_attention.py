@@ -4,6 +4,8 @@ On a CPU the path of GPUs runs too, with a slow loop in the place of the two ker
 merger and backward pass are those of the GPU. Where a GPU is, the same tests run on its kernels.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -63,7 +65,7 @@ def scores_of(q, k, causal, scale):
 def pairs(q_ends, k_ends, max_q, max_k):
     """Where the sequences of queries and of keys lie; they fill the row and none is longer than said."""
     q_ends, k_ends = q_ends.tolist(), k_ends.tolist()
-    q_spans, k_spans = ([*zip(ends, ends[1:])] for ends in (q_ends, k_ends))
+    q_spans, k_spans = ([*pairwise(ends)] for ends in (q_ends, k_ends))
     assert len(q_spans) == len(k_spans) and max_q >= 2
     assert max_q >= max(b - a for a, b in q_spans) and max_k >= max(b - a for a, b in k_spans)
     assert all(b > a for a, b in (*q_spans, *k_spans))
