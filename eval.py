@@ -11,7 +11,8 @@
 
 MODEL is a folder or hub name: a checkpoint, or the base model for the zero-shot row. The prompt is
 rendered by the function that training uses (Figures 5 and 6; --format python: iTool's calls).
-Greedy, 1,024 tokens. A response's first tag decides: a call inside or after an <answer> is none.
+Greedy, 1,024 tokens. On BFCL and API-Bank a response's first tag decides: a call inside or after an
+<answer> is none. On our examples the verdict is training's (rewards.py): tags of both kinds are wrong.
 
 A case is a generator that yields an Example and is sent the response; `answer` advances all of them in
 lock step, one batched generate per round, so that one turn and forty steps are the same loop. A prompt
