@@ -8,7 +8,7 @@
     python data.py stats FILE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
     python data.py convert FILE OUT.jsonl [--name NAME]                one Example per line
 
-converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
+tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
 
@@ -37,7 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import rewards
-from converters import CONVERTERS, Conversation, Drop, guess
+from tasks.converters import CONVERTERS, Conversation, Drop, guess
 
 # ToolUPT Figure 5, verbatim.
 SYSTEM_PROMPT = """## Role
@@ -151,7 +151,7 @@ class Example:
 def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
     """Return the examples of a dataset; one line on stderr says what was left out.
 
-    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
+    name  a key of tasks.converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
     path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...;
           bfcl_half: "train" | "test"
     seed  of the toy world, of the halves, and of the choice among the answers of "hammer"
@@ -391,7 +391,7 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
     "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
     ImportError with the remedy where bfcl-eval is missing.
     """
-    import bfcl
+    from tasks import bfcl
 
     examples = []
     for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
@@ -610,7 +610,7 @@ def _no_tool(query: str, seed: str) -> str:
 
 
 def _toy(split_name: str, seed: int) -> list[Example]:
-    import toy
+    from tasks import toy
 
     name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
     if name not in TOY_SIZES:

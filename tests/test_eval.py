@@ -17,13 +17,11 @@ import bfcl_oracle
 import pytest
 from frozen import REPO, TOY
 
-import api_bank
-import bfcl
 import data
 import eval as evaluation
 import rewards
 import rollout
-import scores
+from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None,
@@ -712,7 +710,8 @@ import importlib.util, pathlib
 root = pathlib.Path(importlib.util.find_spec("bfcl_eval").origin).parent
 look = lambda: {str(p) for p in [*root.rglob("*"), *root.parent.glob("*")] if "__pycache__" not in str(p)}
 before = look()
-import os, bfcl
+import os
+from tasks import bfcl
 for name in bfcl.CATEGORIES: bfcl.entries(name)
 scratch = os.environ["BFCL_PROJECT_ROOT"]
 assert look() == before and pathlib.Path(scratch).exists()

@@ -81,7 +81,7 @@ def generate(
     n          number of rows
     seed       the same (split, seed, hard) gives the same rows
     hard       four to eight parameters, near-miss tools, two or three parallel calls; training experts noisy
-    per_world  rows that share one tool list (pretrain_toy.py reads a tool list once for several queries)
+    per_world  rows that share one tool list (tools/pretrain_toy.py reads a tool list once for several queries)
     max_tools  longest tool list, 1 to 6; no effect on the hard world
     """
     if split not in SPLITS:

@@ -1,4 +1,4 @@
-"""Train the tiny base model of the demo from scratch: `python pretrain_toy.py` writes toy_model/.
+"""Train the tiny base model of the demo from scratch: `python -m tools.pretrain_toy` writes toy_model/.
 
 The result has the skill but not the habit. Stage 1 teaches reading tool lists and copying names and values, on clean
 targets. Stage 2 teaches bad habits on the same world: parallel calls lose one, optional arguments are left out, a tool
@@ -8,7 +8,7 @@ model can do, and reinforcement learning has something to bring back. Only toy.p
 One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of one world attend to the
 shared tool list and to themselves (packing.py's layout, here with a dense mask), so the list is read once.
 
-    python pretrain_toy.py --minutes 28 --habit_minutes 4 --out toy_model
+    python -m tools.pretrain_toy --minutes 28 --habit_minutes 4 --out toy_model
 """
 
 import argparse
@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PIECES
 
 import data
-import toy
+from tasks import toy
 
 VOCABULARY = 1024
 ROPE_THETA = 1e6

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy
 
-import api_bank
-import bfcl
 import rewards
+from tasks import api_bank, bfcl
 
 LABELS = {
     "overall_paper": "Overall (ToolUPT)",
