@@ -1,6 +1,6 @@
-"""README's performance picture and table, from the JSON files that the other scripts left in bench/.
+"""The picture and table under "Performance" in bench/README.md, from the JSON files that the other scripts left there.
 
-    python bench/plot.py               writes bench/performance.png and the lines between README's two bench marks
+    python bench/plot.py     writes bench/performance.png and the lines between the two markers in bench/README.md
 
 Only what was measured is drawn and listed.
 """
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 OURS, THEIRS = "#1f77b4", "#c44e52"
 PARTS = {"rollout": "rollout", "reward": "reward", "advantage": "advantage", "update": "training part",
          "records": "records", "sync": "weight sync"}  # fmt: skip
-MARKS = "<!-- bench -->\n", "<!-- /bench -->\n"
+MARKERS = "<!-- bench -->\n", "<!-- /bench -->\n"
 
 
 def read(name: str) -> dict | None:
@@ -179,13 +179,13 @@ def main() -> None:
     searches = read("mcts") or {}
     machines = [file["machine"] for file in [*files.values(), *searches.values()]]
     lines = table(rows, *(files.get(name) for name in names), searches)
-    picture = ["![performance](bench/performance.png)", ""] if panels else []
+    picture = ["![performance](performance.png)", ""] if panels else []
     text = "\n".join([*lines, "", *picture, *conditions(machines)]) + "\n"
-    readme = common.REPO / "README.md"
-    before, _, rest = readme.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    assert rest, f"README.md has no line {MARKS[0]!r}"
-    readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+    readme = common.BENCH / "README.md"
+    before, _, rest = readme.read_text().partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    assert rest, f"{readme} has no line {MARKERS[0]!r}"
+    readme.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
     print(text)
 
 
