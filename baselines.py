@@ -20,8 +20,8 @@ The expert's behaviour probability is taken as 1: its importance ratio is p, and
 Departures from the papers:
 1. LUFFY has neither std in A nor a clip on rollouts, as in its script. Its equations have both; on
    strictly on-policy data a clip does nothing.
-2. LUFFY takes the token mean of its Eq. 5. Its script divides by the constant 8192 instead, whatever
-   the number of rows: pass num_tokens=8192 for that.
+2. LUFFY takes the token mean of its Eq. 5. Its script divides by the constant 8192 instead,
+   whatever the number of rows: pass num_tokens=8192 for that.
 3. SRFT keeps the printed signs of H, with H per row as in the HPT re-implementation. The official
    code, known second-hand, has exp(+H) in w_sft where the paper argues for exp(-H). variant="hpt"
    is the re-implementation: always shaped. Its script also takes A without std and

@@ -26,10 +26,11 @@ Departures from the ToolUPT paper:
 GRPO takes the sequence mean of Eq. 2, although veRL's default is the token mean, which the paper
 presents as DAPO's change.
 
-Denominators (num_tokens, num_responses) are meant to be those of the whole optimiser step, as Eqs. 2
-and 18 print them; veRL averages over micro-batches instead. They default to the local count: with
-micro-batches or several ranks pass the count of the whole step. Then losses, gradients and stats of
-the parts add up to those of the whole. Stats carry the loss's own denominator:
+Denominators (num_tokens, num_responses) are meant to be those of the whole optimiser step, as
+Eqs. 2 and 18 print them; veRL averages over micro-batches instead. They default to the local
+count: with micro-batches or several ranks pass the count of the whole step. Then losses,
+gradients and stats of the parts add up to those of the whole. Stats carry the loss's own
+denominator:
     clip_ratio   share of tokens (GSPO: responses) whose gradient the clip removed
     approx_kl    mean of old_logps - logps, nats per token
 In Dr.GRPO both are shares of N * max_length tokens, like its loss.

@@ -19,8 +19,8 @@ Departures from the paper, and choices where it is silent:
  3. r is R(s') - R(s), the benefit of the action; the other order would reward harm.
  4. C is the exact expectation over the normalised probabilities of the four options, of which the
     paper's average over four samples is an estimate.
- 5. C conditions on ground truth and response only: Eq. 7 also names the query and the tools, but the
-    prompt of Table 10, which we use, shows neither.
+ 5. C conditions on ground truth and response only: Eq. 7 also names the query and the tools, but
+    the prompt of Table 10, which we use, shows neither.
  6. p(a|s) = exp(mean log-prob): a product would make long fragments vanish from Eq. 5. It is taken
     at temperature 1, although samples are drawn at 1.5.
  7. "simulation" counts the roll-out steps after the leaf's own expansion (1 + 2 = depth 3); their

@@ -23,9 +23,9 @@ Departures from the paper:
    are those of the step's own prompts, so B = B-hat.
 6. Eq. 19 cuts an answer after as many tokens as "<answer>" has when tokenised alone.
 
-As printed, and unlike KTO, there is no reference model. N_exp and N_roll count all tokens, including
-those that are not preserved or whose advantage is not negative. A = 0 is not rejected. The entropy
-bonus is left to the caller, outside the mix of Eq. 23, which does not show it.
+As printed, and unlike KTO, there is no reference model. N_exp and N_roll count all tokens,
+including those that are not preserved or whose advantage is not negative. A = 0 is not rejected.
+The entropy bonus is left to the caller, outside the mix of Eq. 23, which does not show it.
 
 Denominators (num_tokens, num_expert_tokens) default to the local count. With micro-batches or
 several ranks pass the count of the whole optimiser step: then losses, gradients and stats of the
