@@ -1121,7 +1121,7 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
     (c / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = scores.report(c)
-    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 verdicts are wrong because" in text
+    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 cases count as wrong because" in text
 
 
 def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
@@ -1192,7 +1192,7 @@ def test_error_types_of_a_file(tmp_path, capsys):
     path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
     evaluation.main(["--errors", str(path)])
     assert "answer: 0 of 1 without error" in capsys.readouterr().out
-    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "holds no line")):
+    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "is empty")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             evaluation.main(["--errors", str(path)])
@@ -1226,7 +1226,7 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[{]", "level-1-api.json is no JSON"), ("[{}]", "sample 0: KeyError")]
+    ("text", "message"), [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")]
 )
 def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
     for name in api_bank.FILES.values():
