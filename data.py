@@ -8,7 +8,7 @@
     python data.py stats FILE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
     python data.py convert FILE OUT.jsonl [--name NAME]                one Example per line
 
-tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
+converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
 
@@ -151,7 +151,7 @@ class Example:
 def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
     """Return the examples of a dataset; one line on stderr says what was left out.
 
-    name  a key of tasks.converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
+    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
     path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...;
           bfcl_half: "train" | "test"
     seed  of the toy world, of the halves, and of the choice among the answers of "hammer"
