@@ -37,7 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import rewards
-from converters import CONVERTERS, Conversation, Drop, guess, json_object
+from tasks.converters import CONVERTERS, Conversation, Drop, guess, json_object
 
 # ToolUPT Figure 5, verbatim.
 SYSTEM_PROMPT = """## Role
@@ -391,7 +391,7 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
     "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
     ImportError with the remedy where bfcl-eval is missing.
     """
-    import bfcl
+    from tasks import bfcl
 
     examples = []
     for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
@@ -610,7 +610,7 @@ def _no_tool(query: str, seed: str) -> str:
 
 
 def _toy(split_name: str, seed: int) -> list[Example]:
-    import toy
+    from tasks import toy
 
     name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
     if name not in TOY_SIZES:

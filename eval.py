@@ -44,14 +44,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
-import api_bank
-import bfcl
 import data
 import model as modeling
 import rewards
 import rollout
-import scores
-from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
+from tasks import api_bank, bfcl, scores
+from tasks.bfcl import columns  # noqa: F401  the aggregator is part of this program's face
 
 ONLY = {  # flags of one benchmark, and their value where they are not given
     "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),

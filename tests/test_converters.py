@@ -1,4 +1,4 @@
-"""converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
+"""tasks/converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
 
 import json
 import random
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import converters
 import data
-from converters import CONVERTERS, Conversation, Drop, guess, parse_calls
+from tasks import converters
+from tasks.converters import CONVERTERS, Conversation, Drop, guess, parse_calls
 from data import convert
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "raw_samples"

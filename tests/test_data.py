@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from converters import Conversation
+from tasks.converters import Conversation
 from data import Example, load, load_with_drops, messages, render, target_ids
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "data.json").read_text())

@@ -17,13 +17,11 @@ import bfcl_oracle
 import pytest
 from frozen import REPO, TOY
 
-import api_bank
-import bfcl
 import data
 import eval as evaluation
 import rewards
 import rollout
-import scores
+from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None,
@@ -743,7 +741,8 @@ import importlib.util, pathlib
 root = pathlib.Path(importlib.util.find_spec("bfcl_eval").origin).parent
 look = lambda: {str(p) for p in [*root.rglob("*"), *root.parent.glob("*")] if "__pycache__" not in str(p)}
 before = look()
-import os, bfcl
+import os
+from tasks import bfcl
 for name in bfcl.CATEGORIES: bfcl.entries(name)
 scratch = os.environ["BFCL_PROJECT_ROOT"]
 assert look() == before and pathlib.Path(scratch).exists()
@@ -1181,7 +1180,7 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
     (c / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = scores.report(c)
-    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 verdicts are wrong because" in text
+    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 cases count as wrong because" in text
 
 
 def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
@@ -1252,7 +1251,7 @@ def test_error_types_of_a_file(tmp_path, capsys):
     path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
     evaluation.main(["--errors", str(path)])
     assert "answer: 0 of 1 without error" in capsys.readouterr().out
-    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "holds no line")):
+    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "is empty")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             evaluation.main(["--errors", str(path)])
