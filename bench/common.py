@@ -129,7 +129,8 @@ def machine() -> dict:
         except PackageNotFoundError:
             pass
     git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False)
+    commit = found.stdout.strip() if found else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads, ranks = os.environ.get("OMP_NUM_THREADS"), os.environ.get("LOCAL_WORLD_SIZE")
     command = f"OMP_NUM_THREADS={threads} " if threads else ""
