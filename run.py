@@ -138,7 +138,6 @@ class Run:
             trust_remote_code=config.trust_remote_code,
         )
         self.engine.sleep()
-        torch.manual_seed(config.seed)  # adapters start at random, equal on all ranks
         self.model, _ = modeling.load(
             config.model_name_or_path,
             lora_rank=config.lora_rank,
@@ -147,8 +146,8 @@ class Run:
             gradient_checkpointing=config.gradient_checkpointing,
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
         )
-        self.model = modeling.shard(self.model)
         self.optimizer = modeling.optimizer(
             self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )

@@ -2,22 +2,30 @@
 
 import json
 import shutil
+import tempfile
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import model as library
@@ -80,7 +88,10 @@ def randomise_adapters(network):
     generator = torch.Generator().manual_seed(3)
     for name, parameter in network.named_parameters():
         if "lora_" in name:
-            parameter.data.normal_(std=0.1, generator=generator)  # larger ones saturate
+            drawn = torch.empty(parameter.shape).normal_(std=0.1, generator=generator)
+            if isinstance(parameter, DTensor):
+                drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements)
+            parameter.data.copy_(drawn)  # larger ones saturate
 
 
 def gradients(network):
@@ -153,7 +164,9 @@ def test_the_folder_of_a_run_names_its_checkpoint(tmp_path, monkeypatch):
         library.check_folder(".")
     for name in ("checkpoint-2", "checkpoint-2-state"):
         (tmp_path / name).mkdir()
-        with pytest.raises(ValueError, match="no config.json in this folder; take .*/checkpoint-2$"):
+        with pytest.raises(
+            ValueError, match="no config.json in this folder; take .*/checkpoint-2$"
+        ):
             library.check_folder(str(tmp_path))
     with pytest.raises(ValueError, match="; take .*/checkpoint-2$"):
         library.check_folder(str(tmp_path / "checkpoint-2-state"))
@@ -168,6 +181,192 @@ def test_load_refuses_a_missing_folder_and_missing_weights(folders, tmp_path):
     (tmp_path / "llama/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="9 weights are missing, model.layers.2"):
         library.load(tmp_path / "llama")
+
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+CHECKPOINTS = {
+    "tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "llama3": LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=LLAMA_3_ROPE),
+}
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_ranks_read_by_shard_what_from_pretrained_reads(tmp_path, capfd, kind, max_shard_size):
+    torch.manual_seed(1)
+    network = AutoModelForCausalLM.from_config(CHECKPOINTS[kind]).bfloat16()
+    network.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    tokenizer().save_pretrained(tmp_path)
+    for name in ("consolidated", "adapter_model"):  # other tensors of the same names
+        save_file(
+            {n: p * 2 for n, p in network.named_parameters()}, tmp_path / f"{name}.safetensors"
+        )
+    files = len(list(tmp_path.glob("model*.safetensors")))
+    assert files == 1 if max_shard_size == "5GB" else files > 1
+    on_ranks(2, compare_with_from_pretrained, tmp_path)
+    assert "reads all the weights" not in capfd.readouterr().out
+
+
+def compare_with_from_pretrained(rank, world, folder):
+    actual, _ = library.load(folder)
+    expected = plain(folder).train()
+    for (name, p), (other, q) in zip(
+        actual.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert name == other and torch.equal(whole(p), q) and p.dtype == torch.float32
+        assert isinstance(p, DTensor) and p.to_local().shape[0] == (q.shape[0] + 1 - rank) // 2
+    buffers = dict(expected.named_buffers())
+    assert buffers and all(torch.equal(b, buffers[n]) for n, b in actual.named_buffers())
+    ids = torch.arange(40)[None] % 61  # beyond the original length of the rope
+    assert torch.equal(actual(ids).logits, expected(ids).logits)
+    expected = library.shard(expected)
+    for packed in MICRO_BATCHES[rank::2]:
+        logps = [response_logps(network, packed) for network in (actual, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*logps))
+    for network in (actual, expected):
+        backward(network, MICRO_BATCHES[rank::2])
+    actual, expected = gradients(actual), gradients(expected)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_a_rank_holds_its_share_only_while_it_loads(tmp_path):
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 16_000}
+    config = LlamaConfig(**SHAPE | shape | {"num_hidden_layers": 4}, tie_word_embeddings=False)
+    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network.save_pretrained(tmp_path, max_shard_size="50MB")
+    tokenizer().save_pretrained(tmp_path)
+    size = 4 * sum(p.numel() for p in network.parameters())
+    assert size > 350e6
+    del network
+    on_ranks(2, watch_growth, tmp_path, 1.3 * size / 2)
+
+
+def watch_growth(rank, world, folder, limit):
+    done, grown, start = threading.Event(), [], anonymous_bytes()
+
+    def watch():
+        while not done.wait(0.005):
+            grown.append(anonymous_bytes() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    network, _ = library.load(folder)
+    done.set()
+    thread.join()
+    held = sum(p.to_local().nbytes for p in network.parameters())
+    assert 0.8 * held < max(grown) < limit, f"grew by {max(grown)} bytes, holds {held}"
+
+
+def anonymous_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    return int(status["RssAnon"].split()[0]) * 1024
+
+
+def test_adapters_are_the_same_on_any_number_of_ranks(folders):
+    one, two = (
+        {name: p for name, p in network.named_parameters() if "lora_" in name}
+        for network in (library.load(folders / "llama", lora_rank=3, seed=s)[0] for s in (7, 8))
+    )
+    on_ranks(2, compare_adapters, folders / "llama", one)
+    for name in one:
+        bound = one[name].shape[1] ** -0.5  # peft's: kaiming_uniform_(a=sqrt(5))
+        assert one[name].abs().max() <= bound and "lora_A" in name or not one[name].any()
+        assert torch.equal(one[name], two[name]) == ("lora_B" in name)
+
+
+def compare_adapters(rank, world, folder, expected):
+    network, _ = library.load(folder, lora_rank=3, seed=7)
+    adapters = {name: whole(p) for name, p in network.named_parameters() if "lora_" in name}
+    assert adapters.keys() == expected.keys()
+    assert all(torch.equal(adapters[name], expected[name]) for name in expected)
+
+
+def test_weights_under_other_names_are_read_by_transformers(folders, tmp_path, capsys):
+    plain(folders / "qwen2").model.save_pretrained(tmp_path)  # no prefix "model."
+    tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["Qwen2ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network, _ = library.load(tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "renames or reshapes model.embed_tokens.weight" in out
+    expected = plain(folders / "qwen2").state_dict()
+    assert all(torch.equal(p, expected[n]) for n, p in network.named_parameters())
+
+
+def test_experts_are_converted_by_transformers(tmp_path, capsys):
+    shape = SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    network, _ = library.load(tmp_path)
+    assert "transformers converts those of qwen3_moe" in capsys.readouterr().out
+    expected = plain(tmp_path).state_dict()
+    assert all(torch.equal(p, expected[n]) for n, p in network.named_parameters())
+
+
+def test_a_tied_head_that_differs_on_disk_is_not_tied(folders, tmp_path, capsys):
+    shutil.copytree(folders / "llama", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    network, _ = library.load(tmp_path)
+    assert "lm_head.weight is tied and on disk" in capsys.readouterr().out
+    assert not torch.equal(network.lm_head.weight, network.model.embed_tokens.weight)
+
+
+def test_adapters_alone_are_no_model(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="no model.safetensors in this folder"):
+        library.load(tmp_path)
+
+
+def test_a_missing_part_of_the_weights_is_named(folders, tmp_path):
+    plain(folders / "llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path)
+    [part] = tmp_path.glob("model-00002-*")
+    part.unlink()
+    with pytest.raises(ValueError, match=part.name) as caught:
+        library.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [
+    GPTNeoXConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=4, hidden_dropout=0.5, attention_dropout=0.5),
+    FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                 hidden_dropout=0.5, attention_dropout=0.5),
+    PhiConfig(**SHAPE, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_dropout_under_other_names_is_off(tmp_path, config):
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    network, _ = library.load(tmp_path)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert network.training and torch.equal(network(ids).logits, plain(tmp_path).eval()(ids).logits)
+
+
+def test_a_generation_config_that_could_not_be_saved_is_repaired(folders, tmp_path):
+    shutil.copytree(folders / "llama", tmp_path / "a")
+    file = tmp_path / "a/generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}))
+    network, words = library.load(tmp_path / "a")
+    library.save(network, words, tmp_path / "b")
+    saved = json.loads((tmp_path / "b/generation_config.json").read_text())
+    assert saved["temperature"] == 0.6 and saved["do_sample"] and saved["eos_token_id"] == [1, 2]
+    file.write_text(json.dumps({"num_beams": 1, "num_return_sequences": 3}))
+    with pytest.raises(ValueError, match="correct or delete its generation_config.json"):
+        library.load(tmp_path / "a")
 
 
 # full_tensors and save
@@ -292,8 +491,7 @@ def test_shard_needs_a_process_group(folders):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fsdp_equals_one_process(folders, tmp_path, world):
-    arguments = (world, folders, tmp_path)  # fork: the ranks need not import everything again
-    mp.start_processes(worker, arguments, nprocs=world, start_method="fork")
+    on_ranks(world, train_and_save, folders, tmp_path)
     for kind, lora_rank in RUNS[:world]:
         results = torch.load(tmp_path / f"{kind}.pt")
         network, _ = library.load(folders / kind, lora_rank=lora_rank)
@@ -328,19 +526,30 @@ def one_step(network):
     step.step()
 
 
-def worker(rank, world, folders, out):
-    """One rank of `test_fsdp_equals_one_process`; rank 0 leaves what it saw in `out`."""
+def on_ranks(world, work, *arguments):
+    """Runs work(rank, world, *arguments) on gloo ranks; what fails there fails here."""
+    with tempfile.TemporaryDirectory() as folder:  # fork: ranks need not import everything again
+        everything = (f"{folder}/store", world, work, *arguments)
+        mp.start_processes(rank_of, everything, nprocs=world, start_method="fork")
+
+
+def rank_of(rank, store, world, work, *arguments):
     torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "store"), world)
+    store = dist.FileStore(store, world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    mesh = init_device_mesh("cpu", (world,))
+    work(rank, world, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_and_save(rank, world, folders, out):
+    """One rank of `test_fsdp_equals_one_process`; rank 0 leaves what it saw in `out`."""
     for kind, lora_rank in RUNS[:world]:
         checkpointing = lora_rank > 0
         network, words = library.load(
             folders / kind, lora_rank=lora_rank, gradient_checkpointing=checkpointing
         )
         randomise_adapters(network)
-        network = library.shard(network, mesh)
         assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
         with torch.no_grad():  # leaves the root gathered
             response_logps(network, MICRO_BATCHES[0])
@@ -352,8 +561,7 @@ def worker(rank, world, folders, out):
         result["after"] = {n: t.clone() for n, t in library.full_tensors(network)}
         library.save(network, words, out / kind)
 
-        half, _ = library.load(out / kind)
-        half = library.shard(half, mesh, compute_dtype=torch.bfloat16)
+        half, _ = library.load(out / kind, compute_dtype=torch.bfloat16)
         with torch.no_grad():  # leaves bf16 weights in the root
             response_logps(half, MICRO_BATCHES[0])
         masters = list(library.full_tensors(half))
@@ -365,4 +573,3 @@ def worker(rank, world, folders, out):
         if rank == 0:
             torch.save(result, out / f"{kind}.pt")
         dist.barrier()
-    dist.destroy_process_group()
