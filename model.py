@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -200,9 +201,10 @@ def adapter_norm(model: nn.Module) -> float:
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole weight of the plain transformers model, one at a time, all ranks together.
 
-    Adapters are merged in fp32 and have no names of their own. Tied embeddings come under both of
-    their names: a sampler that is sent the embedding alone keeps its old LM head. Never a second
-    copy of the model: a rank holds one whole weight more, unless the caller keeps them.
+    Trained and merged weights are fp32; frozen ones come in their own dtype. Adapters have no names
+    of their own. Tied embeddings come under both of their names: a sampler that is sent the
+    embedding alone keeps its old LM head. Never a second copy of the model: a rank holds one whole
+    weight more, unless the caller keeps them.
     """
     base = _transformer(model)
     modules = dict(base.named_modules())
@@ -215,7 +217,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             whole = originals[owner + ".weight"]() if originals else _full(tensor)
             yield owner + ".weight", whole.float() + _lora_update(modules[owner])
         else:
-            yield name.replace(".base_layer.", "."), _full(tensor).float()
+            yield name.replace(".base_layer.", "."), _full(tensor)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
@@ -234,11 +236,14 @@ def optimizer(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.01,
+    *,
+    offload: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over the trained parameters; make it after `shard`. Two groups: matrices, the rest.
 
     lr, betas     as in torch.optim.AdamW
     weight_decay  of the matrices (ndim >= 2); biases and norms are not decayed
+    offload       the moments, 8 bytes per parameter, stay in the host's memory: see HostAdamW
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -246,7 +251,50 @@ def optimizer(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)  # one pass over each shard
+    kind = HostAdamW if offload else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, fused=True)  # one pass over each shard
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW, to the bit, with its moments in pinned host memory outside the step.
+
+    The step takes one parameter's moments to the device at a time and back. Beyond the weights and
+    gradients a GPU holds the moments of one parameter; 16 bytes per parameter cross the bus.
+    """
+
+    def step(self, closure=None):
+        assert closure is None, "the step is taken once"
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    self._move_moments(parameter, parameter.device)
+                    self.param_groups = [group | {"params": [parameter]}]
+                    super().step()
+                    self._move_moments(parameter, "cpu")
+        finally:
+            self.param_groups = groups
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies to the host are asynchronous
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # onto the parameters' devices
+        for parameter in self.state:
+            self._move_moments(parameter, "cpu")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def _move_moments(self, parameter, device):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in self.state[parameter]:
+                moment = self.state[parameter][name]
+                local = moment.to_local() if isinstance(moment, DTensor) else moment
+                if local.is_cuda and device == "cpu":
+                    host = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
+                    local.data = host.copy_(local, non_blocking=True)
+                else:
+                    local.data = local.to(device, non_blocking=True)
 
 
 def save(
@@ -278,7 +326,7 @@ def save(
         if not first or name not in plan.tensor_to_filename:  # the second name of tied weights
             continue
         file = plan.tensor_to_filename[name]
-        files[file][name] = tensor.cpu().contiguous()
+        files[file][name] = tensor.float().cpu().contiguous()
         if len(files[file]) == len(plan.filename_to_tensors[file]):
             save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
     if first:
@@ -554,16 +602,45 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def check_disk(path: Path, needed: int) -> None:
+def check_checkpoints(path: Path, model: nn.Module, count: int) -> None:
+    """ValueError on all ranks where `count` checkpoints of the model do not fit beside `path`.
+
+    A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
+    trained one for resuming; adapters lie there once more, as peft reads them.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(tensor.nbytes for tensor in _shapes(_transformer(model)).values()) + 12 * trained
+    size += 4 * trained * hasattr(model, "peft_config")
+    check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
+
+
+def check_disk(path: Path, needed: int, what: str = "the model") -> None:
     """ValueError on all ranks where rank 0 has not `needed` bytes and 5 % more free at `path`."""
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
     free = [shutil.disk_usage(folder).free]
     if dist.is_initialized():
         dist.broadcast_object_list(free, src=0)
     if free[0] < 1.05 * needed:
         raise ValueError(
-            f"{path}: the model needs {needed / 1e9:.1f} GB, {free[0] / 1e9:.1f} GB are free; "
-            "make room or choose another --output_dir"
+            f"{path}: {what} and 5 % of slack need {1.05 * needed / 1e9:.1f} GB, "
+            f"{free[0] / 1e9:.1f} GB are free; make room, choose another --output_dir, "
+            "or keep fewer checkpoints (--save_total_limit)"
+        )
+
+
+def check_gpu() -> None:
+    """ValueError where the machine has a GPU that this PyTorch cannot use: no silent CPU run."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, check=False, capture_output=True, text=True)
+    if found.returncode == 0 and found.stdout.strip():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+        raise ValueError(
+            f"there is a GPU ({found.stdout.splitlines()[0]}: name, driver), but this PyTorch, "
+            f"{torch.__version__} for {built}, cannot use it: update the driver or install the "
+            'build that matches it; CUDA_VISIBLE_DEVICES="" trains on the CPU'
         )
 
 

@@ -151,8 +151,8 @@ class Run:
         self.optimizer = modeling.optimizer(
             self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
-        weights = sum(4 * parameter.numel() for parameter in self.model.parameters())
-        modeling.check_disk(self.out / "checkpoint", 4 * weights)  # model, and again with 2 moments
+        count = max(1, config.save_total_limit + 1 - len(saved_steps(self.out)))
+        modeling.check_checkpoints(self.out / "checkpoint", self.model, count)
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_shared()
         if self.rank == 0:

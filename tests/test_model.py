@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -372,6 +379,18 @@ def test_a_generation_config_that_could_not_be_saved_is_repaired(folders, tmp_pa
 # full_tensors and save
 
 
+def test_frozen_weights_are_handed_over_in_their_own_dtype(folders):
+    network, _ = library.load(folders / "llama", lora_rank=2)
+    randomise_adapters(network)
+    for name, parameter in network.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    tensors = dict(library.full_tensors(network))
+    merged = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert len(merged) == 2 * 7 and all("proj" in name for name in merged)
+    assert {t.dtype for n, t in tensors.items() if n not in merged} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_tensors_are_the_weights_with_tied_heads_twice(folders, kind):
     network, _ = library.load(folders / kind)
@@ -435,13 +454,48 @@ def test_save_replaces_the_older_folder(folders, tmp_path):
 def test_save_checks_the_disk_before_it_writes(folders, tmp_path, monkeypatch):
     network, words = library.load(folders / "qwen2")
     size = sum(4 * p.numel() for p in network.parameters())
-    usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9, size))
-    with pytest.raises(ValueError, match="are free; make room or choose another --output_dir"):
+    leave_free(monkeypatch, size)
+    with pytest.raises(ValueError, match="are free; make room, choose another --output_dir"):
         library.save(network, words, tmp_path / "new/best")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 0, 2 * size))
+    leave_free(monkeypatch, 2 * size)
     library.save(network, words, tmp_path / "new/best")
+
+
+def leave_free(monkeypatch, size):
+    usage = SimpleNamespace(total=10**9, used=0, free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_room_for_checkpoints_is_what_they_take(folders, tmp_path, monkeypatch, lora_rank):
+    network, _ = library.load(folders / "qwen2", lora_rank=lora_rank)
+    matrix = 61 * 32 + 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)
+    model = matrix + 2 * (32 + 2 * 16) + 5 * 32  # biases of q, k, v; norms
+    inputs_and_outputs = 32 + 32 + 2 * (32 + 16) + 32 + 32 + 3 * (32 + 48)
+    trained = 2 * 2 * inputs_and_outputs if lora_rank else model
+    size = 4 * model + (16 if lora_rank else 12) * trained
+    leave_free(monkeypatch, int(1.05 * 3 * size) + 1)
+    library.check_checkpoints(tmp_path / "run", network, 3)
+    leave_free(monkeypatch, int(1.05 * 3 * size) - 1)
+    with pytest.raises(ValueError, match="3 checkpoints of 0.0 GB and .*--save_total_limit"):
+        library.check_checkpoints(tmp_path / "run", network, 3)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H100, 450.80\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match='H100, 450.80.*CUDA_VISIBLE_DEVICES=""'):
+        library.check_gpu()
+    tool.write_text("#!/bin/sh\nexit 9\n")  # no driver
+    library.check_gpu()
+    tool.write_text("#!/bin/sh\necho NVIDIA H100, 450.80\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    library.check_gpu()
 
 
 # optimiser
@@ -466,6 +520,54 @@ def test_optimizer_takes_adapters_only(folders):
     named = {id(p): name for name, p in network.named_parameters()}
     names = [named[id(p)] for group in step.param_groups for p in group["params"]]
     assert len(names) == 2 * 2 * 7 and all("lora" in name for name in names)
+
+
+def test_moments_on_the_host_change_nothing(folders):
+    on_ranks(2, compare_optimizers, folders / "qwen2")
+
+
+def compare_optimizers(rank, world, folder):
+    """Three steps, the last after a way through a state dict, as a checkpoint takes it."""
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights = []
+    for offload in (False, True):
+        network, _ = library.load(folder)
+        step = library.optimizer(network, 1e-2, (0.8, 0.9), 0.1, offload=offload)
+        assert isinstance(step, library.HostAdamW) == offload
+        for i in range(3):
+            backward(network, MICRO_BATCHES[rank::2])
+            if i == 2:
+                _, moments = get_state_dict(network, step, options=options)
+                step = library.optimizer(network, 1e-2, (0.8, 0.9), 0.1, offload=offload)
+                set_state_dict(
+                    network, step, model_state_dict={}, optim_state_dict=moments, options=options
+                )
+            step.step()
+            step.zero_grad()
+            assert len(step.param_groups) == 2 and len(step.param_groups[0]["params"]) > 1
+        weights.append([whole(p) for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_moments_leave_the_gpu():
+    def trained(offload):
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
+        size = sum(4 * p.numel() for p in layers.parameters())
+        start = torch.cuda.memory_allocated()
+        step = library.optimizer(layers, 1e-2, offload=offload)
+        for _ in range(3):
+            layers(torch.ones(2, 1024, device="cuda")).square().mean().backward()
+            step.step()
+            step.zero_grad()
+        held = torch.cuda.memory_allocated() - start
+        return [p.detach().clone() for p in layers.parameters()], held / size, step
+
+    (there, held, _), (here, rest, step) = trained(False), trained(True)
+    assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+    assert 1.9 < held < 2.1 and rest < 0.1
+    assert all(state["exp_avg"].is_pinned() for state in step.state.values())
 
 
 def test_clip_grad_norm(folders):
