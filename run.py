@@ -55,6 +55,7 @@ import itool
 import model as modeling
 import report
 import rollout
+from bench import plan
 
 MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
     "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
@@ -111,6 +112,12 @@ class Run:
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
         check_context(config, self.longest())
+        skeleton = modeling.skeleton(
+            config.model_name_or_path, trust_remote_code=config.trust_remote_code
+        )
+        self.gpu_share, arithmetic = plan.check_room(config, skeleton)
+        if arithmetic:
+            self.say(arithmetic)
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
@@ -131,7 +138,7 @@ class Run:
             config.model_name_or_path,
             max_model_len=self.longest(),
             max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             logprobs_mode="raw_logprobs" if config.stages == "itool" else "processed_logprobs",
             seed=config.seed,
