@@ -126,7 +126,7 @@ def skeleton(
     """The model without dropout and without storage (meta device): its names, shapes and layers."""
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
+        for name, value in [*vars(part).items()]:
             if "drop" in name and isinstance(value, float):  # training mode would turn it on
                 setattr(part, name, 0.0)
     with torch.device("meta"), meta_device_safe_creation_ops():

@@ -57,6 +57,16 @@ MICRO_BATCHES = [  # two optimiser micro-batches for each of two ranks, of unequ
 ]
 
 
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Also where there is a GPU, but for the tests that ask for it: exact comparisons need fp32."""
+    if "on_a_gpu" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """Two checkpoints as transformers writes them."""
@@ -284,15 +294,26 @@ def test_adapters_are_the_same_on_any_number_of_ranks(folders):
         {name: p for name, p in network.named_parameters() if "lora_" in name}
         for network in (library.load(folders / "llama", lora_rank=3, seed=s)[0] for s in (7, 8))
     )
-    on_ranks(2, compare_adapters, folders / "llama", one)
+    on_ranks(2, compare_adapters, folders / "llama", one, "none")
     for name in one:
         bound = one[name].shape[1] ** -0.5  # peft's: kaiming_uniform_(a=sqrt(5))
         assert one[name].abs().max() <= bound and "lora_A" in name or not one[name].any()
         assert torch.equal(one[name], two[name]) == ("lora_B" in name)
 
 
-def compare_adapters(rank, world, folder, expected):
-    network, _ = library.load(folder, lora_rank=3, seed=7)
+def test_a_quantised_model_is_whole_on_every_rank_with_the_same_adapters(folders, capfd):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    network, _ = library.load(folders / "llama", lora_rank=3, seed=7, quant="4bit")
+    adapters = {name: p for name, p in network.named_parameters() if "lora_" in name}
+    capfd.readouterr()
+    on_ranks(2, compare_adapters, folders / "llama", adapters, "4bit")
+    assert capfd.readouterr().out.count("each rank reads all the weights (--quant 4bit)") == 1
+
+
+def compare_adapters(rank, world, folder, expected, quant):
+    network, _ = library.load(folder, lora_rank=3, seed=7, quant=quant)
+    sharded = isinstance(next(network.parameters()), DTensor)
+    assert sharded == (quant == "none")
     adapters = {name: whole(p) for name, p in network.named_parameters() if "lora_" in name}
     assert adapters.keys() == expected.keys()
     assert all(torch.equal(adapters[name], expected[name]) for name in expected)
@@ -309,6 +330,13 @@ def test_weights_under_other_names_are_read_by_transformers(folders, tmp_path, c
     assert out.count("\n") == 1 and "renames or reshapes model.embed_tokens.weight" in out
     expected = plain(folders / "qwen2").state_dict()
     assert all(torch.equal(p, expected[n]) for n, p in network.named_parameters())
+    on_ranks(2, compare_weights, tmp_path, expected)
+
+
+def compare_weights(rank, world, folder, expected):
+    network, _ = library.load(folder)
+    assert all(isinstance(p, DTensor) for p in network.parameters())
+    assert all(torch.equal(whole(p), expected[n]) for n, p in network.named_parameters())
 
 
 def test_experts_are_converted_by_transformers(tmp_path, capsys):
@@ -488,7 +516,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='H100, 450.80.*CUDA_VISIBLE_DEVICES=""'):
         library.check_gpu()
     tool.write_text("#!/bin/sh\nexit 9\n")  # no driver
@@ -549,8 +576,8 @@ def compare_optimizers(rank, world, folder):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_moments_leave_the_gpu():
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_moments_leave_the_gpu_on_a_gpu():
     def trained(offload):
         torch.manual_seed(0)
         layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
@@ -568,6 +595,35 @@ def test_moments_leave_the_gpu():
     assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
     assert 1.9 < held < 2.1 and rest < 0.1
     assert all(state["exp_avg"].is_pinned() for state in step.state.values())
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_sharded_model_and_its_moments_on_a_gpu(folders, tmp_path, lora_rank):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    try:
+        network, _ = library.load(folders / "llama", lora_rank=lora_rank)
+        assert all(p.is_cuda and isinstance(p, DTensor) for p in network.parameters())
+        frozen = {p.dtype for p in network.parameters() if not p.requires_grad}
+        assert frozen == ({torch.bfloat16} if lora_rank else set())
+        expected = plain(folders / "llama").state_dict()
+        for name, tensor in library.full_tensors(network):
+            assert torch.equal(tensor.cpu().float(), expected[name].to(tensor.dtype).float()), name
+        step = library.optimizer(network, 1e-2, offload=True)
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)
+        for _ in range(2):
+            network(torch.tensor([[1, 2, 3]], device="cuda")).logits.square().sum().backward()
+            step.step()
+            step.zero_grad()
+            assert all(s["exp_avg"].to_local().is_pinned() for s in step.state.values())
+            _, moments = get_state_dict(network, step, options=options)
+            set_state_dict(
+                network, step, model_state_dict={}, optim_state_dict=moments, options=options
+            )
+            assert not any(s["exp_avg_sq"].to_local().is_cuda for s in step.state.values())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_clip_grad_norm(folders):
@@ -637,6 +693,7 @@ def on_ranks(world, work, *arguments):
 
 def rank_of(rank, store, world, work, *arguments):
     torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False  # a GPU is not shared
     store = dist.FileStore(store, world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     work(rank, world, *arguments)
