@@ -339,7 +339,7 @@ def test_the_cache_stays_within_its_bytes(folder, model, engines, rows_made):
     settings = {"n": 7, "temperature": 1.0, "max_tokens": 20, "seeds": [1, 2, 3, 4, 5]}
     draw = lambda engine: engine.generate(prompts_of(90, 60, 33, 64, 17), **settings)
     got, batches = draw(small), list(rows_made)
-    assert len(batches) > 3 and all(s * c * per_token <= bound for s, c in batches), batches
+    assert len(batches) >= 3 and all(s * c * per_token <= bound for s, c in batches), batches
     assert sum(x.numel() * 4 for layer in small._storage for x in layer) <= bound
     ids = lambda groups: [[sample.token_ids for sample in group] for group in groups]
     assert ids(got) == ids(draw(engines("transformers")))
