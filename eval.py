@@ -436,7 +436,7 @@ def _answer_rest(options, cases, chosen, settings):
             tensor_parallel_size=options.tensor_parallel_size,
             dtype=options.dtype,
             seed=options.seed,
-            cpu_kv_bytes=2 << 30,  # nothing else needs the memory
+            kv_cache_bytes=2 << 30,  # nothing else needs the memory
             cpu_block=128,  # few responses share a prompt
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
