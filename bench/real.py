@@ -59,7 +59,7 @@ SFT = ["--lr_scheduler_type", "constant", "--warmup_ratio", "0"]  # an arm goes 
 SAMPLES = 4  # responses to a probed prompt
 ROLLOUT_BYTES = 14 * 2**20  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
 BFCL_CASES = 10  # the first of each single-turn category
-INTERRUPTED = (143, 130)  # train.py's exit codes after SIGTERM and Ctrl-C: all is saved
+INTERRUPTED = (143, 130, -15, -2)  # exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -76,6 +76,7 @@ def common_start(args: argparse.Namespace) -> None:
     import spo
     import train
 
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     train.init_distributed()
     settings = shared(args)
     torch.manual_seed(settings.seed)
@@ -239,7 +240,10 @@ def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
     if not over:
         if not ready["start"] and any(ARMS[arm][1] == "start" for arm in args.arms):
             found.append(("start", ["bench/real.py", *args.argv, "--only_start"]))
-        found += [(arm, arm_command(args, arm)) for arm in needed if ready[ARMS[arm][1]]]
+        for arm in needed:
+            if not ready[ARMS[arm][1]]:
+                break  # an arm further down must not take its place
+            found.append((arm, arm_command(args, arm)))
     for arm in args.arms:
         if (step := reached(args, arm)) and (step == args.max_steps or over):
             found += measurements(args, f"{arm}-{step}", args.output_dir / arm / f"checkpoint-{step}")
