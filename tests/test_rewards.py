@@ -513,6 +513,52 @@ def test_forms_by_hand(response, kind, empty, repeated):
     assert rewards.form(response) == rewards.Form(kind, empty, repeated)
 
 
+ONE = '{"name": "f", "params": {"a": 1, "b": "x"}}'
+
+
+@pytest.mark.parametrize(
+    "response, total",
+    [
+        # ways to write the same call
+        (f"<tool_call>[{ONE}]</tool_call>", 4),
+        (f"<tool_call>{ONE.replace('1', '1.0')}</tool_call>", 4),
+        (f"<tool_call>{ONE[:-1]}, \"thought\": [1]}}</tool_call>", 4),  # a key beside name, params
+        # text around the first block costs the format's point alone
+        (f"<think>f?</think><tool_call>{ONE}</tool_call>", 3),
+        (f"<tool_call>{ONE}</tool_call><tool_call>{ONE}</tool_call>", 3),
+        (f"<tool_call>{ONE}</tool_call><tool_call>no JSON", 3),
+        (f"<tool_call>{ONE}</tool_call>\0", 3),
+        # values that only look equal: half of the values, so r_param = (1 + 1/2) / 2
+        (f"<tool_call>{ONE.replace('1', 'true')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('1', chr(34) + '1' + chr(34))}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', 'X')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', 'x ')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', chr(0x445))}</tool_call>", 3.5),  # Cyrillic
+        # more calls or parameters than are due do not pay: 1/2; 1/10; (2/3 + 2/3) / 2
+        (f"<tool_call>[{ONE}, {ONE}]</tool_call>", 3),
+        (f"<tool_call>[{', '.join([ONE] * 10)}]</tool_call>", 1 + 6 * (2 + 1 / 10) / 3 - 3),
+        (f"<tool_call>{ONE.replace('}}', ', `c`: 0}}').replace('`', chr(34))}</tool_call>", 1 + 6 * (2 + 2 / 3) / 3 - 3),
+        # what is no JSON call
+        (f"<tool_call><tool_call>{ONE}</tool_call></tool_call>", -3),
+        (f"<tool_call>{ONE} ok</tool_call>", -2),
+        (f"<tool_call>{ONE}{ONE}</tool_call>", -2),
+        (f"<tool_call>[[{ONE}]]</tool_call>", -2),
+        (f"<tool_call>{ONE} // f</tool_call>", -2),
+        (f"<tool_call>\ufeff{ONE}</tool_call>", -2),
+        ('<tool_call>{"name": "f", "params": [["a", 1], ["b", "x"]]}</tool_call>', -2),
+        (ONE, -3),
+        # tags are these characters and no others
+        (f"<TOOL_CALL>{ONE}</TOOL_CALL>", -3),
+        (f"<tool_call >{ONE}</tool_call >", -3),
+        (f"\uff1ctool_call\uff1e{ONE}\uff1c/tool_call\uff1e", -3),
+        (f"<tool\u200b_call>{ONE}</tool\u200b_call>", -3),
+    ],
+)  # fmt: skip
+def test_near_misses_by_hand(response, total):
+    got = outcome(response, f"<tool_call>\n{ONE}\n</tool_call>")
+    assert got.total == pytest.approx(total)
+
+
 def test_wrong_kind_of_answer():
     assert outcome(ANSWER, CALL).total == -3
     assert outcome("<answer>x</answer>", CALL).format == 0
