@@ -23,6 +23,7 @@ Arms side by side share the card, so the seconds of one say little about its cos
 
 import argparse
 import ctypes
+import fcntl
 import gzip
 import hashlib
 import json
@@ -57,9 +58,9 @@ COLOURS = {
 }  # fmt: skip
 SFT = ["--lr_scheduler_type", "constant", "--warmup_ratio", "0"]  # an arm goes on as its start began
 SAMPLES = 4  # responses to a probed prompt
-ROLLOUT_BYTES = 14 * 2**20  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
+ROLLOUT_BYTES = 11 * 2**20  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
 BFCL_CASES = 10  # the first of each single-turn category
-INTERRUPTED = (143, 130)  # train.py's exit codes after SIGTERM and Ctrl-C: all is saved
+INTERRUPTED = (143, 130, -15, -2)  # exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -67,8 +68,6 @@ INTERRUPTED = (143, 130)  # train.py's exit codes after SIGTERM and Ctrl-C: all 
 
 def common_start(args: argparse.Namespace) -> None:
     """SFT until --start_share of sampled calls, and of all samples, are right; writes OUT/start and OUT/start.jsonl."""
-    import torch
-
     import data
     import model as modeling
     import packing
@@ -76,13 +75,12 @@ def common_start(args: argparse.Namespace) -> None:
     import spo
     import train
 
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     train.init_distributed()
     settings = shared(args)
-    torch.manual_seed(settings.seed)
     model, tokenizer = modeling.load(
-        settings.model_name_or_path, gradient_checkpointing=not settings.no_gradient_checkpointing
+        settings.model_name_or_path, gradient_checkpointing=not settings.no_gradient_checkpointing, seed=settings.seed
     )
-    model = modeling.shard(model)
     optimizer = modeling.optimizer(model, settings.sft_learning_rate, (0.9, 0.95), 0.01)
     longest = settings.max_prompt_length, settings.max_completion_length
     engine = rollout.make_engine(
@@ -158,10 +156,12 @@ def in_rows(pairs: list[tuple], budget: int) -> list[list[tuple]]:
 
 def drive(args: argparse.Namespace) -> None:
     """Start what can start, `jobs` arms and two measurements at a time, until all is done or the time is over."""
-    import run
-
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = run.lock(args.output_dir)
+    lock = open(args.output_dir / ".lock", "w")  # noqa: SIM115 - open as long as the driver runs
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another driver works in --output_dir {args.output_dir}: wait for it, or end it")
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
@@ -239,7 +239,10 @@ def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
     if not over:
         if not ready["start"] and any(ARMS[arm][1] == "start" for arm in args.arms):
             found.append(("start", ["bench/real.py", *args.argv, "--only_start"]))
-        found += [(arm, arm_command(args, arm)) for arm in needed if ready[ARMS[arm][1]]]
+        for arm in needed:
+            if not ready[ARMS[arm][1]]:
+                break  # an arm further down must not take its place
+            found.append((arm, arm_command(args, arm)))
     for arm in args.arms:
         if (step := reached(args, arm)) and (step == args.max_steps or over):
             found += measurements(args, f"{arm}-{step}", args.output_dir / arm / f"checkpoint-{step}")
@@ -356,7 +359,7 @@ def collect(args: argparse.Namespace) -> None:
         "machine": {**common.machine(), **({"commit": args.commit} if args.commit else {})},
         "commands": [f"python bench/real.py {' '.join(row['command'])}" for row in begun],
         "hours": round(hours(events), 3),
-        "note": f"up to {args.jobs} arms and two measurements ran side by side on one machine: see `beside`",
+        "notes": [f"up to {args.jobs} arms and two measurements ran side by side on one machine: see `beside`", *args.note],
         "model": settings.model_name_or_path,
         "seed": settings.seed,
         "data": {name: checksum(name) for name in (*settings.train_file, *settings.eval_file)},
@@ -538,8 +541,8 @@ def draw(path: Path) -> str:
             matched = [y and 100 * y for y in arm["rollouts"]["tokens_matched/calls"]]
             axes[3].plot(steps, smooth(matched), **style)
     for axis, title in zip(axes, (
-        f"calls, greedy, of {counts[0]} test rows", f"answers, greedy, of {counts[1]} test rows",
-        "reward of the rollouts, mean of ten updates", "expert tokens matched in calls, mean of ten updates",
+        f"test calls right, of {counts[0]}", f"test answers right, of {counts[1]}",
+        "reward of rollouts, mean of ten updates", "expert tokens matched, mean of ten updates",
     )):  # fmt: skip
         axis.set(title=title, xlabel="optimiser updates", ylabel="" if "reward" in title else "%")
         axis.grid(alpha=0.3)
@@ -616,6 +619,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--probe", type=int, default=64, help="training prompts that are sampled")
     add("--bfcl", nargs="*", default=["single_turn"], help="categories or groups; none: no BFCL")
     add("--commit", default="", help="for the record, where there is no git")
+    add("--note", nargs="+", default=[], help="sentences for the record")
     add("--only_start", action="store_true", help=argparse.SUPPRESS)
     add("--status", action="store_true", help="say where the run is")
     add("--collect", type=Path, metavar="FOLDER", help="write the record of the run as it is")
