@@ -622,15 +622,18 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def check_checkpoints(path: Path, model: nn.Module, count: int) -> None:
-    """ValueError on all ranks where `count` checkpoints of the model do not fit beside `path`.
+def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_rank: int = 0) -> None:
+    """ValueError on all ranks where `count` checkpoints do not fit beside `path`.
+
+    base  from `skeleton`; adapters are added to it
 
     A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
     trained one for resuming; adapters lie there once more, as peft reads them.
     """
+    size = sum(tensor.nbytes for tensor in _shapes(base).values())
+    model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(tensor.nbytes for tensor in _shapes(_transformer(model)).values()) + 12 * trained
-    size += 4 * trained * hasattr(model, "peft_config")
+    size += (16 if lora_rank > 0 else 12) * trained
     check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
 
 
