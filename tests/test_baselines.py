@@ -88,7 +88,7 @@ def mask_of(rows, width=None):
 
 
 def unpad(tensor, rows):
-    """The entries of the valid tokens; those of the padding must be exactly 0."""
+    """The entries of valid tokens; those of padding must be exactly 0."""
     for values, y in zip(tensor, rows, strict=True):
         assert (values[len(y) :] == 0).all(), values
     return [values[: len(y)].tolist() for values, y in zip(tensor, rows, strict=True)]
@@ -214,7 +214,7 @@ def test_chord_equals_the_loop(seed, mu, phi):
 
 
 def column_of(rows):
-    """The advantages of the oracles stand on every token; the row's is on its first."""
+    """The oracles repeat a row's advantage on every token; take the first."""
     return torch.tensor([y[0] for y in rows])
 
 

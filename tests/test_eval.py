@@ -426,7 +426,7 @@ class Chats:
 
 
 class Scripted:
-    """An engine that says what a script has for a case and step; the seed of the request tells which."""
+    """An engine that follows a script; the seed of a request identifies case and step."""
 
     def __init__(self, script: dict[str, list[str]], lengths=None, max_model_len=32768, seed=0):
         self.tokenizer, self.max_model_len, self.rounds = Chats(lengths), max_model_len, []
@@ -483,7 +483,7 @@ def test_a_model_that_never_stops_is_stopped(cases):
 
 @needs_bfcl
 def test_prompts_of_a_conversation(cases):
-    """Results, earlier turns, held-out functions: each stands in the prompt when it should, and not before."""
+    """Results, earlier turns, held-out functions: each is in the prompt when due, and not before."""
     entry, case = next(
         (e, c) for e, c in cases["multi_turn_miss_func"] if e.id == "multi_turn_miss_func_0"
     )
@@ -1102,7 +1102,7 @@ def test_bootstrap_against_a_slow_loop():
 
 
 def test_partial_columns_broken_calls_and_other_targets(tmp_path):
-    """What readers are told: parts of columns, answers that are none, figures that do not compare."""
+    """What readers are told: incomplete columns, unclean answers, figures that do not compare."""
     right = {"level_1": [True] * 4, "level_2": [True] * 2, "level_2_search": [True]}
     sizes = {"level_1": 4, "level_2": 9, "level_2_search": 1}
     a = fake_run(tmp_path / "a", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="x")
@@ -1212,8 +1212,8 @@ def test_error_types_of_a_file(tmp_path, capsys):
             [str(TOY), "--bench", "api_bank", "--api_bank", "nowhere"],
             "nowhere/level-1-api.json does not exist",
         ),
-        ([str(TOY), "--bench", "api_bank", "--half", "0"], "--half is of --bench bfcl"),
-        ([str(TOY), "--bench", "file", "--no_keep_steps"], "--no_keep_steps is of --bench bfcl"),
+        ([str(TOY), "--bench", "api_bank", "--half", "0"], "--half belongs to --bench bfcl"),
+        ([str(TOY), "--bench", "file", "--no_keep_steps"], "--no_keep_steps belongs to --bench bfcl"),
         ([str(TOY), "--bench", "file", "--file", "toy:test", "--max_tokens", "9216"], "leaves no room"),
     ],
 )
