@@ -50,18 +50,28 @@ FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo
 GRID_SEED = 1000  # of the runs that choose a learning rate
 PANELS = {  # title -> methods and their colours
     "imitation, and RL after it": {
-        "sft": "#1f77b4", "sft_dapo_star": "#ff7f0e", "sft_fg_dapo_star": "#2ca02c",
+        "sft": "#1f77b4",
+        "sft_dapo_star": "#ff7f0e",
+        "sft_fg_dapo_star": "#2ca02c",
     },
     "RL without expert responses in the loss": {
-        "grpo": "#8c564b", "dapo": "#e377c2", "dapo_star": "#bcbd22", "fg_dapo_star": "#17becf",
+        "grpo": "#8c564b",
+        "dapo": "#e377c2",
+        "dapo_star": "#bcbd22",
+        "fg_dapo_star": "#17becf",
     },
     "expert responses and rollouts in one stage": {
-        "luffy": "#9467bd", "srft": "#7f7f7f", "chord": "#e6ac00", "toolupt": "#d62728",
+        "luffy": "#9467bd",
+        "srft": "#7f7f7f",
+        "chord": "#e6ac00",
+        "toolupt": "#d62728",
     },
     "ToolUPT and its ablations": {
-        "toolupt": "#d62728", "toolupt_no_fgae": "#1b1b6b", "toolupt_no_spo": "#98df8a",
+        "toolupt": "#d62728",
+        "toolupt_no_fgae": "#1b1b6b",
+        "toolupt_no_spo": "#98df8a",
     },
-}  # fmt: skip
+}
 COLOURS = {algo: colour for panel in PANELS.values() for algo, colour in panel.items()}
 METHODS = [algo for algo in train.PRESETS if algo in COLOURS]
 COLUMNS = {
@@ -315,9 +325,11 @@ def draw(rows: list[dict], steps: int, out: Path) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Own flags, and `shared`, those for train.py, whose mistakes also end the program here."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@", allow_abbrev=False,
-    )  # fmt: skip
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     parser.add_argument(
         "--algos",
