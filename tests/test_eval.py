@@ -471,7 +471,7 @@ def play(cases, engine, **given) -> dict[str, dict]:
 
 @needs_bfcl
 def test_multi_turn_replay_through_the_loop(cases):
-    """Ground truth, one call per step: 200/200/200/198; two need 34 steps in a turn, 20 are allowed."""
+    """Ground truth, one call per step: 200/200/200/198; two need 34 steps, 20 are allowed."""
     pairs = [pair for name in bfcl.MULTI_TURN for pair in cases[name]]
     script = {e.id: sum(transcript(bfcl_oracle.turns_of(e)), []) for e, _ in pairs}
     engine = Scripted(script)
@@ -541,7 +541,7 @@ def test_prompts_of_a_conversation(cases):
 
 @needs_bfcl
 def test_messages_of_one_turn(cases):
-    """System messages become policy, earlier ones memory, the last the query; hints are shown only."""
+    """System messages become policy, earlier ones memory, the last the query; hints only shown."""
     seen = Counter()
     for entry, case in [
         pair for name in ("live_irrelevance", "simple_java") for pair in cases[name]
