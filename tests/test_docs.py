@@ -1,0 +1,36 @@
+"""README and docs: short enough, no dead link, and the example of README runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PAGES = [REPO / "README.md", REPO / "bench/README.md", *sorted((REPO / "docs").glob("*.md"))]
+
+
+def test_readme_is_short():
+    assert len((REPO / "README.md").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_what_a_page_names_exists(page):
+    """Links, relative to the page; paths in backquotes and recipes, relative to the repository."""
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    paths = re.findall(r"`((?:bench|docs|recipes|tasks|tests|tools)/[\w./-]*\w)`", text)
+    paths += re.findall(r"@(recipes/[\w.-]+)", text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    missing += [path for path in paths if not (REPO / path).exists()]
+    assert not missing
+
+
+def test_the_example_of_readme_runs():
+    code = re.search(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)[1]
+    code += "\nassert expert_logps.grad.abs().sum() > 0 and logps.grad.abs().sum() > 0"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
