@@ -1,4 +1,4 @@
-"""README and docs: short enough, no dead link, and the example of README runs."""
+"""README and docs: short enough, no dead link, no dead flag, and README's example runs."""
 
 import re
 import subprocess
@@ -25,6 +25,16 @@ def test_what_a_page_names_exists(page):
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [path for path in paths if not (REPO / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_flag_is_one_of_a_program(page):
+    """Its name occurs in the source; those of torchrun do not."""
+    torchrun = {"max_restarts", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}
+    folders = ("", "bench", "tasks", "tools")
+    source = "".join(p.read_text() for folder in folders for p in (REPO / folder).glob("*.py"))
+    names = set(re.findall(r"(?<![\w-])--(?:no_)?([a-z]\w*)(?![\w-])", page.read_text()))
+    assert not [n for n in names - torchrun if not re.search(rf"\b{n}\b", source)]
 
 
 def test_the_example_of_readme_runs():
