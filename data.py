@@ -37,7 +37,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import rewards
-from tasks.converters import CONVERTERS, Conversation, Drop, guess
+from tasks.converters import CONVERTERS, Conversation, Drop, guess, json_object
 
 # ToolUPT Figure 5, verbatim.
 SYSTEM_PROMPT = """## Role
@@ -631,7 +631,7 @@ def _bfcl_half(part: str, seed: int) -> tuple[list[Example], Counter]:
 
 def _own(row, number: int) -> Example:
     """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
-    if type(row) is dict and not row.get("target"):
+    if isinstance(row, dict) and not row.get("target"):
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
         raise ValueError(f"row {number} has no target, the expert response; {remedy}")
     try:
@@ -640,7 +640,7 @@ def _own(row, number: int) -> Example:
         texts = [example.id, example.query, example.target, example.kind, example.system]
         texts += [text for pair in example.history + example.steps for text in pair]
         tools = example.tools if type(example.tools) is list else [None]
-        if {*map(type, texts)} != {str} or any(type(tool) is not dict for tool in tools):
+        if {*map(type, texts)} != {str} or not all(isinstance(tool, dict) for tool in tools):
             raise ValueError("a field of the wrong type")
         if roles := {role for role, _ in example.history} - {"user", "assistant"}:
             raise ValueError(f"history with the role {min(roles)!r}, not user or assistant")
@@ -718,8 +718,9 @@ def _read(file: Path) -> list:
         rows = []
         for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else (), 1):
             where = f"line {number} of {file}"
-            rows += [json.loads(line)] if line.strip() else []
-        rows = rows if file.suffix == ".jsonl" else json.loads(text)
+            rows += [json.loads(line, object_pairs_hook=json_object)] if line.strip() else []
+        if file.suffix == ".json":
+            rows = json.loads(text, object_pairs_hook=json_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}); download it again") from None
     except (ValueError, RecursionError) as error:

@@ -80,6 +80,7 @@ def report(out: Path) -> str:
             _sum(mine, "force_quit"),
         ]
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
+    lines += ["", *_forms(rows)] if settings["format"] == "toolupt" else []
     lines += ["", *_notes(rows, settings)]
     errors = {
         k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
@@ -262,6 +263,21 @@ def _clean(row, form):
     if row["kinds"] != [["answer"]]:
         return False
     return form == "python" or rewards.binary(row["turns"][0][0], "<answer>any</answer>") == 1
+
+
+def _forms(rows):
+    """Markdown: how the responses of each category are wrapped, right or wrong (rewards.form)."""
+    names = [*rewards.FORMS, "empty answer", "repeated key"]
+    lines = ["Forms of the responses", "", f"| category | responses | {' | '.join(names)} |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    for category in _counts(rows):
+        turns = [turn for row in rows if row["category"] == category for turn in row["turns"]]
+        forms = [rewards.form(response) for turn in turns for response in turn]
+        cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
+        cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
+        lines += [f"| {category} | {len(forms)} | {' | '.join(map(str, cells))} |"]
+    note = "Untagged call: a call in JSON in a code fence or between answer tags. Both: tags of both kinds."
+    return [*lines, "", note]
 
 
 def _interval(values):

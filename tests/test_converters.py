@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 from tasks import converters
 from tasks.converters import CONVERTERS, Conversation, Drop, guess, parse_calls
 from data import convert
@@ -509,7 +510,9 @@ def test_guess():
     }
     assert {name: guess(row) for name, row in rows.items()} == {name: name for name in rows}
     assert guess({"0": {}, "1": None}) == "funreason-mt"
-    assert guess({"query": "q", "kind": "answer"}) == "jsonl"  # which then says that the target is missing
+    assert (
+        guess({"query": "q", "kind": "answer"}) == "jsonl"
+    )  # which then says that the target is missing
     for row in ({}, {"text": "a"}, "text", 3, None):
         with pytest.raises(ValueError, match="--name"):
             guess(row)
@@ -573,6 +576,47 @@ def test_not_a_number_is_dropped(value):
     assert convert("xlam", [row]) == ([], {"row: NaN or Infinity": 1})
     row = toolace_row(("user", "q"), ("assistant", f"[Get Weather(city={value})]"))
     assert not convert("toolace", [row])[0]
+
+
+TWICE = {
+    "json": ('{"x": 1, "x": 2}', '{"x": 1, "X": 2}'),
+    "nested": ('{"x": [{"k": 1, "k": 1}]}', '{"x": [{"k": 1}, {"k": 1}]}'),
+    "escaped": ('{"x": 1, "\\u0078": 2}', '{"x": 1, "\\u0079": 2}'),
+    "python": ("{'x': None, 'x': 2}", "{'x': None, 'y': 2}"),
+    "nested python": ("{'x': [{'k': None, 'k': 1}]}", "{'x': {'x': None}}"),
+}
+
+
+@pytest.mark.parametrize(("bad", "good"), TWICE.values(), ids=TWICE)
+def test_a_call_that_writes_a_key_twice_is_dropped(bad, good):
+    """Of two values nobody knows which was meant; the same keys in objects of their own are fine."""
+    for arguments, dropped in ((bad, True), (good, False)):
+        call = '{"name": "f", "arguments": ARGUMENTS}'.replace("ARGUMENTS", arguments)
+        call = call.replace('"', "'") if "None" in arguments else call
+        row = {**xlam_row([]), "answers": f"[{call}]"}
+        examples, drops = convert("xlam", [row])
+        assert (len(examples), dict(drops)) == (
+            (0, {"row: a key is written twice": 1}) if dropped else (1, {})
+        )
+        encoded = {**xlam_row([]), "answers": [{"name": "f", "arguments": arguments}]}
+        assert bool(convert("xlam", [encoded])[0]) != dropped
+        row = toolace_row(("user", "q"), ("assistant", f"[Get Weather(city={arguments})]"))
+        assert bool(convert("toolace", [row])[0]) != dropped
+
+
+def test_a_key_twice_in_the_file_itself(tmp_path):
+    """Calls that are objects of the file and no text; a tool that repeats a key is only documentation."""
+    row = json.dumps({**xlam_row([]), "answers": "ANSWERS", "tools": "TOOLS"})
+    call = '[{"name": "f", "arguments": {"x": 1}}]'
+    tool = '[{"name": "f", "description": "", "description": "d", "parameters": {"x": {"type": "int"}}}]'
+    rows = [row.replace('"TOOLS"', tool).replace('"ANSWERS"', call)]
+    rows += [rows[0].replace('{"x": 1}', '{"x": 1, "x": 1}')]
+    rows += [rows[0].replace('"name": "f", "arg', '"name": "g", "name": "f", "arg')]
+    for name, text in ("a.jsonl", "\n".join(rows)), ("a.json", f"[{', '.join(rows)}]"):
+        (tmp_path / name).write_text(text)
+        examples, drops = convert("xlam", data.read_rows(tmp_path / name))
+        assert len(examples) == 1 and drops == {"row: a key is written twice": 2}
+        assert examples[0].tools[0]["description"] == "d"
 
 
 def test_deep_and_unreadable_values_are_dropped():

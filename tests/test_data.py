@@ -631,6 +631,10 @@ def test_jsonl_round_trip(tmp_path):
         {"kind": "tool_call", "target": "<tool_call>\n[]\n</tool_call>"},
         {"kind": "tool_call", "target": "<tool_call>5</tool_call>"},
         {"target": "<answer>a <tool_call> b</answer>"},
+        {"target": "<answer> \n</answer>"},
+        {"kind": "tool_call", "target": '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>'},
+        {"kind": "tool_call", "target": '<tool_call>{"name": "f", "params": {"a": [1e999]}}</tool_call>'},
+        {"tools": [{"name": "f", "maximum": float("inf")}]},
     ],
     ids=str,
 )
