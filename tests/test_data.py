@@ -553,7 +553,7 @@ def test_unknown_names_and_missing_paths(tmp_path):
         ("a.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
         ("a.jsonl", b'{"a": 1}\n{"a": ', "line 2"),
         ("a.jsonl", b"\n\n", "holds no rows"),
-        ("a.parquet", b"PAR1", "neither .json nor .jsonl"),
+        ("a.txt", b"[]", "is none of .json, .jsonl, .json.gz"),
         ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),
         ("a.json", b"[1, null]", r"could be read as 'xlam' \(2 row"),
     ],
@@ -696,7 +696,7 @@ def test_stats_and_convert(tmp_path, capsys, monkeypatch, tokenizer):
     data.main(["stats", file, "--tokenizer", str(tmp_path / "tokenizer")])
     text = capsys.readouterr().out
     lengths = [len(render(e, tokenizer)) for e in load("xlam", file)]
-    assert "(xlam)" in text and "rows 5  examples 4  per row 0.80" in text
+    assert "(xlam)" in text and "original 5  sampled 5  processed 4  per row 0.80" in text
     assert "left out      1  row: no 'name' of the right type" in text
     assert "single call 75.0 %  parallel calls 25.0 %" in text
     assert f"tokens p50 {sorted(lengths)[1]}  p95 {max(lengths)}  max {max(lengths)}" in text
@@ -717,7 +717,7 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_statistics_of_nothing():
-    assert "examples 0" in data.statistics(3, [], Counter({"row: no call": 3}))
+    assert "processed 0" in data.statistics(3, [], Counter({"row: no call": 3}))
 
 
 def test_examples_are_frozen():
