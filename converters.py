@@ -301,7 +301,7 @@ def holds_call(row) -> bool:
     turns = row
     if isinstance(row, dict):
         turns = row.get("messages") or row.get("conversations") or [row]
-    for turn in turns if isinstance(turns, list) else ():
+    for turn in turns if isinstance(turns, list) and not _too_deep(turns) else ():
         turn = turn if isinstance(turn, dict) else {}
         role = turn.get("from") or turn.get("role") or "assistant"
         said = " ".join(str(turn.get(key)) for key in ("value", "content", "answers", "output"))

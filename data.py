@@ -146,6 +146,10 @@ SOURCES = {
 }
 TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
 UNREAD = "turn: call in a markup that is not read"
+HARMLESS = {
+    "turn: exact repetition",
+    "turn: think call",
+}  # no call that should have been read is lost
 DATA_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TAGS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "[Response]"]
 
@@ -629,18 +633,18 @@ def _convert(
     numbered  (number, row): the number stands in ids, and less `start` it is the row's in its file
     seen      hashes of the examples kept before; changed in place
     """
-    examples, drops, layouts, unread, calls = [], Counter(), Counter(), [], 0
+    examples, drops, layouts, dropped, calls = [], Counter(), Counter(), [], Counter()
     for number, row in numbered:
         try:
             layout = name or guess(row)
         except (ValueError, RecursionError):
             drops["row: unknown layout"] += 1
-            unread.append(row)
+            dropped.append(row)
             continue
         layouts[layout] += 1
         if layout == "jsonl":
             examples.append(_own(row, number - start + 1))
-            calls += examples[-1].kind == "tool_call"
+            calls["read"] += examples[-1].kind == "tool_call"
             continue
         try:
             conversation = CONVERTERS[layout](row)
@@ -653,19 +657,20 @@ def _convert(
             ]
         except (Drop, RecursionError) as error:
             drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
-            unread.append(row)
+            dropped.append(row)
             continue
         for (example, refusal), mark in zip(steps, hashes, strict=True):
             if not refusal and mark in seen:
                 refusal = "turn: exact repetition"
-            calls += example is not None and example.kind == "tool_call"
+            if example is None or example.kind == "tool_call":
+                calls["lost" if refusal and refusal not in HARMLESS else "read"] += 1
             if refusal:
                 drops[refusal] += 1
             else:
                 seen.add(mark)
                 examples.append(example)
-        unread += [row] * (None in hashes)
-    return examples, drops, layouts, not calls and any(map(holds_call, unread))
+    lost = not calls["read"] and bool(calls["lost"] or any(map(holds_call, dropped)))
+    return examples, drops, layouts, lost
 
 
 def _listing(drops: Counter) -> str:
