@@ -30,6 +30,7 @@ import ast
 import json
 import re
 import warnings
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -481,48 +482,53 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
     python  calls are "[Name(k=v, ...)]"; else JSON, in the message or in <tool_call> blocks
     """
     names = [tool["name"] for tool in tools]
-    turns, places, ids, asked, answered = [], [], [], 0, 0
+    turns, ids, places, asked, answered = [], [], [], 0, 0
     for role, text, message in said:
-        if role == "system":
-            continue
         if role == "observation":
             responses, text = _blocks(text, "tool_response")
-            text = "\n".join([*responses, text]).strip()
             reply = message.get("tool_call_id")
             place = ids.index(reply) if reply in ids else len(ids)
-            answered += len(responses) or (place < len(ids))
-            if answered > asked or (ids and reply and place == len(ids)):
+            answered += len(responses) or reply in ids
+            if answered > asked or (ids and reply and reply not in ids):
                 raise Drop("responses do not match the calls")
-            turns.append((role, text))
-            places.append((places[-1][0] if places else 0, 1 + place))
-            continue
-        calls, ids = [], []
-        if answered not in (0, asked):
-            raise Drop("responses do not match the calls")
-        if role == "call" and not python:
-            calls, text = _calls(_decode(text), tools), ""
-        elif role == "call":
-            raise Drop("a call turn, where calls are in the text")
-        elif role == "assistant":
-            text = _spoken(text)
-            if python and _is_python_call(text, names):
+            index = bisect(places, place)
+            places.insert(index, place)
+            text = "\n".join([*responses, text]).strip()
+            turns.insert(len(turns) - len(places) + 1 + index, (role, text))
+        elif role != "system":
+            if answered not in (0, asked):
+                raise Drop("responses do not match the calls")
+            calls, raw = [], []
+            if role == "assistant":
+                text = _spoken(text)
+            if role == "assistant" and python and _is_python_call(text, names):
                 calls, text = parse_calls(text, names), ""
-            elif not python:
-                blocks, text = _blocks(text, "tool_call")
-                raw = [_decode(block) for block in blocks]
-                for more in (message.get("tool_calls"), message.get("function_call")):
-                    more = _decode(more) if more else []
-                    raw += more if isinstance(more, list) else [more]
-                ids = [call.get("id") for call in raw if isinstance(call, dict)]
+            elif role == "call" and python:
+                raise Drop("a call turn, where calls are in the text")
+            elif role == "call":
+                calls, text = _calls(_decode(text), tools), ""
+            elif role == "assistant" and not python:
+                raw, text = _json_calls(text, message)
                 calls = _calls(raw, tools) if raw else []
-        asked, answered, ids = len(calls), 0, ids if all(ids) else []
-        if text or not calls:
-            turns.append((role, text))
-        if calls:
-            turns.append(("think" if calls[0]["name"] == "think" else "call", calls))
-        places += [(len(turns), 0)] * (len(turns) - len(places))
-    order = sorted(range(len(turns)), key=places.__getitem__)
-    return [turns[index] for index in order]
+            if text or not calls:
+                turns.append((role, text))
+            if calls:
+                turns.append(("think" if calls[0]["name"] == "think" else "call", calls))
+            ids = [call.get("id") for call in raw]
+            ids, places, asked, answered = ids if all(ids) else [], [], len(calls), 0
+    return turns
+
+
+def _json_calls(text: str, message: dict) -> tuple[list, str]:
+    """Return the raw calls of an assistant's turn, in its fields or its text, and the text beside them."""
+    blocks, text = _blocks(text, "tool_call")
+    raw = [_decode(block) for block in blocks]
+    for key in ("tool_calls", "function_call"):
+        calls = _decode(message.get(key) or "[]")
+        raw += calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) for call in raw):
+        raise Drop("a call that is no object")
+    return raw, text
 
 
 def _listed(said: list[tuple]) -> str | None:

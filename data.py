@@ -176,7 +176,7 @@ class Loaded(NamedTuple):
     layouts: Counter  # rows by layout
     original: int  # rows of the files
     sampled: int  # rows taken from them
-    deaf: list[str]  # files of which no row with a call could be read
+    lost_calls: list[str]  # files of which no row with a call could be read
 
 
 def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
@@ -215,7 +215,7 @@ def load_with_drops(
 ) -> tuple[list[Example], Counter]:
     """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
     loaded = _load(name, path, seed)
-    _refuse_deaf(loaded)
+    _refuse_lost_calls(loaded)
     return loaded.examples, loaded.drops
 
 
@@ -556,9 +556,10 @@ def main(arguments: list[str] | None = None) -> None:
         name, path = (options.name, source) if options.name else _named(source)
         loaded = _load(name, path, options.seed)
         examples, drops, layouts, original, sampled, _ = loaded
-        print(f"{source}  ({', '.join(layouts) or name})")
+        mixed = [f"{layout} {count}" for layout, count in layouts.items()]
+        print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else layouts)})")
         print(statistics(sampled, examples, drops, tokenizer, original=original))
-        _refuse_deaf(loaded)
+        _refuse_lost_calls(loaded)
         if options.command == "convert":
             write_jsonl(examples, options.out)
 
@@ -572,7 +573,7 @@ def _named(source: str) -> tuple[str | None, str | None]:
 
 
 def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
-    """Return what a source holds; each file that lost all its calls is named in `deaf`."""
+    """Return what a source holds; `lost_calls` names each file that lost all its calls."""
     if name in ("toy", "bfcl_half"):
         part = str(path or "train")
         examples, drops = (_toy(part, seed), {}) if name == "toy" else _bfcl_half(part, seed)
@@ -601,24 +602,24 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
             f"{path} holds {original} rows; sample 1 to {original} of them, not @{wanted}"
         )
     chosen = {*random.Random(seed).sample(range(original), sampled)} if wanted else range(original)
-    examples, drops, layouts, deaf = [], Counter(), Counter(), []
+    examples, drops, layouts, lost_calls = [], Counter(), Counter(), []
     for file, rows in files:
         numbered = ((n, row) for n, row in enumerate(rows, start) if n in chosen)
         try:
-            found, lost, named, unheard = _convert(name, numbered, seed, seen, start)
+            found, lost, named, silent = _convert(name, numbered, seed, seen, start)
         except ValueError as error:  # of "jsonl": a row of ours is right, or refused
             raise ValueError(f"{file}: {error}") from None
         examples += found
         drops += lost
         layouts += named
-        deaf += [f"{file} ({_listing(lost)})"] if unheard else []
+        lost_calls += [f"{file} ({_listing(lost)})"] if silent else []
         start += len(rows)
     if not layouts:
         try:
             guess(files[0][1][0])
         except ValueError as error:
             raise ValueError(f"{files[0][0]}: {error}") from None
-    return Loaded(examples, drops, layouts, original, sampled, deaf)
+    return Loaded(examples, drops, layouts, original, sampled, lost_calls)
 
 
 def _convert(
@@ -677,13 +678,15 @@ def _listing(drops: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
 
 
-def _refuse_deaf(loaded: Loaded) -> None:
+def _refuse_lost_calls(loaded: Loaded) -> None:
     """Raise ValueError where a file lost all its calls: a model trained on the rest would never call."""
-    if loaded.deaf:
+    if loaded.lost_calls:
         remedy = (
             "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
         )
-        raise ValueError(f"no row with a call could be read in {', '.join(loaded.deaf)}; {remedy}")
+        raise ValueError(
+            f"no row with a call could be read in {', '.join(loaded.lost_calls)}; {remedy}"
+        )
 
 
 def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
@@ -829,7 +832,7 @@ def _own(row, number: int) -> Example:
         _hash(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        remedy = 'README\'s section "Your data" shows rows; data.write_jsonl writes them'
+        remedy = "docs/data.md shows rows; data.write_jsonl writes them"
         raise ValueError(f"row {number} is no Example ({reason}); {remedy}") from None
     return example
 
@@ -927,10 +930,12 @@ def _read(file: Path) -> list:
         with _open(file) as opened:
             text = opened.read()
     except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE, with the encoding it has"
+        coding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
+        remedy = f"convert it: iconv -f {coding} -t UTF-8 OLD > NEW"
         raise ValueError(f"{file} is not UTF-8 ({error}); {remedy}") from None
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{file} cannot be read ({error}); is it whole?") from None
+        reason = getattr(error, "strerror", None) or error  # without the path
+        raise ValueError(f"{file} cannot be read ({reason}); is it whole?") from None
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -566,7 +566,7 @@ def test_unknown_names_and_missing_paths(tmp_path):
         ("a.json.gz", b"[]", "cannot be read .*; is it whole"),
         ("a.jsonl.gz", gzip.compress(b"{}")[:-6], "cannot be read .*; is it whole"),
         ("a.json", "[]".encode("utf-16"), "is not UTF-8 .*: iconv -f UTF-16 -t UTF-8"),
-        ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8 .*: iconv"),
+        ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8 .*: iconv -f ITS_ENCODING"),
         ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),
         ("a.json", b"[1, null]", r"could be read as 'xlam' \(2 row"),
     ],
@@ -720,7 +720,7 @@ def test_a_folder_is_read_whole_and_what_is_passed_over_is_said(tmp_path, capsys
         data.load_source(str(tmp_path / "empty"))
 
 
-def deaf_rows():
+def rows_without_calls():
     """Chats of which all answers can be read and no call."""
     answers = [raw.sharegpt_row(("human", f"q{n}"), ("gpt", "a")) for n in range(3)]
     call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
@@ -740,9 +740,9 @@ def deaf_rows():
     }
 
 
-@pytest.mark.parametrize("case", deaf_rows())
+@pytest.mark.parametrize("case", rows_without_calls())
 def test_a_file_that_lost_all_its_calls_is_refused(tmp_path, case, capsys):
-    rows = deaf_rows()[case]
+    rows = rows_without_calls()[case]
     path = write(tmp_path / "a.json", rows)
     with pytest.raises(
         ValueError, match=r"no row with a call could be read in .*a\.json \(1 (row|turn): "
