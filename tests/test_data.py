@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -1003,3 +1004,21 @@ def test_examples_are_frozen():
     with pytest.raises(AttributeError):
         example().query = "other"
     assert replace(example(), query="other").query == "other"
+
+
+def test_the_rows_of_the_documentation_are_read():
+    """docs/data.md's rows, as printed, are one conversation in three forms."""
+    text = (Path(data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
+    rows = [
+        json.loads(block)
+        for block in re.findall(r'```\n(\{"(?:tools|id)":.*?)```', text, re.DOTALL)
+    ]
+    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "jsonl"]
+    for row in rows[:2]:
+        call, answer = data.convert(None, [row])[0]
+        assert call.target == (
+            '<tool_call>\n{"name": "weather", "params": {"city": "Oslo"}}\n</tool_call>'
+        )
+        assert (answer.target, answer.steps[0][1]) == ("<answer>\nYes.\n</answer>", "rain")
+    own = data.convert(None, rows[2:])[0][0]
+    assert (own.query, own.steps, own.target) == (answer.query, answer.steps, answer.target)
