@@ -582,18 +582,7 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
     if name not in [*CONVERTERS, "jsonl", None]:
         names = ", ".join([*CONVERTERS, "jsonl", "toy", "bfcl_half"])
         raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
-    repo, expected = SOURCES.get(name, (None, None))
-    remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE (data.py)"
-    if repo:
-        remedy = f"get {expected} and pass its path: huggingface-cli download {repo} {expected}"
-        remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
-    if path is None:
-        raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
-    path, wanted = str(path), None
-    if not Path(path).exists() and (sample := re.fullmatch(r"(.+)@(\d+)", path)):
-        path, wanted = sample[1], int(sample[2])
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    path, wanted, expected = _find(name, path)
     files = _read_files(path, expected)
     original, start, seen = sum(len(rows) for _, rows in files), 0, set()
     sampled = original if wanted is None else wanted
@@ -620,6 +609,23 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
         except ValueError as error:
             raise ValueError(f"{files[0][0]}: {error}") from None
     return Loaded(examples, drops, layouts, original, sampled, lost_calls)
+
+
+def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:
+    """Return an existing path, the rows to sample (None: all), and the file that NAME expects."""
+    repo, expected = SOURCES.get(name, (None, None))
+    remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE (data.py)"
+    if repo:
+        remedy = f"get {expected} and pass its path: huggingface-cli download {repo} {expected}"
+        remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
+    if path is None:
+        raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
+    path, wanted = str(path), None
+    if not Path(path).exists() and (sample := re.fullmatch(r"(.+)@(\d+)", path)):
+        path, wanted = sample[1], int(sample[2])
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    return path, wanted, expected
 
 
 def _convert(
@@ -886,28 +892,23 @@ def _row(example: Example) -> str:
 def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Path, list]]:
     """Return (file, rows) of a data file, or of those of a folder, and say what was passed over there."""
     path = Path(path)
-    inside, files, passed = [path], [path], []
     if path.is_dir():
-        visible = lambda file: (
-            not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and visible(file))
+        inside = [file for file in path.rglob("*") if file.is_file()]
+        inside = sorted(f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}")
         files = [file for file in inside if file.name.removesuffix(".gz") == expected]
         files = files or [file for file in inside if file.name.lower().endswith(DATA_FILES)]
-    found = [(file, _read(file)) for file in files]
-    if path.is_dir():  # a repository of data also holds JSON files that are no data
-        found = [(file, rows) for file, rows in found if type(rows) is list]
+        # a repository of data also holds JSON files that are no rows
+        found = [(file, rows) for file in files if type(rows := _read(file)) is list]
         read = {file for file, _ in found}
         passed = [str(file.relative_to(path)) for file in inside if file not in read]
-    for file, rows in found:
-        if type(rows) is not list:
-            kind = type(rows).__name__
-            raise ValueError(
-                f"{file} is a JSON {kind}, not a list of rows; name it .jsonl if it is one row"
-            )
-    if passed:
         more = f" and {len(passed) - 8} more" if len(passed) > 8 else ""
-        print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
+        if passed:
+            print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
+    else:
+        found = [(path, _read(path))]
+        if type(found[0][1]) is not list:
+            form = f"a JSON {type(found[0][1]).__name__}, not a list of rows"
+            raise ValueError(f"{path} is {form}; name it .jsonl if it is one row")
     if not any(rows for _, rows in found):
         raise ValueError(
             f"{path} holds no rows; give a file or folder that does ({', '.join(DATA_FILES)})"
@@ -915,7 +916,7 @@ def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Pat
     return found
 
 
-def _read(file: Path) -> list:
+def _read(file: Path):
     """Return the JSON value of a file, the rows of one in lines; ValueError names file and remedy."""
     name = file.name.lower()
     if not file.exists():
