@@ -547,7 +547,7 @@ def main(arguments: list[str] | None = None) -> None:
     for command in (stats, to_jsonl):
         command.add_argument("--name", choices=[*CONVERTERS, "jsonl"], help="guessed if absent")
         command.add_argument("--seed", type=int, default=0, help="of the rows sampled")
-    options, tokenizer = parser.parse_args(arguments), None
+    options, tokenizer, totals = parser.parse_args(arguments), None, Counter()
     if options.command == "stats" and options.tokenizer:
         from transformers import AutoTokenizer
 
@@ -560,8 +560,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else layouts)})")
         print(statistics(sampled, examples, drops, tokenizer, original=original))
         _refuse_lost_calls(loaded)
+        totals += Counter(original=original, sampled=sampled, processed=len(examples))
         if options.command == "convert":
             write_jsonl(examples, options.out)
+    if len(options.sources) > 1:
+        print("together\n" + "  ".join(f"{size} {count}" for size, count in totals.items()))
 
 
 def _named(source: str) -> tuple[str | None, str | None]:

@@ -640,6 +640,84 @@ def test_a_boolean_schema_stays():
     assert got.tools[0]["parameters"]["properties"]["c"]["properties"] == {"d": False}
 
 
+def random_chat(rng):
+    """Turns as a Conversation has them, and the tools they use."""
+    tools = [tool(f"f{n}", x={"type": "string"}) for n in range(3)]
+    turns = []
+    for n in range(rng.randint(1, 5)):
+        turns.append(("user", f"question {n}"))
+        for k in range(rng.randint(0, 2)):
+            names = rng.sample(["f0", "f1", "f2"], rng.randint(1, 3))
+            turns.append(("call", [{"name": f, "params": {"x": random_value(rng)}} for f in names]))
+            turns += [("observation", f"result {n} {k} of {name}") for name in names]
+        turns.append(("assistant", f"answer {n}"))
+    return tools, turns
+
+
+def as_openai(rng, tools, turns):
+    messages, ids = [], []
+    for role, content in turns:
+        if role == "call":
+            ids = [f"id{len(messages)}-{n}" for n in range(len(content))]
+            encode = rng.choice((json.dumps, dict))
+            calls = [
+                {"name": call["name"], "arguments": encode(call["params"])} for call in content
+            ]
+            calls = [
+                {"id": id, "type": "function", "function": call}
+                for id, call in zip(ids, calls, strict=True)
+            ]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        elif role == "observation":
+            messages.append({"role": "tool", "tool_call_id": ids.pop(0), "content": content})
+        else:
+            messages.append({"role": role, "content": content})
+    return {"messages": messages, "tools": rng.choice((list, json.dumps))(tools)}
+
+
+def as_sharegpt(rng, tools, turns):
+    words = {"user": "human", "assistant": "gpt", "call": "function_call"}
+    chat = []
+    for role, content in turns:
+        if role == "call":
+            calls = [{"name": call["name"], "arguments": call["params"]} for call in content]
+            content = json.dumps(calls if len(calls) > 1 else calls[0])
+        chat.append({"from": words.get(role, role), "value": content})
+    return {"conversations": chat, "tools": json.dumps(tools), "system": ""}
+
+
+def as_hermes(rng, tools, turns):
+    chat = [{"from": "system", "value": f"You may call <tools>{json.dumps(tools)}</tools> so: ..."}]
+    for role, content in turns:
+        if role == "call":
+            calls = [{"arguments": call["params"], "name": call["name"]} for call in content]
+            content = "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in calls)
+            chat.append({"from": "gpt", "value": content})
+        elif role == "observation":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            chat.append({"from": "tool", "value": content})
+        else:
+            chat.append({"from": {"user": "human", "assistant": "gpt"}[role], "value": content})
+    return {"conversations": chat}
+
+
+def test_one_chat_in_three_forms_is_one_conversation():
+    """Writers of the three forms, none of which the readers know of."""
+    rng = random.Random(0)
+    for _ in range(100):
+        tools, turns = random_chat(rng)
+        expected = Conversation(tools, turns)
+        for name, writer in (
+            ("openai", as_openai),
+            ("sharegpt", as_sharegpt),
+            ("hermes", as_hermes),
+        ):
+            row = json.loads(json.dumps(writer(rng, tools, turns)))
+            assert guess(row) == name or not any(role == "call" for role, _ in turns)
+            got = CONVERTERS[name](row)
+            assert json.dumps(got) == json.dumps(expected)  # json.dumps: 1, 1.0 and True differ
+
+
 def test_hermes_markup_in_any_chat():
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     row = openai_row(

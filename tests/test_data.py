@@ -983,8 +983,11 @@ def test_stats_and_convert(tmp_path, capsys, monkeypatch, tokenizer):
     data.main(["convert", file, out, "--name", "xlam"])
     assert load("jsonl", out) == load("xlam", file)
     capsys.readouterr()
-    data.main(["stats", out, file])
-    assert "(jsonl)" in capsys.readouterr().out
+    data.main(["stats", out, f"xlam:{file}@3"])
+    text = capsys.readouterr().out
+    assert "(jsonl)" in text and "original 5  sampled 3  processed " in text
+    kept = 4 + len(data.load_source(f"xlam:{file}@3"))
+    assert text.endswith(f"together\noriginal 9  sampled 7  processed {kept}\n")
 
 
 def test_command_line_errors_are_one_line(tmp_path):
