@@ -274,7 +274,7 @@ def _calls(raw, tools: list[dict]) -> list[dict]:
     return calls
 
 
-# calls in the markup of other models and houses; <tool_call> blocks are read, or drop the row
+# Calls in the markup of other models. <tool_call> blocks are not among them: they are read.
 _MARKUP = re.compile(
     r"""<[|/]?(?:functions?[ _-]?calls?|tool[ _-]?(?:calls|use)|function=|invoke\b|｜tool)
     | <\|(?:tool_call|python_tag)\|> | \[TOOL_CALLS\] | functools\[ | ✿FUNCTION✿ | ```tool
