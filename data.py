@@ -10,11 +10,11 @@
 
 A source is [NAME:]PATH[@ROWS]: a file (.json, .jsonl, their .gz, .parquet) or a folder of such, the
 layout of its rows (guessed row by row where it is not named), and how many of them to sample.
-converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
+tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
 
-Where the papers are silent, or we depart from them (converters.py has the datasets' own points):
+Where the papers are silent, or we depart from them (tasks/converters.py has the datasets' own points):
  1. Tool steps of earlier rounds stay in the prompt, numbered on. Figure 6 shows the current query's
     only, but then up to 28 % of the calls have an argument that the prompt holds nowhere.
  2. APIGen-MT's policy, without which targets cannot be inferred, precedes the tool descriptions.
@@ -42,13 +42,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import rewards
-from converters import (
+from tasks.converters import (
     CONVERTERS,
     Conversation,
     Drop,
     bare,
     guess,
     holds_call,
+    json_object,
     looks_like_call,
     unpadded,
 )
@@ -182,7 +183,7 @@ class Loaded(NamedTuple):
 def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
     """Return the examples of a dataset; one line on stderr says what was left out.
 
-    name  a key of converters.CONVERTERS (hermes, toolace, openai, ...), "jsonl" (ours), "toy" or
+    name  a key of tasks.converters.CONVERTERS (hermes, toolace, openai, ...), "jsonl" (ours), "toy" or
           "bfcl_half"; None: the layout of each row is guessed
     path  file or folder, FILE@ROWS to sample rows; toy: "train" | "valid" | "test" | "hard-train" ...;
           bfcl_half: "train" | "test"
@@ -236,7 +237,7 @@ def read_jsonl(path: str | Path) -> Iterator:
         for number, line in enumerate(file, 1):
             try:
                 if line.strip():
-                    yield json.loads(line)
+                    yield json.loads(line, object_pairs_hook=json_object)
             except (ValueError, RecursionError) as error:
                 remedy = "each line must be one whole JSON value"
                 raise ValueError(
@@ -420,7 +421,7 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
     "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
     ImportError with the remedy where bfcl-eval is missing.
     """
-    import bfcl
+    from tasks import bfcl
 
     examples = []
     for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
@@ -796,7 +797,7 @@ def _no_tool(query: str, seed: str) -> str:
 
 
 def _toy(split_name: str, seed: int) -> list[Example]:
-    import toy
+    from tasks import toy
 
     name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
     if name not in TOY_SIZES:
@@ -817,7 +818,7 @@ def _bfcl_half(part: str, seed: int) -> tuple[list[Example], Counter]:
 
 def _own(row, number: int) -> Example:
     """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
-    if type(row) is dict and not row.get("target"):
+    if isinstance(row, dict) and not row.get("target"):
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
         raise ValueError(f"row {number} has no target, the expert response; {remedy}")
     try:
@@ -826,7 +827,7 @@ def _own(row, number: int) -> Example:
         example = Example(**{**row, **pairs, "tools": [bare(tool) for tool in wrapped]})
         texts = [example.id, example.query, example.target, example.kind, example.system]
         texts += [text for pair in example.history + example.steps for text in pair]
-        if {*map(type, texts)} != {str} or any(type(tool) is not dict for tool in example.tools):
+        if {*map(type, texts)} != {str} or not all(isinstance(t, dict) for t in example.tools):
             raise ValueError("a field of the wrong type")
         if roles := {role for role, _ in example.history} - {"user", "assistant"}:
             raise ValueError(f"history with the role {min(roles)!r}, not user or assistant")
@@ -941,7 +942,7 @@ def _read(file: Path):
         reason = getattr(error, "strerror", None) or error  # without the path
         raise ValueError(f"{file} cannot be read ({reason}); is it whole?") from None
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         remedy = "name it .jsonl if each line is an object; else, is it whole?"
         raise ValueError(f"{file} is not JSON ({error}); {remedy}") from None

@@ -11,7 +11,8 @@
 
 MODEL is a folder or hub name: a checkpoint, or the base model for the zero-shot row. The prompt is
 rendered by the function that training uses (Figures 5 and 6; --format python: iTool's calls).
-Greedy, 1,024 tokens. A response's first tag decides: a call inside or after an <answer> is none.
+Greedy, 1,024 tokens. On BFCL and API-Bank a response's first tag decides: a call inside or after an
+<answer> is none. On our examples the verdict is training's (rewards.py): tags of both kinds are wrong.
 
 A case is a generator that yields an Example and is sent the response; `answer` advances all of them in
 lock step, one batched generate per round, so that one turn and forty steps are the same loop. A prompt
@@ -43,14 +44,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig, GenerationConfig
 
-import api_bank
-import bfcl
 import data
 import model as modeling
 import rewards
 import rollout
-import scores
-from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
+from tasks import api_bank, bfcl, scores
+from tasks.bfcl import columns  # noqa: F401  the aggregator is part of this program's face
 
 ONLY = {  # flags of one benchmark, and their value where they are not given
     "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),
@@ -149,7 +148,9 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
     """What a response is: a call, an answer or malformed. The one place where responses are read.
 
     form       "toolupt": JSON between tags, the first tag decides; "python": [name(key="v")]
-    as_source  BFCL wants Java's and JavaScript's arguments as source text: other literals become JSON text
+    as_source  BFCL wants Java's and JavaScript's arguments as source text. In Python form the argument is
+               that source, and literals become JSON text; in JSON it must be a string, and a list where
+               text is due is wrong, as with the official handlers
 
     Malformed, too: a <tool_call> that opens first and never closes, and arguments that are not JSON
     (sets, tuples as keys, more digits than Python prints). In Python form a text without brackets is an
@@ -181,7 +182,7 @@ _LIKE_A_CALL = re.compile(r"<[^<>]*(tool|function)[^<>]*>|```|\A[\w.]+\(", re.IG
 
 def _is_json(value):
     try:
-        return bool(json.dumps(value))
+        return bool(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         return False
 
@@ -307,7 +308,9 @@ def _python_error(parsed, response, target):
     if parsed.kind == "malformed":
         return "Code Syntax"
     if rewards.parse(target).kind == "answer":
-        return None if parsed.kind == "answer" else "Tools Count"
+        if parsed.kind != "answer":
+            return "Tools Count"
+        return "Other" if rewards.form(response).empty_answer else None
     return rewards.error_type(response, target)
 
 
@@ -335,15 +338,23 @@ def _example(id, fields, form):
 
 def _in_python(example):
     """The example with its tool steps in the form that is asked for."""
-    steps = [(_python_calls(call), observation) for call, observation in example.steps]
+    steps = [(_python_calls(call, example.id), seen) for call, seen in example.steps]
     return replace(example, steps=steps)
 
 
-def _python_calls(text):
-    calls = json.loads(text)
+def _python_calls(text, id):
+    """A step's calls in Python form; those that have it already stay."""
+    if rewards.parse_python(text).kind == "tool_call":
+        return text
+    calls = rewards.parse(f"<tool_call>{text}</tool_call>").calls
+    if calls is None:
+        raise ValueError(
+            f'{id}: the tool step {text[:80]!r} is no call, neither {{"name", "params"}} in JSON nor '
+            "[name(key=value)]; mend its steps, or take --format toolupt, which shows them as they are"
+        )
     written = [
         f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['params'].items())})"
-        for call in (calls if isinstance(calls, list) else [calls])
+        for call in calls
     ]
     return f"[{', '.join(written)}]"
 
@@ -425,7 +436,7 @@ def _answer_rest(options, cases, chosen, settings):
             tensor_parallel_size=options.tensor_parallel_size,
             dtype=options.dtype,
             seed=options.seed,
-            cpu_kv_bytes=2 << 30,  # nothing else needs the memory
+            kv_cache_bytes=2 << 30,  # nothing else needs the memory
             cpu_block=128,  # few responses share a prompt
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
@@ -562,7 +573,7 @@ def _merge(out, cases=()):
 
 
 def _write(file, row):
-    file.write(json.dumps(row, ensure_ascii=True, default=str) + "\n")
+    file.write(json.dumps(row, ensure_ascii=True, allow_nan=False, default=str) + "\n")
     file.flush()
 
 

@@ -12,18 +12,21 @@ call, or one sentence. The model is two functions, `propose` (samples) and `eval
 everything here runs without one.
 
 Departures from the paper, and choices where it is silent:
- 1. Fragments end at the commas and brackets that separate calls or arguments, not at every
-    `' , .)`: one of , . ) stands inside an argument value of every third call.
+ 1. Fragments end at the commas and brackets that separate calls or arguments, quotes and nesting
+    respected, not at every `' , .)`: a third of all calls have a , . or ) inside an argument value.
  2. The last level is free: at `depth` the action is the whole rest of the response, so that every
     path has an outcome.
  3. r is R(s') - R(s), the benefit of the action; the other order would reward harm.
- 4. C uses the exact, normalised probabilities of the four options: the expectation of what the
-    paper averages over four samples.
- 5. p(a|s) = exp(mean log-prob): a product would make long fragments vanish from Eq. 5. Its tokens
-    are at temperature 1 although sampling is at 1.5.
- 6. "simulation" counts the roll-out steps after the leaf's own expansion (1 + 2 = depth 3); their
+ 4. C is the exact expectation over the normalised probabilities of the four options, of which the
+    paper's average over four samples is an estimate.
+ 5. C conditions on ground truth and response only: Eq. 7 also names the query and the tools, but
+    the prompt of Table 10, which we use, shows neither.
+ 6. p(a|s) = exp(mean log-prob): a product would make long fragments vanish from Eq. 5. It is taken
+    at temperature 1, although samples are drawn at 1.5.
+ 7. "simulation" counts the roll-out steps after the leaf's own expansion (1 + 2 = depth 3); their
     nodes stay in the tree.
- 7. discount 1.0 (Xie et al. 2024) and the similarity measure (the authors' code) are not in it.
+ 8. The discount of Eq. 9 is 1.0, as in Xie et al. 2024. "Similarity above 95 %" is word overlap, as
+    in the authors' code: common words over the words of the shorter step.
 
 Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line; also trees.svg)
 Standard library only, no sibling imported: copy this file on its own.

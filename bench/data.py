@@ -69,9 +69,15 @@ def convert(path: Path, rows: int) -> dict:
         data.render(example, tokenizer), data.target_ids(example, tokenizer)
     every = (time.process_time() - start) / len(some) * len(examples)
     return {
-        "rows": rows, "examples": len(examples), "kept": len(kept), "dropped": dict(Counter(drops)),
-        "convert_s": seconds, "bytes_per_row": grown / rows, "fit_s": fit, "tokenise_all_s": every,
-    }  # fmt: skip
+        "rows": rows,
+        "examples": len(examples),
+        "kept": len(kept),
+        "dropped": dict(Counter(drops)),
+        "convert_s": seconds,
+        "bytes_per_row": grown / rows,
+        "fit_s": fit,
+        "tokenise_all_s": every,
+    }
 
 
 def main() -> None:

@@ -32,8 +32,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import packing
 
-WAYS = ("packed", "packed, recomputed", "padded, chunked", "padded, answers", "padded, full",
-        "one row, full")  # fmt: skip
+WAYS = (
+    "packed",
+    "packed, recomputed",
+    "padded, chunked",
+    "padded, answers",
+    "padded, full",
+    "one row, full",
+)
 FAKE_FROM = 4e9  # bytes of logits, above which tensors are fake
 
 
@@ -68,11 +74,16 @@ def measure(way: str, tracked: bool, args) -> dict:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+                vocab_size=args.vocabulary,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
                 max_position_embeddings=args.prompt + args.answer,
             )
-        ).train()  # fmt: skip
+        ).train()
         if "recomputed" in way:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         prompt = [i % args.vocabulary for i in range(args.prompt)]

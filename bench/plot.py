@@ -1,6 +1,6 @@
-"""README's performance picture and table, from the JSON files that the other scripts left in bench/.
+"""The picture and table under "Performance" in bench/README.md, from the JSON files that the other scripts left there.
 
-    python bench/plot.py               writes bench/performance.png and the lines between README's two bench marks
+    python bench/plot.py     writes bench/performance.png and the lines between the two markers in bench/README.md
 
 Only what was measured is drawn and listed.
 """
@@ -14,9 +14,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, THEIRS = "#1f77b4", "#c44e52"
-PARTS = {"rollout": "rollout", "reward": "reward", "advantage": "advantage", "update": "training part",
-         "records": "records", "sync": "weight sync"}  # fmt: skip
-MARKS = "<!-- bench -->\n", "<!-- /bench -->\n"
+PARTS = {
+    "rollout": "rollout",
+    "reward": "reward",
+    "advantage": "advantage",
+    "update": "training part",
+    "records": "records",
+    "sync": "weight sync",
+}
+MARKERS = "<!-- bench -->\n", "<!-- /bench -->\n"
 
 
 def read(name: str) -> dict | None:
@@ -45,8 +51,13 @@ def draw_times(axis, rows: list[dict]) -> None:
     floors = [row["floor_s"] for row in rows]
     axis.plot(prompts, floors, "--", color="gray", label="floor of the matrix work")
     top = 1.6 * max(row["trl"]["step"] for row in rows)  # room for the legend
-    axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, top), xticks=prompts,
-             title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters")  # fmt: skip
+    axis.set(
+        xlabel="prompt tokens",
+        ylabel="seconds",
+        ylim=(0, top),
+        xticks=prompts,
+        title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters",
+    )
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -58,8 +69,13 @@ def draw_ratios(axis, rows: list[dict]) -> None:
         axis.plot(*xy, "o-", label=f"{shape} parameters")
     prompts = sorted({row["prompt"] for row in rows})
     axis.axhline(1, color=THEIRS, linestyle="--", linewidth=1)
-    axis.set(xlabel="prompt tokens", ylabel="TRL's step / ours", xticks=prompts, ylim=(0, None),
-             title="times faster per step")  # fmt: skip
+    axis.set(
+        xlabel="prompt tokens",
+        ylabel="TRL's step / ours",
+        xticks=prompts,
+        ylim=(0, None),
+        title="times faster per step",
+    )
     axis.legend(framealpha=1, edgecolor="none", fontsize=8, loc="lower right")
 
 
@@ -84,9 +100,13 @@ def draw_memory(axis, memory: dict) -> None:
         names, sizes, color=[OURS if n.startswith("packed") else THEIRS for n in names]
     )
     axis.bar_label(bars, [f" {size:.1f}" for size in sizes], fontsize=8)
-    axis.set(xscale="log", xlabel="GiB beside the weights", xlim=(None, 3 * max(sizes)),
-             title=f"prompt {settings['prompt']:,}, {settings['group']} x {settings['answer']}, "
-             f"{settings['vocabulary'] // 1000}k words")  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="GiB beside the weights",
+        xlim=(None, 3 * max(sizes)),
+        title=f"prompt {settings['prompt']:,}, {settings['group']} x {settings['answer']}, "
+        f"{settings['vocabulary'] // 1000}k words",
+    )
 
 
 def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
@@ -179,13 +199,13 @@ def main() -> None:
     searches = read("mcts") or {}
     machines = [file["machine"] for file in [*files.values(), *searches.values()]]
     lines = table(rows, *(files.get(name) for name in names), searches)
-    picture = ["![performance](bench/performance.png)", ""] if panels else []
+    picture = ["![performance](performance.png)", ""] if panels else []
     text = "\n".join([*lines, "", *picture, *conditions(machines)]) + "\n"
-    readme = common.REPO / "README.md"
-    before, _, rest = readme.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    assert rest, f"README.md has no line {MARKS[0]!r}"
-    readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+    readme = common.BENCH / "README.md"
+    before, _, rest = readme.read_text().partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    assert rest, f"{readme} has no line {MARKERS[0]!r}"
+    readme.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
     print(text)
 
 

@@ -70,10 +70,23 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, (ranks, threads, factor) in SETTINGS.items():
                 command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
-                    "--worker", folder, "--prompt", args.prompt, "--answer", args.answer, "--steps", args.steps,
-                    "--prompts_per_step", args.prompts_per_step * factor,
-                ]  # fmt: skip
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={ranks}",
+                    __file__,
+                    "--worker",
+                    folder,
+                    "--prompt",
+                    args.prompt,
+                    "--answer",
+                    args.answer,
+                    "--steps",
+                    args.steps,
+                    "--prompts_per_step",
+                    args.prompts_per_step * factor,
+                ]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 done = subprocess.run(
                     list(map(str, command)),
@@ -91,8 +104,13 @@ def main() -> None:
     for name, (ranks, threads, factor) in SETTINGS.items():
         middle = {part: common.median([row[part] for row in rows[name]]) for part in PARTS}
         prompts = args.prompts_per_step * factor
-        results[name] = {"ranks": ranks, "threads": threads, "prompts": prompts, **middle,
-                         "prompts_per_second": prompts / middle["step"]}  # fmt: skip
+        results[name] = {
+            "ranks": ranks,
+            "threads": threads,
+            "prompts": prompts,
+            **middle,
+            "prompts_per_second": prompts / middle["step"],
+        }
     base = results["1 rank"]["prompts_per_second"]
     for name, row in results.items():
         row["speedup"] = row["prompts_per_second"] / base

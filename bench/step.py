@@ -50,9 +50,14 @@ def ours(pipe, folder: Path, examples: list, args) -> None:
 
     train.init_distributed()
     arm = common.Ours(
-        folder, examples, args.answer, train_batch_size=args.prompts_per_step, num_generations=GROUP,
-        engine="vllm", torch_compile="ours" in args.torch_compile,
-    )  # fmt: skip
+        folder,
+        examples,
+        args.answer,
+        train_batch_size=args.prompts_per_step,
+        num_generations=GROUP,
+        engine="vllm",
+        torch_compile="ours" in args.torch_compile,
+    )
     body, head = common.matrix_parameters(arm.run.model)
     pipe.send({"body": body, "head": head})
     while pipe.recv():
@@ -86,12 +91,26 @@ def trl(pipe, folder: Path, examples: list, args) -> None:
 
     rows = [{"prompt": data.messages(e), "target": e.target} for e in examples]
     settings = dict(
-        output_dir=str(folder / "trl"), max_steps=10_000, learning_rate=1e-5, seed=0,
-        per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.prompts_per_step, num_generations=GROUP,
-        max_completion_length=args.answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        logging_strategy="no", shuffle_dataset=False, torch_compile="trl" in args.torch_compile,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=10_000,
+        learning_rate=1e-5,
+        seed=0,
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=args.prompts_per_step,
+        num_generations=GROUP,
+        max_completion_length=args.answer,
+        temperature=1.0,
+        use_vllm=False,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        shuffle_dataset=False,
+        torch_compile="trl" in args.torch_compile,
+    )
     more = (setting.split("=", 1) for setting in args.trl)
     arguments = GRPOConfig(**settings | {name: json.loads(value) for name, value in more})
     trainer = GRPOTrainer(
@@ -145,9 +164,14 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
                 time.sleep(1)  # what the arm leaves behind is over
                 row[name]["rates"] = before, common.matmul_rate()
             rows.append(row)
-            print(f"{shape} {prompt}: " + "  ".join(
-                f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s" for name in arms
-            ), flush=True)  # fmt: skip
+            print(
+                f"{shape} {prompt}: "
+                + "  ".join(
+                    f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s"
+                    for name in arms
+                ),
+                flush=True,
+            )
         for process, pipe, _ in arms.values():
             pipe.send(False)
             process.join(timeout=60)

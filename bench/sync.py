@@ -92,11 +92,17 @@ def main() -> None:
     if dist.get_rank() == 0:
         share = common.median([row["timing_s/sync"] / row["step"] for row in rows])
         result = {
-            "machine": common.machine(), "settings": vars(args), "ranks": dist.get_world_size(),
-            "share_of_step": share, "sync_s": common.median([row["timing_s/sync"] for row in rows]),
-            "step_s": common.median([row["step"] for row in rows]), "tensors": watch.names,
-            "model_bytes": weights, "gathered_bytes": watch.bytes, "held_bytes": max(watch.held),
-        }  # fmt: skip
+            "machine": common.machine(),
+            "settings": vars(args),
+            "ranks": dist.get_world_size(),
+            "share_of_step": share,
+            "sync_s": common.median([row["timing_s/sync"] for row in rows]),
+            "step_s": common.median([row["step"] for row in rows]),
+            "tensors": watch.names,
+            "model_bytes": weights,
+            "gathered_bytes": watch.bytes,
+            "held_bytes": max(watch.held),
+        }
         print(
             f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of {result['step_s']:.2f} s); "
             f"{watch.names} tensors, {watch.bytes / 1e6:.1f} MB gathered of a model of {weights / 1e6:.1f} MB, "

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import json
 
-import bfcl
+from tasks import bfcl
 
 WRONG = {  # corruption -> what it does to the calls of an AST case
     "wrong name": lambda calls, need: [

@@ -1,4 +1,4 @@
-"""converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
+"""tasks/converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
 
 import json
 import random
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import converters
-from converters import CONVERTERS, Conversation, Drop, guess, looks_like_call, parse_calls
+import data
 from data import convert
+from tasks import converters
+from tasks.converters import CONVERTERS, Conversation, Drop, guess, looks_like_call, parse_calls
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "raw_samples"
 
@@ -957,6 +958,47 @@ def test_not_a_number_is_dropped(value):
     assert convert("xlam", [row]) == ([], {"row: NaN or Infinity": 1})
     row = toolace_row(("user", "q"), ("assistant", f"[Get Weather(city={value})]"))
     assert not convert("toolace", [row])[0]
+
+
+TWICE = {
+    "json": ('{"x": 1, "x": 2}', '{"x": 1, "X": 2}'),
+    "nested": ('{"x": [{"k": 1, "k": 1}]}', '{"x": [{"k": 1}, {"k": 1}]}'),
+    "escaped": ('{"x": 1, "\\u0078": 2}', '{"x": 1, "\\u0079": 2}'),
+    "python": ("{'x': None, 'x': 2}", "{'x': None, 'y': 2}"),
+    "nested python": ("{'x': [{'k': None, 'k': 1}]}", "{'x': {'x': None}}"),
+}
+
+
+@pytest.mark.parametrize(("bad", "good"), TWICE.values(), ids=TWICE)
+def test_a_call_that_writes_a_key_twice_is_dropped(bad, good):
+    """Of two values nobody knows which was meant; the same keys in objects of their own are fine."""
+    for arguments, dropped in ((bad, True), (good, False)):
+        call = '{"name": "f", "arguments": ARGUMENTS}'.replace("ARGUMENTS", arguments)
+        call = call.replace('"', "'") if "None" in arguments else call
+        row = {**xlam_row([]), "answers": f"[{call}]"}
+        examples, drops = convert("xlam", [row])
+        assert (len(examples), dict(drops)) == (
+            (0, {"row: a key is written twice": 1}) if dropped else (1, {})
+        )
+        encoded = {**xlam_row([]), "answers": [{"name": "f", "arguments": arguments}]}
+        assert bool(convert("xlam", [encoded])[0]) != dropped
+        row = toolace_row(("user", "q"), ("assistant", f"[Get Weather(city={arguments})]"))
+        assert bool(convert("toolace", [row])[0]) != dropped
+
+
+def test_a_key_twice_in_the_file_itself(tmp_path):
+    """Calls that are objects of the file and no text; a tool that repeats a key is only documentation."""
+    row = json.dumps({**xlam_row([]), "answers": "ANSWERS", "tools": "TOOLS"})
+    call = '[{"name": "f", "arguments": {"x": 1}}]'
+    tool = '[{"name": "f", "description": "", "description": "d", "parameters": {"x": {"type": "int"}}}]'
+    rows = [row.replace('"TOOLS"', tool).replace('"ANSWERS"', call)]
+    rows += [rows[0].replace('{"x": 1}', '{"x": 1, "x": 1}')]
+    rows += [rows[0].replace('"name": "f", "arg', '"name": "g", "name": "f", "arg')]
+    for name, text in ("a.jsonl", "\n".join(rows)), ("a.json", f"[{', '.join(rows)}]"):
+        (tmp_path / name).write_text(text)
+        examples, drops = convert("xlam", data.read_rows(tmp_path / name))
+        assert len(examples) == 1 and drops == {"row: a key is written twice": 2}
+        assert examples[0].tools[0]["description"] == "d"
 
 
 def test_deep_and_unreadable_values_are_dropped():

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from converters import Conversation
 from data import Example, load, load_with_drops, messages, render, target_ids
+from tasks.converters import Conversation
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "data.json").read_text())
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -908,6 +908,16 @@ def test_jsonl_round_trip(tmp_path):
         {"kind": "tool_call", "target": "<tool_call>\n[]\n</tool_call>"},
         {"kind": "tool_call", "target": "<tool_call>5</tool_call>"},
         {"target": "<answer>a <tool_call> b</answer>"},
+        {"target": "<answer> \n</answer>"},
+        {
+            "kind": "tool_call",
+            "target": '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>',
+        },
+        {
+            "kind": "tool_call",
+            "target": '<tool_call>{"name": "f", "params": {"a": [1e999]}}</tool_call>',
+        },
+        {"tools": [{"name": "f", "maximum": float("inf")}]},
     ],
     ids=str,
 )

@@ -17,13 +17,11 @@ import bfcl_oracle
 import pytest
 from frozen import REPO, TOY
 
-import api_bank
-import bfcl
 import data
 import eval as evaluation
 import rewards
 import rollout
-import scores
+from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None,
@@ -190,6 +188,9 @@ def test_python_form():
     assert java == [
         {"name": "f", "params": {"a": "new int[]{1}", "b": "3", "c": "true", "d": "null"}}
     ]
+    assert decode("[f(a=[1, 'x'])]", as_source=True).calls[0]["params"] == {"a": '[1, "x"]'}
+    listed = tool_call({"name": "f", "params": {"a": [1, "x"]}})  # as the official handlers: no text
+    assert evaluation.decode(listed, "toolupt", as_source=True).calls[0]["params"] == {"a": [1, "x"]}
 
 
 HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
@@ -203,6 +204,11 @@ HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
         ("python", "[f(a={(1, 2): 3})]", "malformed"),
         ("python", "[f(a={1, 2})]", "malformed"),
         ("python", HUGE, "malformed"),
+        ("python", "[f(a=1e999)]", "malformed"),
+        ("python", "[f(a={'k': 1, 'k': 2})]", "malformed"),
+        ("toolupt", tool_call({"name": "f", "params": {"a": math.inf}}), "malformed"),
+        ("toolupt", tool_call({"name": "f", "params": {"a": 0}}).replace("0", "-1e999"), "malformed"),
+        ("toolupt", '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>', "malformed"),
         ("python", "find(city=1)", "malformed"),
         ("python", "Here:\n```python\n[f()]\n```", "malformed"),
         ("python", '<tool_call>{"name": "f"}</tool_call>', "malformed"),
@@ -222,7 +228,21 @@ def test_examples_in_python_form():
     assert score("No tool does this.", ANSWER) is None
     assert score("[f(a=1)]", ANSWER) == "Tools Count" == score("No tool does this.", call)
     assert score("[f(a=1)]", call) is None and score("[f(a=2)]", call) == "Parameter Value"
-    assert score(HUGE, call) == "Code Syntax"
+    assert score(HUGE, call) == score("[f(a=1, a=1)]", call) == "Code Syntax"
+    assert score("<answer> </answer>", ANSWER) == "Other" == score("<answer></answer>", ANSWER)
+    assert score("[f(a='<answer></answer>')]", ANSWER) == "Tools Count"
+
+
+def test_examples_in_the_papers_form():
+    """The verdict is training's: tags of both kinds, an empty answer and a key written twice are wrong."""
+    call = tool_call({"name": "f", "params": {"a": 1}})
+    twice = call.replace('{"a": 1}', '{"a": 2, "a": 1}')
+    for said, target, error in (
+        (call, call, None), (ANSWER, ANSWER, None), (call + ANSWER, call, "Other"), (ANSWER + call, call, "Other"),
+        (call + ANSWER, ANSWER, "Other"), ("<answer></answer>", ANSWER, "Other"), (twice, call, "Code Syntax"),
+    ):  # fmt: skip
+        row = evaluation._file_score(target, "toolupt", {"turns": [[said]]})
+        assert (row["correct"], row["error_class"]) == (error is None, error), said
 
 
 def test_earlier_steps_in_python_form():
@@ -235,6 +255,15 @@ def test_earlier_steps_in_python_form():
         [{"name": "f", "params": {"a": "x'y", "n": [1, True]}}],
         [{"name": "g", "params": {}}],
     ]
+
+
+@pytest.mark.parametrize("step", ["I looked it up.", "", '{"name": "f"}', "[f(a=1", "[]", "3"])
+def test_a_step_that_is_no_call_is_named(step):
+    example = data.Example("mine/3", [], [], "q", [(step, "ok")], "", "answer")
+    with pytest.raises(ValueError, match="mine/3: the tool step .* is no call.*--format toolupt"):
+        evaluation._in_python(example)
+    calls = evaluation.replace(example, steps=[("[f(a=1)]", "ok")])
+    assert evaluation._in_python(calls) == calls  # in Python form already
 
 
 def test_lone_surrogates_do_not_reach_the_tokenizer():
@@ -712,7 +741,8 @@ import importlib.util, pathlib
 root = pathlib.Path(importlib.util.find_spec("bfcl_eval").origin).parent
 look = lambda: {str(p) for p in [*root.rglob("*"), *root.parent.glob("*")] if "__pycache__" not in str(p)}
 before = look()
-import os, bfcl
+import os
+from tasks import bfcl
 for name in bfcl.CATEGORIES: bfcl.entries(name)
 scratch = os.environ["BFCL_PROJECT_ROOT"]
 assert look() == before and pathlib.Path(scratch).exists()
@@ -877,6 +907,11 @@ def test_api_bank_values():
     )
     assert same(True, "True") and same(False, "false") and same("true", "True")
     assert not same(True, "False") and not same(True, "1") and not same(True, 1)
+    assert same(0.00001, "0.00001") and same(0.00001, "1e-5") and same("1E-05", "0.00001")
+    assert same(1e16, "10000000000000000") and same(-1.5e300, "-15e299") and same("1e2", "100.0")
+    assert same([1e-05], "[0.00001]") and same({"k": "1e-5"}, "{'k': 0.00001}")
+    assert not same(0.00001, "0.0001") and not same(1e-05, "1e5") and not same(1, "1e")
+    assert not same(7, "007") and not same("1e99999", "2e99999") and not same("e5", "5")
     assert same(5, "5") and not same(5, "6") and not same("[0x" + "f" * 6000 + "]", "[1]")
 
 
@@ -945,6 +980,29 @@ def test_a_file_of_examples(tmp_path, monkeypatch, own, capsys):
     for key in ("id", "prompt", "turns", "decoded", "correct", "error", "error_class"):
         assert all(key in row for row in rows)
     assert all(row["prompt"] for row in rows)
+
+
+def test_forms_of_the_responses(tmp_path, monkeypatch, own):
+    """The report's table against counts by hand; results.jsonl stays JSON whatever a model writes."""
+    file, script = own
+    call = next(iter(script.values()))[0]
+    fenced = f"```json\n{call[11:-12]}```"
+    said = [call, call + ANSWER, fenced, f"<answer>{fenced}</answer>", call.replace('{"name"', '{"name": "f", "name"'),
+            tool_call({"name": "f", "params": {"a": math.inf}}),
+            ANSWER, "<answer></answer>", ANSWER + call, "<answer>cut", "prose", "<answer></answer>" + call]  # fmt: skip
+    script = {i: [text] for i, text in zip(script, said)}
+    out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
+    text = (out / "report.md").read_text()
+    head = "| category | responses | call | answer | both | untagged call | neither | empty answer | repeated key |"
+    assert head in text
+    assert "| tool_call | 6 | 3 | 0 | 1 | 2 | 0 | 0 | 1 |" in text
+    assert "| answer | 6 | 0 | 2 | 2 | 0 | 2 | 2 | 0 |" in text
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    for line in (out / "results.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
 
 
 def test_tally_is_what_training_reports(own):
@@ -1122,7 +1180,7 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
     (c / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = scores.report(c)
-    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 verdicts are wrong because" in text
+    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 cases count as wrong because" in text
 
 
 def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
@@ -1193,7 +1251,7 @@ def test_error_types_of_a_file(tmp_path, capsys):
     path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
     evaluation.main(["--errors", str(path)])
     assert "answer: 0 of 1 without error" in capsys.readouterr().out
-    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "holds no line")):
+    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "is empty")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             evaluation.main(["--errors", str(path)])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import rewards
-import toy
+from tasks import toy
 
 
 def calls_of(target):

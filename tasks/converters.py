@@ -58,6 +58,16 @@ ROLES |= dict.fromkeys(("function_call", "tool_call"), "call")
 ROLES |= dict.fromkeys(("tool", "function", "observation", "tool_response"), "observation")
 
 
+class Repeated(dict):
+    """A JSON object in which a key is written twice: nobody knows which value a call meant."""
+
+
+def json_object(pairs: list[tuple]) -> dict:
+    """Return a JSON object, for json's object_pairs_hook; Repeated where a key is written twice."""
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else Repeated(value)
+
+
 # ---- the layouts ----
 
 
@@ -230,6 +240,8 @@ def _arguments(text: str) -> dict:
         if not (equals and key) or key[0] in "\"'([{" or key in params:
             raise Drop("call does not parse")
         params[key] = _literal(value)
+    if _has_repeated_key(params):
+        raise Drop("a key is written twice")
     return params
 
 
@@ -254,7 +266,8 @@ _BESIDE_CALL = {*_ARGUMENTS, "name", "id", "type", "index", "call_id"}
 def _calls(raw, tools: list[dict]) -> list[dict]:
     """Return one decoded call, or a list of them, as {"name", "params"}."""
     names, calls = {tool["name"] for tool in tools}, []
-    for call in raw if isinstance(raw, list) else [raw]:
+    for whole in raw if isinstance(raw, list) else [raw]:
+        call = whole
         if isinstance(call, dict) and isinstance(call.get("function"), dict):  # OpenAI's wrapper
             call = call["function"]
         name = _field(call, "name", str)
@@ -264,6 +277,8 @@ def _calls(raw, tools: list[dict]) -> list[dict]:
         if isinstance(params, str):  # JSON text is OpenAI's form, and in 5,026 APIGen-MT calls
             params = _decode(params) if params.strip(' "') else None
         params = {} if params is None else params
+        if _has_repeated_key([whole, params]):
+            raise Drop("a key is written twice")
         if not isinstance(params, dict) or _too_deep(params):
             raise Drop("call arguments are no object, or too deep")
         if name not in names:
@@ -444,7 +459,8 @@ def _field(row, key: str, kind: type | tuple):
 def unpadded(value):
     """Return a JSON value without the keys whose value is null: Arrow gives all objects all keys."""
     if isinstance(value, dict):
-        return {key: unpadded(inner) for key, inner in value.items() if inner is not None}
+        kept = {key: unpadded(inner) for key, inner in value.items() if inner is not None}
+        return type(value)(kept)
     return [unpadded(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -574,15 +590,30 @@ def _decode(value):
 def _literal(text: str):
     """Return the value of a JSON text, else of a Python literal; Drop if it is neither."""
     try:
-        return json.loads(text, strict=False)
+        return json.loads(text, strict=False, object_pairs_hook=json_object)
     except (ValueError, RecursionError):
         pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a string
-            return json.loads(json.dumps(ast.literal_eval(text.strip())))  # tuples become lists
+            tree = ast.parse(text.strip(), mode="eval")
+            value = ast.literal_eval(tree)
+        dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+        if any(len(set(map(ast.literal_eval, d.keys))) < len(d.keys) for d in dicts):
+            raise Drop("a key is written twice")
+        value = json.dumps(value)  # tuples become lists, keys strings
+        return json.loads(value, object_pairs_hook=json_object)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise Drop("value does not parse") from None
+
+
+def _has_repeated_key(value) -> bool:
+    todo = [value]
+    for v in todo:  # grows below
+        if isinstance(v, Repeated):
+            return True
+        todo += v.values() if isinstance(v, dict) else v if isinstance(v, list) else ()
+    return False
 
 
 def _too_deep(value, limit: int = 64) -> bool:
@@ -590,7 +621,7 @@ def _too_deep(value, limit: int = 64) -> bool:
     level = [value]
     for _ in range(limit):
         nested = [
-            v.values() if isinstance(v, dict) else v for v in level if type(v) in (dict, list)
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))
         ]
         level = [child for values in nested for child in values]
     return bool(level)
