@@ -14,7 +14,7 @@ tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into 
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
 
-Where the papers are silent, or we depart from them (tasks/converters.py has the datasets' own points):
+Where the papers are silent, or we depart from them (the datasets' own points: tasks/converters.py):
  1. Tool steps of earlier rounds stay in the prompt, numbered on. Figure 6 shows the current query's
     only, but then up to 28 % of the calls have an argument that the prompt holds nowhere.
  2. APIGen-MT's policy, without which targets cannot be inferred, precedes the tool descriptions.
