@@ -354,8 +354,7 @@ def _python_calls(text, id):
     if calls is None:
         raise ValueError(
             f'{id}: the tool step {text[:80]!r} is neither {{"name", "params"}} in JSON nor '
-            "[name(key=value)]; correct its steps, or take --format toolupt, which shows them as they "
-            "are"
+            "[name(key=value)]; correct its steps, or take --format toolupt, which shows them as is"
         )
     written = [
         f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['params'].items())})"

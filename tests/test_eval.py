@@ -263,7 +263,7 @@ def test_earlier_steps_in_python_form():
 @pytest.mark.parametrize("step", ["I looked it up.", "", '{"name": "f"}', "[f(a=1", "[]", "3"])
 def test_a_step_that_is_no_call_is_named(step):
     example = data.Example("mine/3", [], [], "q", [(step, "ok")], "", "answer")
-    with pytest.raises(ValueError, match="mine/3: the tool step .* is no call.*--format toolupt"):
+    with pytest.raises(ValueError, match="mine/3: the tool step .* is neither.*--format toolupt"):
         evaluation._in_python(example)
     calls = evaluation.replace(example, steps=[("[f(a=1)]", "ok")])
     assert evaluation._in_python(calls) == calls  # in Python form already
