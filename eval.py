@@ -12,7 +12,8 @@
 MODEL is a folder or hub name: a checkpoint, or the base model for the zero-shot row. The prompt is
 rendered by the function that training uses (Figures 5 and 6; --format python: iTool's calls).
 Greedy, 1,024 tokens. On BFCL and API-Bank a response's first tag decides: a call inside or after an
-<answer> is none. On our examples the verdict is training's (rewards.py): tags of both kinds are wrong.
+<answer> does not count. On our examples the verdict is training's (rewards.py): tags of both kinds
+are wrong.
 
 A case is a generator that yields an Example and is sent the response. `answer` advances all of them
 in lock step, one batched generate per round, so that one turn and forty steps are the same loop. A
@@ -151,9 +152,9 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
     """What a response is: a call, an answer or malformed. The one place where responses are read.
 
     form       "toolupt": JSON between tags, the first tag decides; "python": [name(key="v")]
-    as_source  BFCL wants Java's and JavaScript's arguments as source text. In Python form the argument is
-               that source, and literals become JSON text; in JSON it must be a string, and a list where
-               text is due is wrong, as with the official handlers
+    as_source  BFCL wants Java's and JavaScript's arguments as source text. In Python form the
+               argument is that source, and literals become JSON text; in JSON it must be a string,
+               and a list where text is due is wrong, as with the official handlers
 
     Malformed are also a <tool_call> that opens first and never closes, and arguments that are not
     JSON (sets, tuples as keys, more digits than Python prints). In Python form a text without
@@ -352,8 +353,8 @@ def _python_calls(text, id):
     calls = rewards.parse(f"<tool_call>{text}</tool_call>").calls
     if calls is None:
         raise ValueError(
-            f'{id}: the tool step {text[:80]!r} is no call, neither {{"name", "params"}} in JSON nor '
-            "[name(key=value)]; mend its steps, or take --format toolupt, which shows them as they are"
+            f'{id}: the tool step {text[:80]!r} is neither {{"name", "params"}} in JSON nor '
+            "[name(key=value)]; correct its steps, or take --format toolupt, which shows them as is"
         )
     written = [
         f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['params'].items())})"

@@ -107,9 +107,8 @@ def main() -> None:
         print(
             f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of "
             f"{result['step_s']:.2f} s); {watch.names} tensors, {watch.bytes / 1e6:.1f} MB "
-            f"gathered of a model of {weights / 1e6:.1f} MB, at most {max(watch.held) / 1e6:.1f} MB "
-            f"held, "
-            f"{max(watch.held) / weights:.1%} of the model"
+            f"gathered of a model of {weights / 1e6:.1f} MB, at most "
+            f"{max(watch.held) / 1e6:.1f} MB held, {max(watch.held) / weights:.1%} of the model"
         )
         common.write(args.out, result)
     dist.barrier()

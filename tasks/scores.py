@@ -276,7 +276,7 @@ def _forms(rows):
         cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
         cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
         lines += [f"| {category} | {len(forms)} | {' | '.join(map(str, cells))} |"]
-    note = "Untagged call: a call in JSON in a code fence or between answer tags. Both: tags of both kinds."
+    note = "Untagged call: JSON in a code fence or between answer tags. Both: tags of both kinds."
     return [*lines, "", note]
 
 

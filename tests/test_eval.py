@@ -263,7 +263,7 @@ def test_earlier_steps_in_python_form():
 @pytest.mark.parametrize("step", ["I looked it up.", "", '{"name": "f"}', "[f(a=1", "[]", "3"])
 def test_a_step_that_is_no_call_is_named(step):
     example = data.Example("mine/3", [], [], "q", [(step, "ok")], "", "answer")
-    with pytest.raises(ValueError, match="mine/3: the tool step .* is no call.*--format toolupt"):
+    with pytest.raises(ValueError, match="mine/3: the tool step .* is neither.*--format toolupt"):
         evaluation._in_python(example)
     calls = evaluation.replace(example, steps=[("[f(a=1)]", "ok")])
     assert evaluation._in_python(calls) == calls  # in Python form already
@@ -1328,7 +1328,7 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[{]", "level-1-api.json is no JSON"), ("[{}]", "sample 0: KeyError")]
+    ("text", "message"), [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")]
 )
 def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
     for name in api_bank.FILES.values():
