@@ -445,7 +445,8 @@ def _obstacle(base: PreTrainedModel, reader: HuggingFaceStorageReader) -> str:
             return f"transformers renames or reshapes {name}"
     read = _tensors(base.name_or_path)
     for name in (base.state_dict().keys() & read.keys()) - weights.keys():  # a second, tied name
-        if not torch.equal(read[name](), read[base.all_tied_weights_keys[name]]()):
+        source = base.all_tied_weights_keys.get(name)
+        if source not in read or not torch.equal(read[name](), read[source]()):
             return f"{name} is tied in config.json only"
     return ""
 
