@@ -455,8 +455,6 @@ class TransformersEngine(Engine):
         self._rows = {}  # (rows, columns) -> _Rows with its graphs
         if on_gpu:
             torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew per shape (pytorch #190388)
-        if self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # no graph leaves anything to another
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -616,6 +614,8 @@ class TransformersEngine(Engine):
         """Rows of this shape; of the same shape as before: the same, with their graphs."""
         if size * columns > self._cells:
             self._rows.clear()  # graphs hold addresses in the old storage
+            if self._graphs:  # a pool ends with the last graph in it; no graph needs another's memory
+                self._pool = torch.cuda.graph_pool_handle()
             self._storage, self._cells = [], size * columns
             new = partial(torch.zeros, dtype=self._dtype, device=self.device)
             self._storage = [[new(self._cells * h * d) for h, d in layer] for layer in self._heads]
