@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -208,7 +207,9 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     base = _transformer(model)
     modules = dict(base.named_modules())
-    originals = _originals(base) if _is_quantised(model) else {}
+    originals = {}
+    if _is_quantised(model):  # merging into NF4 would keep its error
+        originals = _tensors(base.name_or_path, str(next(base.parameters()).device))
     for name, tensor in base.state_dict().items():  # FSDP2 reshards first: fp32, not the bf16 copy
         if ".lora_" in name or ".base_layer.weight." in name:  # adapters; bitsandbytes' constants
             continue
@@ -258,43 +259,61 @@ def optimizer(
 class HostAdamW(torch.optim.AdamW):
     """AdamW, to the bit, with its moments in pinned host memory outside the step.
 
-    The step takes one parameter's moments to the device at a time and back. Beyond the weights and
-    gradients a GPU holds the moments of one parameter; 16 bytes per parameter cross the bus.
+    The step takes one parameter's moments to the GPU at a time and back: 16 bytes per parameter
+    cross the bus, and the GPU holds one parameter's moments beside weights and gradients.
     """
 
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._host, self._block = {}, torch.empty(0)
+
     def step(self, closure=None):
-        assert closure is None, "the step is taken once"
+        assert closure is None, "the step is taken parameter by parameter: no closure"
         groups = self.param_groups
         try:
             for group in groups:
                 for parameter in group["params"]:
-                    self._move_moments(parameter, parameter.device)
+                    for _, moment in self._moments(parameter):
+                        moment.data = moment.to(parameter.device, non_blocking=True)
                     self.param_groups = [group | {"params": [parameter]}]
                     super().step()
-                    self._move_moments(parameter, "cpu")
+                    self._leave(parameter)
         finally:
             self.param_groups = groups
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to the host are asynchronous
+        self._wait()
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)  # onto the parameters' devices
+        super().load_state_dict(state_dict)  # it moves them to the GPU
         for parameter in self.state:
-            self._move_moments(parameter, "cpu")
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            self._leave(parameter)
+        self._wait()
 
     @torch.no_grad()
-    def _move_moments(self, parameter, device):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in self.state[parameter]:
-                moment = self.state[parameter][name]
-                local = moment.to_local() if isinstance(moment, DTensor) else moment
-                if local.is_cuda and device == "cpu":
-                    host = torch.empty(local.shape, dtype=local.dtype, pin_memory=True)
-                    local.data = host.copy_(local, non_blocking=True)
-                else:
-                    local.data = local.to(device, non_blocking=True)
+    def _moments(self, parameter):
+        """(Key, this rank's part) of both moments, where they exist."""
+        state = self.state.get(parameter, {})
+        found = [(name, state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
+        return [((parameter, n), m.to_local() if isinstance(m, DTensor) else m) for n, m in found]
+
+    def _leave(self, parameter):
+        """Copies the moments to their place on the host and frees the GPU's copy."""
+        for key, moment in self._moments(parameter):
+            if moment.is_cuda:
+                if key not in self._host:
+                    self._host[key] = self._pinned(moment)
+                moment.data = self._host[key].copy_(moment, non_blocking=True)
+
+    def _pinned(self, moment):
+        """Room on the host, out of blocks: torch rounds each pinned tensor up to a power of two."""
+        n = moment.numel()
+        if n > self._block.numel():
+            self._block = torch.empty(max(n, 2**26), dtype=moment.dtype, pin_memory=True)
+        room, self._block = self._block[:n], self._block[n:]
+        return room.view(moment.shape)
+
+    def _wait(self):
+        if self._host:
+            torch.cuda.synchronize()  # before anyone on the host reads them
 
 
 def save(
@@ -424,8 +443,10 @@ def _obstacle(base: PreTrainedModel, reader: HuggingFaceStorageReader) -> str:
     for name, weight in weights.items():
         if name not in on_disk or on_disk[name].size != weight.shape:
             return f"transformers renames or reshapes {name}"
-    if twice := [name for name in base.state_dict() if name in on_disk and name not in weights]:
-        return f"{twice[0]} is tied and on disk all the same"
+    read = _tensors(base.name_or_path)
+    for name in (base.state_dict().keys() & read.keys()) - weights.keys():  # a second, tied name
+        if not torch.equal(read[name](), read[base.all_tied_weights_keys[name]]()):
+            return f"{name} is tied in config.json only"
     return ""
 
 
@@ -542,12 +563,11 @@ def _is_quantised(model: nn.Module) -> bool:
     return getattr(_transformer(model), "is_quantized", False)
 
 
-def _originals(base: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
-    """Name -> reader of the un-quantised weights on disk: merging into NF4 would keep its error."""
-    device = next(base.parameters()).device
+def _tensors(model_name_or_path: str, device: str = "cpu") -> dict[str, Callable[[], Tensor]]:
+    """Name -> reader of the weights on disk."""
     readers = {}
-    for file in weight_files(base.name_or_path):
-        tensors = safe_open(file, "pt", device=str(device))
+    for file in weight_files(model_name_or_path):
+        tensors = safe_open(file, "pt", device=device)
         readers |= {name: partial(tensors.get_tensor, name) for name in tensors.keys()}  # noqa: SIM118
     return readers
 
@@ -602,15 +622,18 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def check_checkpoints(path: Path, model: nn.Module, count: int) -> None:
-    """ValueError on all ranks where `count` checkpoints of the model do not fit beside `path`.
+def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_rank: int = 0) -> None:
+    """ValueError on all ranks where `count` checkpoints do not fit beside `path`.
+
+    base  from `skeleton`; adapters are added to it
 
     A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
     trained one for resuming; adapters lie there once more, as peft reads them.
     """
+    size = sum(tensor.nbytes for tensor in _shapes(base).values())
+    model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(tensor.nbytes for tensor in _shapes(_transformer(model)).values()) + 12 * trained
-    size += 4 * trained * hasattr(model, "peft_config")
+    size += (16 if lora_rank > 0 else 12) * trained
     check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
 
 
@@ -628,20 +651,20 @@ def check_disk(path: Path, needed: int, what: str = "the model") -> None:
         )
 
 
-def check_gpu() -> None:
+def check_gpu(devices: Path = Path("/dev")) -> None:
     """ValueError where the machine has a GPU that this PyTorch cannot use: no silent CPU run."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if hidden or torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+    if hidden or torch.cuda.is_available() or not any(devices.glob("nvidia[0-9]*")):
         return
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, check=False, capture_output=True, text=True)
-    if found.returncode == 0 and found.stdout.strip():
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
-        raise ValueError(
-            f"there is a GPU ({found.stdout.splitlines()[0]}: name, driver), but this PyTorch, "
-            f"{torch.__version__} for {built}, cannot use it: update the driver or install the "
-            'build that matches it; CUDA_VISIBLE_DEVICES="" trains on the CPU'
-        )
+    why = "none is visible"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a driver too old; a build for the CPU
+        why = str(error).splitlines()[0].rstrip(".")
+    raise ValueError(
+        f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({why}): update the "
+        'driver, or install the PyTorch that suits it; CUDA_VISIBLE_DEVICES="" trains on the CPU'
+    )
 
 
 def replace_folder(path: Path, new: Path) -> None:

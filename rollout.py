@@ -44,8 +44,8 @@ The transformers engine:
 - On a GPU a step (model, sampling and bookkeeping) is one CUDA graph. A graph belongs to a number
   of rows, a number of cache columns, and sampling parameters; the numbers are rounded up, so that
   few graphs exist. enforce_eager=True does without.
-- sleep() keeps weights, KV cache and graphs on the GPU: the weights are half as large as the
-  trainer's smallest copy, kv_cache_bytes bounds the cache, and graphs hold addresses of both.
+- sleep() keeps weights, KV cache and graphs on the GPU: bfloat16 weights are small beside the
+  trainer's states, kv_cache_bytes bounds the cache, and graphs hold addresses of both.
 
 Copy this file on its own. It imports vllm only when make_engine("vllm", ...) asks for it.
 """
@@ -760,7 +760,7 @@ def _nucleus(logits, top_p):
         return logits
     ascending, order = logits.sort(dim=-1)
     tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    tail[..., -1] = False
+    tail[..., -1].fill_(False)
     return logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
 
 

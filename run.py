@@ -118,6 +118,10 @@ class Run:
         self.gpu_share, arithmetic = plan.check_room(config, skeleton)
         if arithmetic:
             self.say(arithmetic)
+        count = max(1, config.save_total_limit + 1 - len(saved_steps(self.out)))
+        modeling.check_checkpoints(
+            self.out / "checkpoint", skeleton, count, lora_rank=config.lora_rank
+        )
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
@@ -158,8 +162,6 @@ class Run:
         self.optimizer = modeling.optimizer(
             self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
-        count = max(1, config.save_total_limit + 1 - len(saved_steps(self.out)))
-        modeling.check_checkpoints(self.out / "checkpoint", self.model, count)
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_shared()
         if self.rank == 0:

@@ -354,7 +354,9 @@ def timed(session: Session, way: str, prompt: int, vocabulary: int) -> dict:
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for row in rows[: 2 if args.compile or way == "flex" else 1]:  # two lengths: compiled for any
-        warm_up = seconds_of(lambda: forward_backward(way, session.model, row, args), args.device)
+        warm_up = seconds_of(
+            lambda row=row: forward_backward(way, session.model, row, args), args.device
+        )
     if args.profile:
         profile(lambda: forward_backward(way, session.model, rows[0], args))
     session.finish()  # makes AdamW's moments

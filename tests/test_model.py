@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -355,8 +355,15 @@ def test_a_tied_head_that_differs_on_disk_is_not_tied(folders, tmp_path, capsys)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     network, _ = library.load(tmp_path)
-    assert "lm_head.weight is tied and on disk" in capsys.readouterr().out
+    assert "lm_head.weight is tied in config.json only" in capsys.readouterr().out
     assert not torch.equal(network.lm_head.weight, network.model.embed_tokens.weight)
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    network, _ = library.load(tmp_path)
+    assert capsys.readouterr().out == ""
+    assert network.lm_head.weight is network.model.embed_tokens.weight
 
 
 def test_adapters_alone_are_no_model(folders, tmp_path):
@@ -497,32 +504,34 @@ def leave_free(monkeypatch, size):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_room_for_checkpoints_is_what_they_take(folders, tmp_path, monkeypatch, lora_rank):
-    network, _ = library.load(folders / "qwen2", lora_rank=lora_rank)
+    base = library.skeleton(folders / "qwen2")
     matrix = 61 * 32 + 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)
     model = matrix + 2 * (32 + 2 * 16) + 5 * 32  # biases of q, k, v; norms
     inputs_and_outputs = 32 + 32 + 2 * (32 + 16) + 32 + 32 + 3 * (32 + 48)
     trained = 2 * 2 * inputs_and_outputs if lora_rank else model
     size = 4 * model + (16 if lora_rank else 12) * trained
     leave_free(monkeypatch, int(1.05 * 3 * size) + 1)
-    library.check_checkpoints(tmp_path / "run", network, 3)
+    library.check_checkpoints(tmp_path / "run", base, 3, lora_rank=lora_rank)
+    base = library.skeleton(folders / "qwen2")
     leave_free(monkeypatch, int(1.05 * 3 * size) - 1)
     with pytest.raises(ValueError, match="3 checkpoints of 0.0 GB and .*--save_total_limit"):
-        library.check_checkpoints(tmp_path / "run", network, 3)
+        library.check_checkpoints(tmp_path / "run", base, 3, lora_rank=lora_rank)
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho NVIDIA H100, 450.80\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match='H100, 450.80.*CUDA_VISIBLE_DEVICES=""'):
-        library.check_gpu()
-    tool.write_text("#!/bin/sh\nexit 9\n")  # no driver
-    library.check_gpu()
-    tool.write_text("#!/bin/sh\necho NVIDIA H100, 450.80\n")
+    library.check_gpu(tmp_path)
+    (tmp_path / "nvidia0").touch()
+
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nGo")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    with pytest.raises(ValueError, match='too old .*11040.*CUDA_VISIBLE_DEVICES=""') as caught:
+        library.check_gpu(tmp_path)
+    assert "\n" not in str(caught.value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    library.check_gpu()
+    library.check_gpu(tmp_path)
 
 
 # optimiser

@@ -1,4 +1,4 @@
-"""bench/plot.py: what bench/README.md says between its markers is what the recorded JSON files hold."""
+"""bench/plot.py: between its markers bench/README.md says what the recorded JSON files hold."""
 
 import shutil
 import sys

@@ -258,12 +258,54 @@ def rows_made(engines, monkeypatch):
     return made
 
 
+class Recording:
+    """torch.cuda.CUDAGraph and torch.cuda.graph on a CPU: a step is kept, and run by replay."""
+
+    now = None
+
+    def __init__(self, graph=None, **options):
+        self.graph, self.steps = graph, []
+
+    def __enter__(self):
+        Recording.now = self.graph
+
+    def __exit__(self, *error):
+        Recording.now = None
+
+    def replay(self):
+        for step in self.steps:
+            step()
+
+
+@pytest.fixture(params=["plain", "graphs"])
+def stepping(request, engines, monkeypatch):
+    """The transformers engine as on a CPU, then as on a GPU: padded rows and columns, replays."""
+    engine, on_gpu = engines("transformers"), torch.cuda.is_available()
+    engine._rows.clear()
+    monkeypatch.setattr(engine, "_graphs", request.param == "graphs")
+    if request.param == "graphs" and not on_gpu:
+        real = engine._step
+
+        def step(*arguments):
+            if Recording.now:
+                Recording.now.steps.append(functools.partial(real, *arguments))
+            else:
+                real(*arguments)
+
+        monkeypatch.setattr(engine, "_step", step)
+        monkeypatch.setattr(engine, "_pool", None, raising=False)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+        monkeypatch.setattr(torch.cuda, "graph", Recording)
+    yield engine
+    engine._rows.clear()
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (1.3, 0.8)])
 def test_transformers_equals_a_loop_without_cache_or_batch(
-    temperature, top_p, engines, model, rows_made
+    temperature, top_p, stepping, model, rows_made
 ):
     """Prompts of one token and many, twice the same, their own limits and counts, a second stop."""
-    engine, rng = engines("transformers"), random.Random(1)
+    engine, rng = stepping, random.Random(1)
     prompts = prompts_of(1, 90, 33, 33, 64, 17)
     prompts[3] = prompts[2]
     counts, limits, seeds = [3, 9, 5, 4, 8, 2], [40, 3, 25, 17, 60, 1], [5, 6, 7, 8, 9, 10]
@@ -278,6 +320,7 @@ def test_transformers_equals_a_loop_without_cache_or_batch(
         seeds=seeds,
         stop_token_ids=stops[1:],
     )
+    assert bool(engine._rows) == engine._graphs
     ended = 0
     for prompt, count, limit, seed, group in zip(prompts, counts, limits, seeds, groups):
         assert len(group) == count
