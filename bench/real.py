@@ -1,24 +1,28 @@
 """A pretrained model on real data: methods from one start, measured before, during and after.
 
-    python bench/real.py --minutes 60                  the run of recipes/qwen2.5-coder-0.5b.args; goes on where it stopped
-    python bench/real.py --engine transformers --model_name_or_path DIR --max_steps 40 --train_batch_size 4 --jobs 1
-    python bench/real.py --status                      where it is, from another terminal
-    python bench/real.py --collect bench               the record so far: real.json, real.png, rollouts-ARM.jsonl.gz
-    python bench/real.py --draw bench/real.json        picture and README's table of a record
+    python bench/real.py --minutes 60             the run of RECIPE; goes on where it stopped
+    python bench/real.py --engine transformers --model_name_or_path DIR --max_steps 40 --jobs 1
+    python bench/real.py --status                 where it is, from another terminal
+    python bench/real.py --collect bench          the record so far: real.json, real.png, rollouts
+    python bench/real.py --draw bench/real.json   picture and README's table of a record
 
-Flags that are not listed under --help go to train.py, which every arm calls as a user would, on top of --recipe.
+Flags that are not listed under --help go to train.py, which every arm calls as a user would, on
+top of --recipe.
 
 1. The model as published is measured on the test rows and on BFCL (eval.py).
-2. The common start. The published model has the skill without the habit: `<tool_call>` as its first token has a probability
-   of about 1e-9, so that all rewards of a group are equal and RL has nothing to learn from. SFT (Eq. 1; the batches,
-   optimiser and rate of `train.py --algo sft`) goes on until a tenth of the calls that the model samples at temperature 1
-   are right, and of all responses: N steps, the least that do. Probed are training prompts that SFT has not met by then.
-3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, one learning rate for all RL
-   methods. `sft` goes on with its own rate; `toolupt_published` is single-stage, from the model as published.
-4. Each arm's last checkpoint is measured like 1. What counts is the last update; nothing is selected on the test rows.
+2. The common start. The published model has the skill without the habit: `<tool_call>` as its
+   first token has a probability of about 1e-9, so that all rewards of a group are equal and RL has
+   nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
+   rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
+   responses: N steps, the least that do. Probed are the training prompts that SFT meets last.
+3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, and one
+   learning rate for all RL methods. `sft` goes on with its own rate; `toolupt_published` is
+   single-stage, from the model as published.
+4. Each arm's last checkpoint is measured like 1. Nothing is selected on the test rows.
 
-When --minutes are over no new work begins: arms save, leave and are measured as they are, and the same command goes on later.
-Arms side by side share the card, so the seconds of one say little about its cost alone; the record has who ran when.
+When --minutes are over no new work begins: arms save, leave and are measured as they are, and the
+same command goes on later. Arms side by side share the card, so the seconds of one say little about
+its cost alone; the record says who ran when.
 """
 
 import argparse
@@ -56,18 +60,30 @@ COLOURS = {
     "toolupt": "#d62728", "dapo_star": "#bcbd22", "sft": "#1f77b4", "fg_dapo_star": "#17becf",
     "toolupt_published": "#9467bd",
 }  # fmt: skip
-SFT = ["--lr_scheduler_type", "constant", "--warmup_ratio", "0"]  # an arm goes on as its start began
+SFT = [
+    "--lr_scheduler_type",
+    "constant",
+    "--warmup_ratio",
+    "0",
+]  # an arm goes on as its start began
 SAMPLES = 4  # responses to a probed prompt
-ROLLOUT_BYTES = 11 * 2**20  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
+ROLLOUT_BYTES = (
+    11 * 2**20
+)  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
 BFCL_CASES = 10  # the first of each single-turn category
-INTERRUPTED = (143, 130, -15, -2)  # exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
+INTERRUPTED = (
+    143,
+    130,
+    -15,
+    -2,
+)  # exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
 
 
-# ------------------------------------------------------------------------------------------------------ the start
+# --------------------------------------------------------------------------------------- the start
 
 
 def common_start(args: argparse.Namespace) -> None:
-    """SFT until --start_share of sampled calls, and of all samples, are right; writes OUT/start and OUT/start.jsonl."""
+    """SFT until --start_share of the samples are right; writes OUT/start and OUT/start.jsonl."""
     import data
     import model as modeling
     import packing
@@ -79,7 +95,9 @@ def common_start(args: argparse.Namespace) -> None:
     train.init_distributed()
     settings = shared(args)
     model, tokenizer = modeling.load(
-        settings.model_name_or_path, gradient_checkpointing=not settings.no_gradient_checkpointing, seed=settings.seed
+        settings.model_name_or_path,
+        gradient_checkpointing=not settings.no_gradient_checkpointing,
+        seed=settings.seed,
     )
     optimizer = modeling.optimizer(model, settings.sft_learning_rate, (0.9, 0.95), 0.01)
     longest = settings.max_prompt_length, settings.max_completion_length
@@ -103,7 +121,10 @@ def common_start(args: argparse.Namespace) -> None:
         if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
             break
         engine.sleep()
-        batch = [examples[order[i % len(order)]] for i in range(step * settings.train_batch_size, (step + 1) * settings.train_batch_size)]
+        batch = [
+            examples[order[i % len(order)]]
+            for i in range(step * settings.train_batch_size, (step + 1) * settings.train_batch_size)
+        ]
         pairs = [(data.render(e, tokenizer), data.target_ids(e, tokenizer)) for e in batch]
         tokens = sum(len(target) for _, target in pairs)
         for micro in in_rows(pairs, settings.max_tokens_per_row):
@@ -151,17 +172,19 @@ def in_rows(pairs: list[tuple], budget: int) -> list[list[tuple]]:
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------- the driver
+# -------------------------------------------------------------------------------------- the driver
 
 
 def drive(args: argparse.Namespace) -> None:
-    """Start what can start, `jobs` arms and two measurements at a time, until all is done or the time is over."""
+    """Start what can start, `jobs` arms and two measurements at a time, until all is done."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(args.output_dir / ".lock", "w")  # noqa: SIM115 - open as long as the driver runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"error: another driver works in --output_dir {args.output_dir}: wait for it, or end it")
+        sys.exit(
+            f"error: another driver works in --output_dir {args.output_dir}: wait for it, or end it"
+        )
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
@@ -211,13 +234,17 @@ def drive(args: argparse.Namespace) -> None:
 
 
 class Process(subprocess.Popen):
-    """A program of this repository with a log of its own; it is asked to end when the driver ends, however that ends."""
+    """A program of this repository with a log; it gets SIGTERM when the driver ends, however."""
 
     def __init__(self, args: argparse.Namespace, name: str, argv: list[str]):
         self.began = time.time()
         log_of(args, name).parent.mkdir(parents=True, exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        die = (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)) if sys.platform == "linux" else None
+        die = (
+            (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
+            if sys.platform == "linux"
+            else None
+        )
         with open(log_of(args, name), "a") as log:
             super().__init__(
                 [sys.executable, *argv], cwd=REPO, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die,
@@ -245,7 +272,9 @@ def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
             found.append((arm, arm_command(args, arm)))
     for arm in args.arms:
         if (step := reached(args, arm)) and (step == args.max_steps or over):
-            found += measurements(args, f"{arm}-{step}", args.output_dir / arm / f"checkpoint-{step}")
+            found += measurements(
+                args, f"{arm}-{step}", args.output_dir / arm / f"checkpoint-{step}"
+            )
     if ready["start"]:
         found += measurements(args, "start", start)
     found += measurements(args, "published", args.model_name_or_path)
@@ -256,7 +285,11 @@ def arm_command(args: argparse.Namespace, arm: str) -> list[str]:
     """train.py's command line for an arm."""
     algo, origin = ARMS[arm]
     model = args.output_dir / "start" if origin == "start" else args.model_name_or_path
-    own = {"output_dir": args.output_dir / arm, "model_name_or_path": model, "max_steps": args.max_steps}
+    own = {
+        "output_dir": args.output_dir / arm,
+        "model_name_or_path": model,
+        "max_steps": args.max_steps,
+    }
     own |= {"resume_from_checkpoint": "latest"}
     if algo == "sft":
         own["learning_rate"] = args.sft_learning_rate
@@ -264,26 +297,60 @@ def arm_command(args: argparse.Namespace, arm: str) -> list[str]:
         own["balance_up"] = max(1, args.max_steps // 6)
         own["balance_down"] = max(1, args.max_steps // 2 - own["balance_up"])
     flags = [str(x) for name, value in own.items() for x in (f"--{name}", value)]
-    return ["train.py", "--algo", algo, f"@{args.recipe}", *args.typed, *flags, *(SFT if algo == "sft" else [])]
+    return [
+        "train.py",
+        "--algo",
+        algo,
+        f"@{args.recipe}",
+        *args.typed,
+        *flags,
+        *(SFT if algo == "sft" else []),
+    ]
 
 
-def measurements(args: argparse.Namespace, name: str, model: Path | str) -> list[tuple[str, list[str]]]:
+def measurements(
+    args: argparse.Namespace, name: str, model: Path | str
+) -> list[tuple[str, list[str]]]:
     """eval.py's command lines for what of a model is not measured yet."""
     settings, found = shared(args), []
-    common = ["eval.py", str(model), "--engine", settings.engine, "--max_num_seqs", "32", "--max_tokens", "512"]
+    common = [
+        "eval.py",
+        str(model),
+        "--engine",
+        settings.engine,
+        "--max_num_seqs",
+        "64",
+        "--max_tokens",
+        "512",
+    ]
     for bench, flags in {
-        "file": ["--file", settings.eval_file[0], "--max_model_len", str(settings.max_prompt_length + 512)],
+        "file": [
+            "--file",
+            settings.eval_file[0],
+            "--max_model_len",
+            str(settings.max_prompt_length + 512),
+        ],
         "bfcl": ["--categories", *args.bfcl, "--limit", str(BFCL_CASES), "--max_model_len", "8192"],
     }.items():
         out = args.output_dir / "eval" / f"{name}-{bench}"
-        if (bench == "file" or (args.bfcl and find_spec("bfcl_eval"))) and not (out / "report.md").exists():
-            found.append((f"eval/{name}-{bench}", [*common, "--bench", bench, *flags, "--output_dir", str(out)]))
+        if (bench == "file" or (args.bfcl and find_spec("bfcl_eval"))) and not (
+            out / "report.md"
+        ).exists():
+            found.append(
+                (
+                    f"eval/{name}-{bench}",
+                    [*common, "--bench", bench, *flags, "--output_dir", str(out)],
+                )
+            )
     return found
 
 
 def reached(args: argparse.Namespace, arm: str) -> int:
     """The step of an arm's newest whole checkpoint; 0: none."""
-    steps = (path.parent.name.split("-")[1] for path in (args.output_dir / arm).glob("checkpoint-*/config.json"))
+    steps = (
+        path.parent.name.split("-")[1]
+        for path in (args.output_dir / arm).glob("checkpoint-*/config.json")
+    )
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
@@ -308,13 +375,15 @@ def read(path: Path) -> list[dict]:
 
 
 def status(args: argparse.Namespace) -> str:
-    """Where the run is: the probes, and of each arm the step, seconds per update, and what it scored last."""
+    """Where the run is: probes, and each arm's step, seconds per update and last scores."""
     events, lines = read(args.output_dir / "events.jsonl"), []
     ended = {}
     for row in events:
         ended[row["name"]] = row if row["event"] == "end" else None
     for row in read(args.output_dir / "start.jsonl")[-3:]:
-        lines.append(f"start, step {row['step']}: sampled right: calls {row['calls']:.1%}, all {row['all']:.1%}")
+        lines.append(
+            f"start, step {row['step']}: sampled right: calls {row['calls']:.1%}, all {row['all']:.1%}"
+        )
     for arm in args.arms:
         rows = read(args.output_dir / arm / "metrics.jsonl")[1:]
         if not rows:
@@ -326,7 +395,9 @@ def status(args: argparse.Namespace) -> str:
         text += f", {median(seconds):.2f} s per update {parts}" if seconds else ""
         for row in scores[:1] + scores[-1:]:
             kinds = [row.get(f"eval/{k}") for k in ("tool_call_accuracy", "answer_accuracy")]
-            text += f"; after {row['step']}: " + ", ".join("-" if k is None else f"{k:.1%}" for k in kinds)
+            text += f"; after {row['step']}: " + ", ".join(
+                "-" if k is None else f"{k:.1%}" for k in kinds
+            )
         if "reward" in rows[-1]:
             text += f"; reward {mean(row['reward'] for row in rows[-10:] if 'reward' in row):.2f}"
         lines.append(text)
@@ -334,17 +405,20 @@ def status(args: argparse.Namespace) -> str:
         if row is None and name != "all":
             lines.append(f"running: {name}")
         elif row and row["code"] not in (0, *INTERRUPTED):
-            lines += [f"FAILED: {name}, exit code {row['code']}", log_of(args, name).read_text()[-1500:]]
+            lines += [
+                f"FAILED: {name}, exit code {row['code']}",
+                log_of(args, name).read_text()[-1500:],
+            ]
         elif row:
             lines.append(f"ended: {name}, {row['seconds']} s")
     return "\n".join(lines) or f"nothing in {args.output_dir} yet"
 
 
-# ----------------------------------------------------------------------------------------------------- the record
+# -------------------------------------------------------------------------------------- the record
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Write real.json, real.png and rollouts-ARM.jsonl.gz of what is there into the folder --collect."""
+    """Write real.json, real.png and rollouts-ARM.jsonl.gz into the folder --collect."""
     import common
 
     args.collect.mkdir(parents=True, exist_ok=True)
@@ -352,14 +426,21 @@ def collect(args: argparse.Namespace) -> None:
     events = read(out / "events.jsonl")
     runs = [arm for arm in args.arms if len(read(out / arm / "metrics.jsonl")) > 1]
     with ProcessPoolExecutor(max(1, min(len(runs), os.cpu_count() or 1))) as pool:
-        texts = pool.map(read_rollouts, [out / arm for arm in runs], [args.collect / f"rollouts-{arm}.jsonl.gz" for arm in runs])
+        texts = pool.map(
+            read_rollouts,
+            [out / arm for arm in runs],
+            [args.collect / f"rollouts-{arm}.jsonl.gz" for arm in runs],
+        )
         rollouts = dict(zip(runs, texts))
     begun = [row for row in events if row["event"] == "begin"]
     record = {
         "machine": {**common.machine(), **({"commit": args.commit} if args.commit else {})},
         "commands": [f"python bench/real.py {' '.join(row['command'])}" for row in begun],
         "hours": round(hours(events), 3),
-        "notes": [f"up to {args.jobs} arms and two measurements ran side by side on one machine: see `beside`", *args.note],
+        "notes": [
+            f"up to {args.jobs} arms and two measurements ran side by side on one machine: see `beside`",
+            *args.note,
+        ],
         "model": settings.model_name_or_path,
         "seed": settings.seed,
         "data": {name: checksum(name) for name in (*settings.train_file, *settings.eval_file)},
@@ -403,11 +484,18 @@ def checksum(source: str) -> str:
 
 
 def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts: dict) -> dict:
-    """An arm: how it was called, how long it took beside whom, and its metrics as columns over steps."""
+    """An arm: its command, its seconds and beside whom, and its metrics as columns over steps."""
     config, *rows = read(args.output_dir / arm / "metrics.jsonl")
     own = [row for row in events if row["name"] == arm]
     steps = [row for row in rows if row["step"]]
-    names = sorted({name for row in steps for name in row if not name.startswith(("eval/", "timing_s", "perf/"))})
+    names = sorted(
+        {
+            name
+            for row in steps
+            for name in row
+            if not name.startswith(("eval/", "timing_s", "perf/"))
+        }
+    )
     rounded = lambda x: x if x is None or isinstance(x, (int, str)) else float(f"{x:.4g}")
     curve = [row for row in rows if row.get("eval/accuracy") is not None]
     seconds = defaultdict(list)
@@ -419,20 +507,33 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
         "algo": ARMS[arm][0],
         "from": ARMS[arm][1],
         "updates": rows[-1]["step"],
-        "command": next((f"python {' '.join(row['command'])}" for row in reversed(own) if row["event"] == "start"), None),
-        "runs": [{k: row[k] for k in ("time", "event", "beside", "seconds", "code") if k in row} for row in own],
+        "command": next(
+            (
+                f"python {' '.join(row['command'])}"
+                for row in reversed(own)
+                if row["event"] == "start"
+            ),
+            None,
+        ),
+        "runs": [
+            {k: row[k] for k in ("time", "event", "beside", "seconds", "code") if k in row}
+            for row in own
+        ],
         "median_seconds": {name: rounded(median(values)) for name, values in seconds.items()},
         "config": config,
-        "curve": {name: [rounded(row.get(name)) for row in curve] for name in ("step", *sorted(k for k in curve[0] if k[:5] == "eval/"))},
+        "curve": {
+            name: [rounded(row.get(name)) for row in curve]
+            for name in ("step", *sorted(k for k in curve[0] if k[:5] == "eval/"))
+        },
         "metrics": {name: [rounded(row.get(name)) for row in steps] for name in names},
         "rollouts": rollouts,
     }
 
 
 def read_rollouts(folder: Path, out: Path) -> dict:
-    """Columns over steps of what an arm's rollouts tell, by kind of target; copies them to `out`, thinned to fit.
+    """What an arm's rollouts tell, as columns over steps; copies them to `out`, thinned to fit.
 
-    tokens_matched  share of the expert's tokens that stand at their place in the response (the condition of Eq. 13)
+    tokens_matched  share of the expert's tokens that the response has at their place (Eq. 13)
     first_advantage mean advantage of a response's first token: what pushes towards calls or answers
     forms           shares of the responses by rewards.form
     """
@@ -471,20 +572,24 @@ def read_rollouts(folder: Path, out: Path) -> dict:
             pairs = [(sums[s][f"{top}/{kind}"], sums[s][f"{under}/{kind}"]) for s in steps]
             found[f"{name}/{kind}"] = [round(a / b, 4) if b else None for a, b in pairs]
     for form in (*rewards.FORMS, "empty answer", "repeated key"):
-        shares = [sums[s][f"form/{form}"] / (sums[s]["n/calls"] + sums[s]["n/answers"]) for s in steps]
+        shares = [
+            sums[s][f"form/{form}"] / (sums[s]["n/calls"] + sums[s]["n/answers"]) for s in steps
+        ]
         found[f"form/{form}"] = [round(share, 4) for share in shares]
     thin(path, out, steps)
     return {"step": steps, **found}
 
 
 def thin(path: Path, out: Path, steps: list[int]) -> None:
-    """Write every n-th step and the last of a rollouts.jsonl to `out` again, so that it fits in ROLLOUT_BYTES."""
+    """Write every n-th step and the last to `out` again, so that it fits in ROLLOUT_BYTES."""
     every = -(-out.stat().st_size // ROLLOUT_BYTES)
     if every > 1:
         every += 1  # the last step, and steps of unequal size
         kept = {*steps[::every], steps[-1]}
         with open(path) as file, gzip.open(out, "wt", compresslevel=5) as copy:
-            copy.writelines(line for line in file if line.endswith("\n") and json.loads(line)["step"] in kept)
+            copy.writelines(
+                line for line in file if line.endswith("\n") and json.loads(line)["step"] in kept
+            )
 
 
 def evaluation(args: argparse.Namespace, name: str) -> dict:
@@ -502,21 +607,40 @@ def evaluation(args: argparse.Namespace, name: str) -> dict:
 
 
 def responses(args: argparse.Namespace, runs: list[str]) -> list[dict]:
-    """Responses of all measured models to three test prompts: the first single call, parallel calls and answer."""
+    """All models' responses to the first test rows with a single call, parallel calls, an answer."""
     found = {}
     for name in ("published", "start", *(f"{arm}-{reached(args, arm)}" for arm in runs)):
         chosen = {}
         for row in read(args.output_dir / "eval" / f"{name}-file" / "results.jsonl"):
-            parallel = row["category"] == "tool_call" and row["target"].split("\n")[1].startswith("[")
+            parallel = row["category"] == "tool_call" and row["target"].split("\n")[1].startswith(
+                "["
+            )
             chosen.setdefault("parallel calls" if parallel else row["category"], row)
         for which, row in chosen.items():
-            query = row["prompt"].partition("[User Query]")[2].partition("[Intermediate Tools")[0].strip()
-            example = found.setdefault(which, {"id": row["id"], "kind": which, "query": query, "target": row["target"], "responses": {}})
-            example["responses"][name] = {"text": row["turns"][0][0] if row["turns"] else None, "right": row["correct"]}
+            query = (
+                row["prompt"]
+                .partition("[User Query]")[2]
+                .partition("[Intermediate Tools")[0]
+                .strip()
+            )
+            example = found.setdefault(
+                which,
+                {
+                    "id": row["id"],
+                    "kind": which,
+                    "query": query,
+                    "target": row["target"],
+                    "responses": {},
+                },
+            )
+            example["responses"][name] = {
+                "text": row["turns"][0][0] if row["turns"] else None,
+                "right": row["correct"],
+            }
     return list(found.values())
 
 
-# ------------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------- the picture
 
 
 def draw(path: Path) -> str:
@@ -528,12 +652,20 @@ def draw(path: Path) -> str:
 
     record = json.loads(path.read_text())
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    n = record["evaluations"].get("start", record["evaluations"].get("published", {})).get("file", {})
+    n = (
+        record["evaluations"]
+        .get("start", record["evaluations"].get("published", {}))
+        .get("file", {})
+    )
     counts = [n.get(kind, [0, "?"])[1] for kind in ("tool_call", "answer")]
     for name, arm in record["arms"].items():
         style = {"label": name, "color": COLOURS.get(name)}
         for axis, key in zip(axes, ("eval/tool_call_accuracy", "eval/answer_accuracy")):
-            points = [(s, 100 * y) for s, y in zip(arm["curve"]["step"], arm["curve"].get(key, [])) if y is not None]
+            points = [
+                (s, 100 * y)
+                for s, y in zip(arm["curve"]["step"], arm["curve"].get(key, []))
+                if y is not None
+            ]
             axis.plot(*zip(*points), "o-", ms=4, **style) if points else None
         if arm["rollouts"]:
             steps = arm["rollouts"]["step"]
@@ -555,20 +687,35 @@ def draw(path: Path) -> str:
 
 def smooth(values: list, width: int = 10) -> list[float]:
     """Means of up to `width` values, the last one included; unknown ones do not count."""
-    parts = ([v for v in values[max(0, i + 1 - width) : i + 1] if v is not None] for i in range(len(values)))
+    parts = (
+        [v for v in values[max(0, i + 1 - width) : i + 1] if v is not None]
+        for i in range(len(values))
+    )
     return [mean(part) if part else float("nan") for part in parts]
 
 
 def table(record: dict) -> str:
     """The record in Markdown: before, the common start, and each arm after its last update."""
-    lines = ["| model | updates | calls | answers | BFCL calls | BFCL no call due | s per update |", "|---" * 7 + "|"]
+    lines = [
+        "| model | updates | calls | answers | BFCL calls | BFCL no call due | s per update |",
+        "|---" * 7 + "|",
+    ]
     share = lambda right, n: f"{100 * right / n:.1f} ({right} of {n})" if n else "-"
     for name, scores in record["evaluations"].items():
         arm = record["arms"].get(name.rpartition("-")[0], {})
         rows, bfcl = scores.get("file", {}), scores.get("bfcl", {})
         due = [v for k, v in bfcl.items() if "irrelevance" not in k]
         none = [v for k, v in bfcl.items() if "irrelevance" in k]
-        cells = [f"`{name.rpartition('-')[0]}`" if arm else {"published": "as published", "start": f"common start, {record['start']['steps'][-1]['step']} SFT steps" if record["start"]["steps"] else "start"}[name]]
+        cells = [
+            f"`{name.rpartition('-')[0]}`"
+            if arm
+            else {
+                "published": "as published",
+                "start": f"common start, {record['start']['steps'][-1]['step']} SFT steps"
+                if record["start"]["steps"]
+                else "start",
+            }[name]
+        ]
         cells += [str(arm.get("updates", ""))]
         cells += [share(*rows.get(kind, [0, 0])) for kind in ("tool_call", "answer")]
         cells += [share(sum(v[0] for v in part), sum(v[1] for v in part)) for part in (due, none)]
@@ -577,11 +724,11 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------- the program
 
 
 def shared(args: argparse.Namespace) -> argparse.Namespace:
-    """What the start and the measurements read of train.py's flags: the recipe's values, and above them what was typed."""
+    """What the start and the measurements read of train.py's flags: typed, else the recipe's."""
     parser = argparse.ArgumentParser(fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     parser.add_argument("--model_name_or_path", default=args.model_name_or_path)
@@ -603,7 +750,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Own flags; `typed`, those that go to train.py; `argv`, both."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--recipe", default=RECIPE, help="flags of train.py for all arms")
@@ -611,10 +760,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="in this order")
     add("--jobs", type=int, default=3, help="arms side by side")
     add("--stagger", type=float, default=5.0, help="seconds between the starts of two arms")
-    add("--minutes", type=float, default=1e6, help="after which nothing new begins and arms save and leave")
+    add(
+        "--minutes",
+        type=float,
+        default=1e6,
+        help="after which nothing new begins and arms save and leave",
+    )
     add("--max_steps", type=int, default=150, help="updates of an arm")
-    add("--sft_learning_rate", type=float, default=2e-5, help="of the start and of the arm sft: between the paper's 1e-5 and 3e-5")
-    add("--start_share", type=float, default=0.1, help="of sampled calls, and of all samples, that must be right at the start")
+    add(
+        "--sft_learning_rate",
+        type=float,
+        default=2e-5,
+        help="of the start and of the arm sft: between the paper's 1e-5 and 3e-5",
+    )
+    add(
+        "--start_share",
+        type=float,
+        default=0.1,
+        help="of sampled calls, and of all samples, that must be right at the start",
+    )
     add("--start_steps", type=int, default=60, help="of SFT at most")
     add("--probe", type=int, default=64, help="training prompts that are sampled")
     add("--bfcl", nargs="*", default=["single_turn"], help="categories or groups; none: no BFCL")
