@@ -614,8 +614,6 @@ class TransformersEngine(Engine):
         """Rows of this shape; of the same shape as before: the same, with their graphs."""
         if size * columns > self._cells:
             self._rows.clear()  # graphs hold addresses in the old storage
-            if self._graphs:  # a pool ends with the last graph in it; no graph needs another's memory
-                self._pool = torch.cuda.graph_pool_handle()
             self._storage, self._cells = [], size * columns
             new = partial(torch.zeros, dtype=self._dtype, device=self.device)
             self._storage = [[new(self._cells * h * d) for h, d in layer] for layer in self._heads]
@@ -630,6 +628,8 @@ class TransformersEngine(Engine):
         ]
         rows = _Rows(size, columns, cache, self.device)
         if self._graphs:
+            if not self._rows:  # a pool ends with the last graph in it
+                self._pool = torch.cuda.graph_pool_handle()
             if len(self._rows) == 64:
                 del self._rows[next(iter(self._rows))]  # the oldest; a graph takes some megabytes
             self._rows[size, columns] = rows

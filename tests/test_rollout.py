@@ -293,7 +293,7 @@ def stepping(request, engines, monkeypatch):
                 real(*arguments)
 
         monkeypatch.setattr(engine, "_step", step)
-        monkeypatch.setattr(engine, "_pool", None, raising=False)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
         monkeypatch.setattr(torch.cuda, "graph", Recording)
     yield engine
