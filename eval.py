@@ -33,9 +33,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ import rewards
 import rollout
 import scores
 from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
+from run import init_distributed, part
 
 ONLY = {  # flags of one benchmark, and their value where they are not given
     "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),
@@ -394,7 +395,7 @@ def _prepare(options):
     """Load cases and open the folder: what a user's mistake may stop. Returns all cases, chosen ones, settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        _init_distributed()
+        init_distributed()
     out = Path(options.output_dir)
     cases = BENCHES[options.bench](options)
     sizes = Counter(case.category for case in cases)
@@ -431,8 +432,9 @@ def _answer_rest(options, cases, chosen, settings):
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
             stops, write = settings["stop_token_ids"], partial(_write, file)
-            run = min(NEIGHBOURS, -(-len(todo) // world))
-            mine = [case for i, case in enumerate(todo) if i // run % world == rank]
+            size = min(NEIGHBOURS, -(-len(todo) // world))
+            neighbours = [todo[i : i + size] for i in range(0, len(todo), size)]
+            mine = list(chain(*part(neighbours, len, rank, world)))
             answer(mine, engine, options, write, anyone, rank > 0, stops)
         engine.close()
     _barrier(world)
@@ -580,14 +582,6 @@ def _version(name):
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _init_distributed():
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # ranks finish hours apart
 
 
 def _barrier(world):

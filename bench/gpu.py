@@ -38,7 +38,8 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
 import packing
-import train
+from run import init_distributed
+from train import Config
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, -3B-Instruct and -7B-Instruct
 SHAPES = {
@@ -48,7 +49,7 @@ SHAPES = {
     "toy": (1024, 64, 128, 2, 4, 2, True),
 }
 GROUP = 8
-BUDGET = train.Config.max_tokens_per_row  # tokens of a forward pass
+BUDGET = Config.max_tokens_per_row  # tokens of a forward pass
 GROUPS_PER_UPDATE = 32
 ROOM = 20e9  # bytes for activations and gathered layers, beside 16 per parameter
 
@@ -345,7 +346,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")
     deadline = time.time() + 60 * args.minutes
-    train.init_distributed()
+    init_distributed()
     rate = matmul_rate(args.device)
     result = {"machine": common.machine(), "matmul_tflops": [rate / 1e12], "rows": []}
     print(f"matmul rate {rate / 1e12:.1f} TFLOP/s", flush=True)

@@ -34,9 +34,9 @@ def worker(folder: Path, args) -> None:
     """Under torchrun: measured steps as one JSON line of rank 0."""
     import torch.distributed as dist
 
-    import train
+    from run import init_distributed
 
-    train.init_distributed()
+    init_distributed()
     tokenizer = common.AutoTokenizer.from_pretrained(folder)
     examples = common.make_examples(args.prompts_per_step, args.prompt, args.answer, tokenizer)
     own = {"output_dir": str(folder / f"run-{os.environ['TORCHELASTIC_RUN_ID']}")}

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import model as modeling
-import train
+from run import init_distributed
 
 
 class Watch:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
     parser.add_argument("--out", default=str(common.BENCH / "sync.json"))
     args = parser.parse_args()
-    train.init_distributed()
+    init_distributed()
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folders)
     folder = Path(folders[0]) / "model"

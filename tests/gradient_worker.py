@@ -14,19 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import frozen
 
 import train
+from run import init_distributed
 
 METHODS = ("toolupt", "grpo", "dapo", "srft", "sft")
 BUDGETS = (1, 100_000)
 
 if __name__ == "__main__":
     model, folder, out = map(Path, sys.argv[1:])
-    train.init_distributed()
+    init_distributed()
     gradients = {}
     for method in METHODS:
         for budget in BUDGETS:
             more = ["--algo", method, "--max_tokens_per_row", budget]
-            config = train.parse_args(frozen.flags(model, folder, *more))
-            gradients[f"{method} {budget}"], _ = frozen.one_step(config)
+            settings = train.parse_args(frozen.flags(model, folder, *more))
+            gradients[f"{method} {budget}"], _ = frozen.one_step(*settings)
     if dist.get_rank() == 0:
         torch.save(gradients, out)
     dist.barrier()

@@ -71,20 +71,21 @@ def stages() -> dict[str, tuple]:
     import itool
     import spo
     import train
+    from methods import ToolUpt
     from run import Run
 
     return {
         "sample": (Run, "batch"),
         "roll out": (train, "roll_out"),
         "reward": (train, "score"),
-        "advantage": (train, "add_advantages"),
-        "loss": (train, "policy_loss"),
+        "advantage": (ToolUpt, "advantages"),
+        "loss": (ToolUpt, "loss"),
         "optimiser": (Run, "optimizer_step"),
         "sync": (train, "sync"),
         "sft loss": (spo, "sft_loss"),
-        "perplexity": (train, "expert_group"),
+        "perplexity": (Run, "demonstration"),
         "search": (itool.Searcher, "propose"),
-        "preference": (train, "preference_gradient"),
+        "preference": (itool, "preference_gradient"),
     }
 
 
@@ -163,17 +164,19 @@ def _job(argv, log, ranks, fault, options):
 def _worker(argv, fault):
     import torch.distributed as dist
 
-    import report
     import train
+    from run import init_distributed
+    from tools import show
 
     if fault:
         fault.arm()
-    report.learning_curve = lambda out: out  # a second of each job, tested elsewhere
+    show.learning_curve = lambda out: out  # a second of each job, tested elsewhere
     if len(argv) == 1:
         return train.main(argv[0])
-    train.init_distributed()
+    init_distributed()
+    engine = None
     for line in argv:
-        train.train(train.parse_args(line))
+        engine = train.train(*train.parse_args(line), engine).engine
     dist.destroy_process_group()
 
 

@@ -1,0 +1,255 @@
+"""Checkpoints: save, resume, and what keeps an output folder whole.
+
+    output_dir/checkpoint-STEP          a plain save_pretrained folder
+    output_dir/checkpoint-STEP-state    sharded weights and optimiser state (DCP), to resume from on
+                                        any number of ranks
+
+Whatever moment a run is killed at, what carries one of these names is whole: folders are written
+under a name that starts with a dot and renamed, and what is left unfinished is cleared at the next
+start. Both folders hold safetensors: nothing is unpickled. All ranks call `save` and `resume`
+together.
+"""
+
+import ctypes
+import fcntl
+import gc
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+import model as modeling
+
+MUST_AGREE = (  # between a run and its resumption: else its records and audit would be of two runs
+    "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
+    "max_prompt_length", "max_completion_length", "alignment", "overlong", "lora_rank", "split", "preference",
+)  # fmt: skip
+STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
+
+
+def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> None:
+    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them."""
+    path = out / f"checkpoint-{step}"
+    modeling.save(model, tokenizer, path)
+    save_state(model, optimizer, state_of(path))
+    _trim_memory()
+    if dist.get_rank() == 0 and limit:
+        remove(out, saved_steps(out)[:-limit])
+
+
+def resume(out: Path, where: str, model, optimizer) -> int:
+    """Load weights and optimiser; return the step they are of, 0 where there is nothing to resume.
+
+    where  --resume_from_checkpoint: empty, latest, or a folder checkpoint-STEP
+    Checkpoints of later steps in `out` are deleted. Data and seeds follow from the step.
+    """
+    found = [saved_steps(out)]
+    dist.broadcast_object_list(found)  # one view of the folder for all ranks
+    steps = found[0]
+    if not where or (where == "latest" and not steps):
+        return 0  # also the first start of a job that always passes latest
+    folder = out / f"checkpoint-{steps[-1]}" if where == "latest" else Path(where)
+    load_state(model, optimizer, state_of(folder))
+    first = int(folder.name.removeprefix("checkpoint-"))
+    later = [step for step in steps if step > first]
+    if dist.get_rank() == 0 and later:
+        print(f"resuming after step {first}: checkpoints of later steps {later} are deleted")
+        remove(out, later)
+    return first
+
+
+def state_of(folder: Path) -> Path:
+    """The folder that holds the optimiser state of a checkpoint."""
+    return folder.with_name(folder.name + "-state")
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the checkpoints in `out` that have both folders, ascending."""
+    states = out.glob("checkpoint-*-state")
+    steps = (path.name.split("-")[1] for path in states)
+    return sorted(int(step) for step in steps if (out / f"checkpoint-{step}").is_dir())
+
+
+def remove(out: Path, steps: list[int]) -> None:
+    """Delete the checkpoints of these steps; a kill in between leaves what `clean` clears."""
+    for step in steps:
+        for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
+            (out / name).rename(out / f".{name}.old")
+            shutil.rmtree(out / f".{name}.old", ignore_errors=True)
+
+
+def save_state(model, optimizer, path: Path) -> None:
+    """Write weights and moments as sharded safetensors; the folder appears when it is whole."""
+    state = training_state(model, optimizer)
+    sizes = {f"model.{name}": tensor.nbytes for name, tensor in state["model"].items()}
+    for name, moments in state["optimizer"].items():
+        sizes |= {f"optimizer.{name}.{key}": tensor.nbytes for key, tensor in moments.items()}
+    files, filled = {}, 0
+    for name, size in sizes.items():
+        filled += size
+        files[name] = 1 + filled // STATE_FILE_BYTES
+    files = {name: 1 + sorted({*files.values()}).index(file) for name, file in files.items()}
+    temporary = path.with_name(f".{path.name}.incomplete")
+    if dist.get_rank() == 0:  # the others write when rank 0 has planned the save
+        shutil.rmtree(temporary, ignore_errors=True)
+    writer = HuggingFaceStorageWriter(
+        str(temporary), fqn_to_index_mapping=files, save_distributed=True
+    )
+    try:
+        dcp.save(state, storage_writer=writer)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{temporary} could not be written: {_last_line(error)}") from error
+    if dist.get_rank() == 0:
+        modeling.replace_folder(path, temporary)
+    dist.barrier()
+
+
+def load_state(model, optimizer, path: Path) -> None:
+    """Read what `save_state` wrote, on any number of ranks; ValueError for another model's state."""
+    state = training_state(model, optimizer)
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+    except dcp.CheckpointException as error:
+        raise ValueError(
+            f"{path} does not hold the state of this model ({_last_line(error)}): "
+            "choose another checkpoint"
+        ) from error
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    weights |= state["model"]
+    moments["state"] = state["optimizer"]
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=moments,
+        options=TRAINED,
+    )
+
+
+def training_state(model, optimizer) -> dict:
+    """Weights and moments by name, each tensor once, sharded as they are."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    once = {name for name, _ in model.named_parameters()}  # tied weights have two names
+    return {
+        "model": {name: weights[name] for name in weights if name in once},
+        "optimizer": moments["state"],
+    }
+
+
+# ----------------------------------------------------------------------- the output folder
+
+
+def refuse_earlier_run(settings: dict) -> list[str]:
+    """ValueError where a start would overwrite, or mix with, a run that it does not resume.
+
+    settings  every knob, as in the first line of metrics.jsonl
+    Returns what else differs from the settings of the run that is resumed.
+    """
+    out, where = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
+    steps, path = saved_steps(out), out / "metrics.jsonl"
+    if where not in ("", "latest"):
+        folder = Path(where)
+        if not state_of(folder).is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; take "
+                f"latest, or {folder.parent}/checkpoint-STEP of one of the steps "
+                f"{saved_steps(folder.parent)}"
+            )
+        if not folder.name.removeprefix("checkpoint-").isdigit():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP"
+            )
+    own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
+    if steps and not own:
+        raise ValueError(
+            f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
+            "--resume_from_checkpoint latest; to start anew take another folder, or delete this one"
+        )
+    if not steps or not path.exists():
+        return []
+    with open(path) as file:
+        earlier = json.loads(next(file, "{}"))
+    changed = {
+        name: f"--{name} {earlier[name]} -> {value}"
+        for name, value in settings.items()
+        if earlier.get(name, value) != value and name != "resume_from_checkpoint"
+    }
+    if wrong := [text for name, text in changed.items() if name in MUST_AGREE]:
+        raise ValueError(
+            f"--output_dir {out} holds a run with other settings ({', '.join(wrong)}): resume it "
+            "with its own, or take another folder"
+        )
+    return list(changed.values())
+
+
+def lock(out: Path):
+    """An open file, locked until this process ends; ValueError where another run holds it."""
+    file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes into --output_dir {out}: end it, or choose another"
+        ) from None
+    return file
+
+
+def clean(out: Path) -> None:
+    """Clear what a kill left unfinished; a folder whose successor was not renamed comes back."""
+    for old in out.glob(".checkpoint-*.old"):
+        path = out / old.name[1 : -len(".old")]
+        if path.name.endswith("best") and not path.exists():
+            old.rename(path)
+    for path in (*out.glob(".checkpoint-*.incomplete"), *out.glob(".checkpoint-*.old")):
+        shutil.rmtree(path)
+    for state in out.glob("checkpoint-*-state"):
+        if not (out / state.name.removesuffix("-state")).exists():
+            shutil.rmtree(state)
+
+
+def check_shared(out: Path) -> None:
+    """ValueError on all ranks unless all see rank 0's files: each writes its part of a checkpoint."""
+    token = out / ".shared"
+    if dist.get_rank() == 0:
+        token.write_text("all ranks must see this file\n")
+    dist.barrier()
+    for _ in range(50):  # a network file system may need some seconds
+        seen = token.exists()
+        if seen:
+            break
+        time.sleep(0.1)
+    views = [None] * dist.get_world_size()
+    dist.all_gather_object(views, seen)
+    if dist.get_rank() == 0:
+        token.unlink()
+    if not all(views):
+        raise ValueError(
+            f"--output_dir {out}: {views.count(False)} of {len(views)} ranks do not see the files "
+            "of rank 0; choose a folder on a file system that all nodes share"
+        )
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, at the end of DCP's traceback of tracebacks."""
+    return str(error).strip().splitlines()[-1]
+
+
+def _trim_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, in pieces, and a long run grows."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+    if trim:
+        trim(0)

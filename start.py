@@ -1,0 +1,248 @@
+"""Before the first step: the command line, the data, and what cannot work.
+
+    parse          flags -> the common knobs (Config of train.py) and the row that --algo names
+    table          the methods, and what differs (train.py --list)
+    announce       what is about to happen
+    load_examples  training examples and the evaluation subset
+
+A mistake is found before anything heavy is loaded, and named with its remedy.
+"""
+
+import os
+import random
+import shutil
+from argparse import ArgumentParser
+from dataclasses import MISSING, asdict, fields
+from importlib.util import find_spec
+
+import torch
+from transformers import AutoConfig, HfArgumentParser
+
+import data
+
+PROGRAM = {
+    "prog": "train.py",
+    "usage": "train.py --algo NAME [--FLAG VALUE ...] [@FILE ...]",
+    "allow_abbrev": False,
+}
+
+
+# ------------------------------------------------------------------------- the command line
+
+
+def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
+    """An instance of `common` and one of the row that --algo names, from the command line.
+
+    Order of precedence: a default, the row's own default, the command line. @FILE reads flags from
+    a file, # starts a comment there. Since a file may serve all rows, flags in it that belong to
+    another row are ignored and listed; a typed one is an error.
+    """
+    words = list(_unfolded(argv))
+    peek = ArgumentParser(add_help=False, **PROGRAM)
+    peek.add_argument("--algo", choices=rows, default=common.algo)
+    algo = peek.parse_known_args([word for word, _ in words])[0].algo
+    row = rows[algo]
+    parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
+    for action in parser._actions:  # help without --max-steps beside --max_steps
+        action.option_strings = [x for x in action.option_strings if "-" not in x.strip("-")]
+    parser.set_defaults(output_dir=f"runs/{algo}")
+    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    kept, ignored = [], []
+    for flag, is_typed in _flags(words):
+        name = _name(flag)
+        owners = [other for other in rows if name in _names(rows[other])]
+        if name in _names(common) | _names(row) or not flag[0].startswith("--") or name == "help":
+            kept += flag
+        elif not owners:
+            parser.error(f"unknown flag --{name}; --help lists those of --algo {algo}")
+        elif is_typed:
+            parser.error(
+                f"--{name} is not a flag of --algo {algo}; it is one of {', '.join(owners)}"
+            )
+        else:
+            ignored.append(f"--{name}")
+    try:
+        config, method, rest = parser.parse_args_into_dataclasses(
+            kept, look_for_args_file=False, return_remaining_strings=True
+        )
+        if config.learning_rate is None:  # the row's own, which another of its flags decides
+            config.learning_rate = method.learning_rate
+        method.check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    for name, why in method.flags_without_effect().items():
+        if any(is_typed and flag[0].startswith(f"--{name}") for flag, is_typed in _flags(words)):
+            parser.error(f"--{name} has no effect here: {why}")
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"not flags of --algo {algo}, ignored: {' '.join(ignored)}")
+    return config, method
+
+
+def own_flags(words: list[str], common: type, row: type) -> list[str]:
+    """The flags among `words` that a row reads, with their values."""
+    own = _names(common) | _names(row)
+    flags = [flag for flag, _ in _flags([(word, True) for word in words])]
+    return [word for flag in flags if _name(flag) in own for word in flag]
+
+
+def _unfolded(argv: list[str]):
+    """(word, whether it was typed) of a command line, files in the place of their @FILE."""
+    for word in argv:
+        if not word.startswith("@"):
+            yield word, True
+            continue
+        try:
+            lines = open(word[1:]).read().splitlines()
+        except OSError as error:
+            ArgumentParser(**PROGRAM).error(f"{word}: {error}")
+        nested = [part for line in lines for part in line.split("#")[0].split()]
+        yield from ((part, False) for part, _ in _unfolded(nested))
+
+
+def _flags(words: list[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
+    """Each flag with its values, and whether it was typed."""
+    flags = []
+    for word, is_typed in words:
+        if word.startswith("--") or not flags:
+            flags.append(([], is_typed))
+        flags[-1][0].append(word)
+    return flags
+
+
+def _name(flag: list[str]) -> str:
+    return flag[0].partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _names(knobs: type) -> set[str]:
+    """The flags of a dataclass, --no_x included."""
+    own = {f.name: f for f in fields(knobs) if f.init}
+    return {*own, *(f"no_{name}" for name, f in own.items() if f.default is True)}
+
+
+def table(rows: dict[str, type], shared: type) -> str:
+    """The methods: name and what it is, then what it changes and reads beyond the row it is made of."""
+    width, lines = max(map(len, rows)), []
+    for name, row in {**rows, "(rollouts)": shared}.items():
+        lines.append(f"{name:{width}}  {row.__doc__.partition(chr(10))[0]}")
+        changed = {knob: (value, source) for knob, (value, source) in row.defaults.items()}
+        for f in fields(row):
+            if f.init and f.name in row.__dict__.get("__annotations__", {}):
+                default = f.default_factory() if f.default is MISSING else f.default
+                changed[f.name] = default, f.metadata["help"].replace("%%", "%")
+        for knob, (value, about) in changed.items():
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{'':{width}}    --{knob} {text}".ljust(width + 36) + f"  {about}")
+    return "\n".join([*lines, "", "Every other flag is common to all rows: train.py --help."])
+
+
+def settings(config, method) -> dict:
+    """Every knob of a run by name: the first line of metrics.jsonl."""
+    return asdict(config) | {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+
+
+def announce(config, method, world: int) -> str:
+    """What is about to happen: every knob, the method in a sentence, tokens per step, the folder."""
+    prompts, K = config.train_batch_size, getattr(method, "num_generations", 0)
+    knobs = "\n".join(f"  {name} = {value}" for name, value in settings(config, method).items())
+    step = f"{prompts} examples, prompts of up to {config.max_prompt_length} tokens"
+    if K:
+        longest = config.max_prompt_length + K * config.max_completion_length
+        step = (
+            f"{prompts} prompts of up to {config.max_prompt_length} tokens, {prompts * K} responses "
+            f"of up to {config.max_completion_length}, at most {prompts * longest:,} tokens"
+        )
+    if hasattr(method, "sft_max_steps"):
+        step += f"\n{method.sft_max_steps} steps of SFT (--sft_max_steps), then {method.max_steps} of RL"
+    return (
+        f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\n"
+        f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
+    )
+
+
+# ----------------------------------------------------------------------- data and bad input
+
+
+def load_examples(config, method, tokenizer, quiet: bool) -> tuple[list, list]:
+    """Training examples and the evaluation subset; what is too long is dropped and counted."""
+    load = lambda sources: [
+        e for source in sources for e in data.load_source(source, seed=config.seed)
+    ]
+    examples = load(config.train_file)
+    if config.eval_file:
+        held_out = load(config.eval_file)
+    elif all(source.partition(":")[0] == "toy" for source in config.train_file):
+        level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
+        held_out = data.load("toy", level)
+    else:
+        held_out, examples = data.split(examples, config.eval_fraction, config.seed)
+    parts = []
+    for name, examples_of in (("train", examples), ("eval", held_out)):
+        fitting, drops = data.fit(
+            examples_of, tokenizer, config.max_prompt_length, config.max_completion_length
+        )
+        dropped = "".join(f", {n} dropped: {why}" for why, n in drops.items())
+        if not quiet:
+            print(f"{name}: {len(fitting)} examples{dropped}")
+        if not fitting:
+            raise ValueError(
+                f"no {name} example fits{dropped}; raise --max_prompt_length (prompt) or "
+                "--max_completion_length (target); python data.py stats FILE --tokenizer MODEL "
+                "shows lengths"
+            )
+        parts.append(fitting)
+    train, held_out = parts
+    if method.learns_from_expert:
+        check_experts(config, train)
+    if len(train) < config.train_batch_size:
+        raise ValueError(
+            f"{len(train)} training examples are fewer than --train_batch_size "
+            f"{config.train_batch_size}; lower it"
+        )
+    return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+
+
+def check_experts(config, examples: list) -> None:
+    """ValueError where an example has no expert response."""
+    bare = [
+        e for e in examples if not e.target.removeprefix("<answer>")[: -len("</answer>")].strip()
+    ]
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(examples)} training examples have no expert response "
+            f"({bare[0].id} first), which --algo {config.algo} learns from: leave them out, or take "
+            "--algo fg_dapo_star, which needs the tags only"
+        )
+
+
+def check_machine(config, world: int) -> None:
+    """ValueError or ImportError where the ranks or the packages do not suit the settings."""
+    if config.train_batch_size % world:
+        raise ValueError(
+            f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
+            f"take {config.train_batch_size // world * world or world}"
+        )
+    if config.quant != "none" and not find_spec("bitsandbytes"):
+        raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if config.torch_compile and not torch.cuda.is_available():
+        if not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
+
+
+def longest(config, method, tokenizer) -> int:
+    """Tokens of the longest sequence that the engine will see; ValueError beyond the model's."""
+    wanted = config.max_prompt_length + config.max_completion_length
+    question = method.question_length(tokenizer, config.max_completion_length)
+    room = AutoConfig.from_pretrained(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    ).max_position_embeddings
+    if max(wanted, question) > room:
+        raise ValueError(
+            f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "
+            f"{config.max_prompt_length} and --max_completion_length "
+            f"{config.max_completion_length} need {max(wanted, question)}: lower them"
+            + " (iTool's question to grade a response, twice the latter: or --self_evaluation none)"
+            * (question > wanted)
+        )
+    return max(wanted, question)
