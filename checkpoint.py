@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import gc
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -240,6 +241,36 @@ def check_shared(out: Path) -> None:
             f"--output_dir {out}: {views.count(False)} of {len(views)} ranks do not see the files "
             "of rank 0; choose a folder on a file system that all nodes share"
         )
+
+
+# ----------------------------------------------------------------------------- .jsonl files
+
+
+def read_lines(path: Path):
+    """The rows of a .jsonl file, one after the other."""
+    with open(path) as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write(file, row: dict) -> None:
+    """Append a row to an open .jsonl file, at once."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def open_records(path: Path, step: int):
+    """Open a .jsonl file for appending, without the lines of steps after `step`: they run again."""
+    kept = path.with_name(f".{path.name}.incomplete")
+    with open(kept, "w") as new:
+        if step and path.exists():
+            with open(path) as old:  # a kill may have cut the last line
+                whole = (line for line in old if line.endswith("\n"))
+                new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
+        new.flush()
+        os.fsync(new.fileno())
+    kept.rename(path)
+    return open(path, "a")
 
 
 def _last_line(error: BaseException) -> str:

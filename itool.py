@@ -45,6 +45,7 @@ import mcts
 import model as modeling
 import rewards
 import simpo
+from checkpoint import write
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
 from rollout import Engine, Sample, derived_seed
@@ -63,7 +64,6 @@ from run import (
     part,
     sync,
     tokens_of,
-    write,
 )
 
 STAGES = ("easy", "medium", "hard")

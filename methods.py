@@ -155,10 +155,7 @@ class Rollouts(Row):
     def check(self, config: Any) -> None:
         at_least(self, 1, "max_steps", "generation_batches")
         if self.num_generations < 2:
-            raise ValueError(
-                f"--num_generations {self.num_generations}: a group advantage compares responses; "
-                "take at least 2"
-            )
+            raise ValueError("--num_generations: an advantage compares responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
         """The outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
@@ -239,10 +236,8 @@ class Grpo(Rollouts):
         return float(outcome.total == BEST)
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        count = totals["responses"]  # Eq. 2; veRL's mean is over tokens
-        advantages = rows.advantages[:, 0]
-        loss, _ = grpo.grpo_loss(logps, logps, advantages, rows.mask, num_responses=count)
-        return loss, {}
+        A, N = rows.advantages[:, 0], totals["responses"]  # veRL's mean is over tokens
+        return grpo.grpo_loss(logps, logps, A, rows.mask, num_responses=N)[0], {}
 
     def reduced(self, entropy, mask, totals) -> Tensor:
         return (entropy.sum(1) / mask.sum(1).clamp(min=1)).sum() / totals["responses"]
@@ -252,32 +247,20 @@ class Grpo(Rollouts):
 class Dapo(Rollouts):
     """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO)."""
 
-    generation_batches: int = knob(
-        1, "batches sampled per round of dynamic sampling; DAPO's script: 3"
-    )
+    generation_batches: int = knob(1, "per round of dynamic sampling; DAPO's script: 3")
     overlong: float = knob(
-        0.25,
-        "last share of --max_completion_length, where a penalty rises to -1; 0: none. "
-        "DAPO section 3.4: 4,096 of 20,480 tokens; ours: 256 of 1,024",
+        0.25, "last share of a response in which a penalty rises to -1; ours; DAPO section 3.4: 0.2"
     )
-    tis_cap: float = knob(
-        0.0, "truncated importance sampling of trainer over engine, 2 is usual; 0: off, as in DAPO"
-    )
+    tis_cap: float = knob(0.0, "truncated importance sampling, 2 is usual; 0: off, as in DAPO")
 
     def check(self, config: Any) -> None:
         super().check(config)
-        if self.tis_cap < 0:
+        at_least(self, 0, "tis_cap")
+        tokens = round(self.overlong * config.max_completion_length)
+        if not 0 <= self.overlong <= 1 or (self.overlong and tokens < 1):
             raise ValueError(
-                f"--tis_cap {self.tis_cap}: take 0 (off) or a positive cap, 2 is usual"
-            )
-        if not 0 <= self.overlong <= 1:
-            raise ValueError(
-                f"--overlong {self.overlong}: take a share of --max_completion_length, 0 .. 1"
-            )
-        if self.overlong and round(self.overlong * config.max_completion_length) < 1:
-            raise ValueError(
-                f"--overlong {self.overlong}: less than a token of --max_completion_length "
-                f"{config.max_completion_length}"
+                f"--overlong {self.overlong}: take a share of --max_completion_length, 0 .. 1, "
+                "of a token or more"
             )
 
     def reward(self, outcome, length, max_length) -> float:
@@ -294,21 +277,14 @@ class Dapo(Rollouts):
         return bool(grpo.informative_groups(totals, len(totals)))
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        on, weights, stats = ~rows.is_expert, None, {}
+        on, N, weights, stats = ~rows.is_expert, totals["tokens"], None, {}
+        logps, A, mask = logps[on], rows.advantages[on], rows.mask[on]
         if self.tis_cap:
-            weights = grpo.truncated_importance_weights(
-                logps[on], rows.sampler_logps[on], rows.mask[on], self.tis_cap
-            )
-            stats["sampling/importance_sampling_ratio/mean"] = weights.sum() / totals["tokens"]
-            stats["sampling/importance_sampling_ratio/max"] = weights.max() if on.any() else 0.0
-        loss, _ = grpo.dapo_loss(
-            logps[on],
-            logps[on],
-            rows.advantages[on],
-            rows.mask[on],
-            num_tokens=totals["tokens"],
-            weights=weights,
-        )
+            sampler, name = rows.sampler_logps[on], "sampling/importance_sampling_ratio"
+            weights = grpo.truncated_importance_weights(logps, sampler, mask, self.tis_cap)
+            stats[f"{name}/mean"] = weights.sum() / N
+            stats[f"{name}/max"] = weights.max() if weights.numel() else 0.0
+        loss, _ = grpo.dapo_loss(logps, logps, A, mask, num_tokens=N, weights=weights)
         return loss, stats
 
 
@@ -325,9 +301,7 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob(
-        "positional", "which expert token a response token is compared with (fgae.py)"
-    )
+    alignment: Literal["positional", "lcs"] = knob("positional", "with the expert (fgae.py)")
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
@@ -392,14 +366,8 @@ class Luffy(Rollouts):
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        return baselines.luffy_loss(
-            logps,
-            logps,
-            rows.advantages[:, 0],
-            rows.mask,
-            rows.is_expert,
-            num_tokens=totals["tokens"] + totals["expert_tokens"],
-        )
+        A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
+        return baselines.luffy_loss(logps, logps, A, rows.mask, rows.is_expert, num_tokens=Z)
 
 
 def _with_expert(method: Rollouts, group: Group) -> Tensor:
@@ -414,9 +382,7 @@ class Srft(Rollouts):
 
     num_generations: int = knob(7, "sampled responses per prompt; as LUFFY's, SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
-    srft_shaped: bool = knob(
-        False, "p/(p+0.1) for p in the expert's RL term, as both public codes run"
-    )
+    srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
     learns_from_expert = True
     reward = Grpo.reward  # 1 where right, else 0
 
@@ -426,18 +392,16 @@ class Srft(Rollouts):
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=std), group)
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        return baselines.srft_loss(
-            logps,
-            entropy,
-            rows.advantages[:, 0],
-            rows.correct,
-            rows.mask,
-            rows.is_expert,
-            variant=self.srft_variant,
-            shaped=self.srft_shaped,
-            num_tokens=totals["tokens"] + totals["expert_tokens"],
-            num_expert_tokens=totals["expert_tokens"],
-        )
+        own = (rows.advantages[:, 0], rows.correct, rows.mask, rows.is_expert)
+        kind = {"variant": self.srft_variant, "shaped": self.srft_shaped}
+        counts = _both(totals)
+        counts["num_tokens"] += counts["num_expert_tokens"]
+        return baselines.srft_loss(logps, entropy, *own, **kind, **counts)
+
+
+def _both(totals: dict[str, int]) -> dict[str, int]:
+    """The denominators of rollouts and experts."""
+    return {"num_tokens": totals["tokens"], "num_expert_tokens": totals["expert_tokens"]}
 
 
 @dataclass
@@ -460,29 +424,16 @@ class Chord(Rollouts):
                 raise ValueError(f"--{name} {getattr(self, name)}: take a weight, 0 .. 1")
 
     def schedule(self, step: int) -> dict[str, float]:
-        mu = baselines.chord_mu_at(
-            step,
-            warmup=self.chord_mu_warmup,
-            decay=self.chord_mu_decay,
-            peak=self.chord_mu_peak,
-            valley=self.chord_mu,
-        )
-        return {"balance": mu}
+        steps = {"warmup": self.chord_mu_warmup, "decay": self.chord_mu_decay}
+        ends = {"peak": self.chord_mu_peak, "valley": self.chord_mu}
+        return {"balance": baselines.chord_mu_at(step, **steps, **ends)}
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        on, off = ~rows.is_expert, rows.is_expert
-        loss, stats = baselines.chord_loss(
-            logps[on],
-            logps[on],
-            rows.advantages[on, 0],
-            rows.mask[on],
-            logps[off],
-            rows.mask[off],
-            mu=self.schedule(step)["balance"],
-            phi=self.chord_phi,
-            num_tokens=totals["tokens"],
-            num_expert_tokens=totals["expert_tokens"],
-        )
+        on, off, mu = ~rows.is_expert, rows.is_expert, self.schedule(step)["balance"]
+        rollouts = (logps[on], logps[on], rows.advantages[on, 0], rows.mask[on])
+        kind = {"mu": mu, "phi": self.chord_phi}
+        experts = (logps[off], rows.mask[off])
+        loss, stats = baselines.chord_loss(*rollouts, *experts, **kind, **_both(totals))
         return loss, {name: stats[name] for name in ("chord/grpo", "chord/sft", "expert_prob")}
 
 
@@ -519,17 +470,9 @@ class ToolUpt(FgDapoStar):
         """Expert tokens as chosen, rollout tokens of negative advantage as rejected (Eq. 22)."""
         on, off = ~rows.is_expert, rows.is_expert
         keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])  # Eq. 19
-        return spo.spo_loss(
-            logps[off],
-            rows.mask[off],
-            keep,
-            logps[on],
-            rows.advantages[on],
-            rows.mask[on],
-            beta=self.spo_beta,
-            num_tokens=totals["tokens"],
-            num_expert_tokens=totals["expert_tokens"],
-        )
+        experts = (logps[off], rows.mask[off], keep)
+        rollouts = (logps[on], rows.advantages[on], rows.mask[on])
+        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **_both(totals))
 
 
 # -------------------------------------------------------------------------------- Figure 4
@@ -567,15 +510,9 @@ class DrGrpo(Grpo):
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        loss, _ = grpo.drgrpo_loss(
-            logps,
-            logps,
-            rows.advantages[:, 0],
-            rows.mask,
-            max_length=totals["max_length"],
-            num_responses=totals["responses"],
-        )
-        return loss, {}
+        A, N = rows.advantages[:, 0], totals["responses"]
+        limit = {"max_length": totals["max_length"], "num_responses": N}
+        return grpo.drgrpo_loss(logps, logps, A, rows.mask, **limit)[0], {}
 
     def reduced(self, entropy, mask, totals) -> Tensor:
         return entropy.sum() / (totals["responses"] * totals["max_length"])

@@ -46,6 +46,7 @@ import packing
 import rewards
 import rollout
 import start
+from checkpoint import open_records, read_lines, write
 from methods import Group, Rollouts
 from start import settings
 
@@ -363,7 +364,7 @@ class Run:
                 self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
             if self.metrics_file.tell() == 0:
                 write(self.metrics_file, knobs)
-            self.tracker = tracker(self.config.report_to, self.out, knobs)
+            self.tracker = start.tracker(self.config.report_to, self.out, knobs)
             self.skipped = next(reversed(self.history("skipped")), 0)
         self.skipped = int(all_max(self.skipped))
 
@@ -551,33 +552,6 @@ def check_engine(config, difference: float, step: int) -> None:
 # ---------------------------------------------------------------------------------- records
 
 
-def read_lines(path: Path):
-    """The rows of a .jsonl file, one after the other."""
-    with open(path) as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def write(file, row: dict) -> None:
-    """Append a row to an open .jsonl file, at once."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def open_records(path: Path, step: int):
-    """Open a .jsonl file for appending, without the lines of steps after `step`: they run again."""
-    kept = path.with_name(f".{path.name}.incomplete")
-    with open(kept, "w") as new:
-        if step and path.exists():
-            with open(path) as old:  # a kill may have cut the last line
-                whole = (line for line in old if line.endswith("\n"))
-                new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
-        new.flush()
-        os.fsync(new.fileno())
-    kept.rename(path)
-    return open(path, "a")
-
-
 def records(step: int, group: Group) -> list[dict]:
     """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
     rounded = lambda values: [round(float(v), 6) for v in values]
@@ -609,22 +583,3 @@ def records(step: int, group: Group) -> list[dict]:
 def checksum(row: dict) -> int:
     """CRC-32 of a line of rollouts.jsonl without this field: finds what a disk or editor changed."""
     return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
-
-
-def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | None:
-    """A function of (metrics, step), or None for "none"; ImportError with the remedy."""
-    if kind == "none":
-        return None
-    try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(out / "tensorboard")
-            return lambda metrics, step: [
-                writer.add_scalar(name, value, step) for name, value in metrics.items()
-            ]
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
-    wandb.init(project="toolupt", dir=str(out), config=knobs)
-    return lambda metrics, step: wandb.log(metrics, step=step)

@@ -12,8 +12,10 @@ import os
 import random
 import shutil
 from argparse import ArgumentParser
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, HfArgumentParser
@@ -72,8 +74,9 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         parser.error(str(error))
     if rest:
         parser.error(f"unknown argument {rest[0]}")
+    typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
     for name, why in method.flags_without_effect().items():
-        if any(is_typed and flag[0].startswith(f"--{name}") for flag, is_typed in _flags(words)):
+        if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
         print(f"not flags of --algo {algo}, ignored: {' '.join(ignored)}")
@@ -94,7 +97,7 @@ def _unfolded(argv: list[str]):
             yield word, True
             continue
         try:
-            lines = open(word[1:]).read().splitlines()
+            lines = Path(word[1:]).read_text().splitlines()
         except OSError as error:
             ArgumentParser(**PROGRAM).error(f"{word}: {error}")
         nested = [part for line in lines for part in line.split("#")[0].split()]
@@ -161,6 +164,25 @@ def announce(config, method, world: int) -> str:
     )
 
 
+def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | None:
+    """A function of (metrics, step), or None for "none"; ImportError with the remedy."""
+    if kind == "none":
+        return None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out / "tensorboard")
+            return lambda metrics, step: [
+                writer.add_scalar(name, value, step) for name, value in metrics.items()
+            ]
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
+    wandb.init(project="toolupt", dir=str(out), config=knobs)
+    return lambda metrics, step: wandb.log(metrics, step=step)
+
+
 # ----------------------------------------------------------------------- data and bad input
 
 
@@ -225,9 +247,9 @@ def check_machine(config, world: int) -> None:
         )
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
-    if config.torch_compile and not torch.cuda.is_available():
-        if not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
+    compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
+    if config.torch_compile and not compiler:
+        raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
 
 
 def longest(config, method, tokenizer) -> int:

@@ -1216,7 +1216,14 @@ def test_resuming_equals_not_stopping(tiny, tmp_path, monkeypatch):
 
 
 def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_path, monkeypatch):
-    """Validation says that step 2 of 4 was best: neither the first, nor the last, nor the newest checkpoint."""
+    """Validation says that step 2 of 4 was best: neither the first, nor the last, nor the newest checkpoint.
+
+    The engine is made once, for the longer prompts and the log-probs that the second stage needs, and never closed.
+    """
+    engines, make = [], rollout.make_engine
+    close = lambda self: pytest.fail("the engine was closed")
+    monkeypatch.setattr(rollout, "make_engine", lambda *a, **o: engines.append(make(*a, **o)) or engines[-1])
+    monkeypatch.setattr(rollout.TransformersEngine, "close", close)
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5}
     weights, begin = {0: weights_of_file(tiny)}, {}
     original, evaluated = Run.optimizer_step, []
@@ -1239,7 +1246,7 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
     text = """--algo sft_dapo_star --sft_max_steps 4 --sft_learning_rate 0.01 --max_steps 1
     --learning_rate 0.001 --eval_steps 1 --save_total_limit 1 --save_steps 1"""
     train.train(*train.parse_args(frozen.short_flags(tiny, tmp_path, *text.split())))
-    assert evaluated == [1, 2, 3, 4]
+    assert evaluated == [1, 2, 3, 4] and len(engines) == 1
     assert all(torch.equal(begin["weights"][name], w) for name, w in weights[2].items())
     for other in (0, 3, 4):
         assert any(not torch.equal(begin["weights"][n], w) for n, w in weights[other].items())
@@ -1588,7 +1595,7 @@ def test_summary_and_picture(finished, tmp_path):
 
 
 def test_tensorboard_is_optional(tmp_path, monkeypatch):
-    assert run_module.tracker("none", tmp_path, {}) is None
+    assert start.tracker("none", tmp_path, {}) is None
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="--report_to wandb"):
-        run_module.tracker("wandb", tmp_path, {})
+        start.tracker("wandb", tmp_path, {})

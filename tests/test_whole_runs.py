@@ -129,10 +129,11 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_stages_without_torchrun(tmp_path):
-    """`python train.py` runs SFT, then FG-DAPO* from its best checkpoint with a fresh optimiser."""
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+def test_two_stages_without_torchrun(engine, tmp_path):
+    """`python train.py` runs SFT, then FG-DAPO* from its best checkpoint, with one engine, and ends with code 0."""
     out = tmp_path / "out"
-    text = f"""train.py @recipes/demo.args --algo sft_fg_dapo_star --engine transformers --output_dir {out}
+    text = f"""train.py @recipes/demo.args --algo sft_fg_dapo_star --engine {engine} --output_dir {out}
     --sft_max_steps 2 --max_steps 2 --train_batch_size 4 --num_generations 4 --eval_size 4 --eval_steps 1"""
     done = launch(*text.split())
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from run import read_lines
+from checkpoint import read_lines
 
 PLAIN = "\033[0m"
 SHADES = {
