@@ -107,7 +107,7 @@ def test_gradient_does_not_depend_on_ranks_or_micro_batches(tmp_path):
         done = launch(worker, model, tmp_path, file, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         gradients[ranks] = torch.load(file)
-    for method in gradient_worker.METHODS:
+    for method in (*gradient_worker.METHODS, "pairs"):
         one, *others = [
             gradients[ranks][f"{method} {budget}"]
             for ranks in (1, 2)
