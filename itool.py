@@ -266,13 +266,20 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     end = 0  # optimiser steps up to and with the iteration
     for iteration in range(1, method.iterations + 1):
         if iteration not in searches:
-            # 1 replay buffer, 2 search, 3 pairs
             clock = Clock()
-            buffer, numbers = replay_buffer(config, method, run, pool, end, clock)
-            trees, counts = grow_trees(config, method, run, buffer, iteration, end, clock)
-            pairs, found = collect_pairs(config, method, run, trees, iteration, end, clock)
-            head = {"iteration": iteration, "step": end, "pool": len(pool), "trees": len(buffer)}
-            summary = head | numbers | found | counts | clock.metrics()
+            # 1 replay buffer
+            buffer, summary = replay_buffer(run, pool, end, clock)
+            # 2 search
+            trees, counts = grow_trees(run, buffer, iteration, end, clock)
+            # 3 pairs
+            pairs, found = collect_pairs(run, trees, iteration, end, clock)
+            summary |= counts | found | clock.metrics()
+            summary |= {
+                "iteration": iteration,
+                "step": end,
+                "pool": len(pool),
+                "trees": len(buffer),
+            }
             log_search(run, summary, pairs)
             searches[iteration] = summary, pairs
         summary, pairs = searches[iteration]
@@ -291,9 +298,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 clock = Clock()
                 if step == begin:
                     run.restart_optimizer()
-                batch = pair_batch(config, method, trained, iteration, step - begin)
+                batch = pair_batch(run, trained, iteration, step - begin)
                 with clock("update"):
-                    stats = preference_gradient(config, method, run, batch)
+                    stats = preference_gradient(run, batch)
                     lr = learning_rate_at(config, step - begin, steps, config.learning_rate)
                     grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                     mine = part(batch, tokens_of, run.rank, run.world)
@@ -304,7 +311,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 # 5 weight sync
                 last = step + 1 == end
                 if last:
-                    metrics |= held_out_metrics(config, method, run, held_out)
+                    metrics |= held_out_metrics(run, held_out)
                     metrics["adapter_norm"] = modeling.adapter_norm(run.model)
                     sync(run)
                     metrics |= evaluate(config, run)
@@ -328,12 +335,13 @@ class Asked(Exception):
 
 
 def replay_buffer(
-    config, method: ItoolConfig, run: Run, pool: list[data.Example], step: int, clock: Clock
+    run: Run, pool: list[data.Example], step: int, clock: Clock
 ) -> tuple[list[data.Example], dict[str, float]]:
     """The examples of highest perplexity (Eq. 4), and mean perplexities; equal on all ranks."""
+    method = run.method
     run.engine.sleep()
     with clock("perplexity"):
-        values = perplexities(config, run, pool, step)
+        values = perplexities(run, pool, step)
     calls = [example.kind == "tool_call" for example in pool]
     strata = calls if method.buffer_rank == "stratified" else None
     chosen = [pool[i] for i in data.select_complex(values, strata, method.buffer_fraction)]
@@ -345,9 +353,10 @@ def replay_buffer(
 
 
 def grow_trees(
-    config, method: ItoolConfig, run: Run, buffer: list, iteration: int, step: int, clock: Clock
+    run: Run, buffer: list[data.Example], iteration: int, step: int, clock: Clock
 ) -> tuple[list[Tree], dict]:
     """This rank's trees, one per example (Eqs. 5-9), and counts over all ranks."""
+    config, method = run.config, run.method
     sync(run)
     mine = part(list(enumerate(buffer)), lambda item: data.characters(item[1]), run.rank, run.world)
     examples = [example for _, example in mine]
@@ -387,15 +396,10 @@ def grow_trees(
 
 
 def collect_pairs(
-    config,
-    method: ItoolConfig,
-    run: Run,
-    trees: list[Tree],
-    iteration: int,
-    step: int,
-    clock: Clock,
+    run: Run, trees: list[Tree], iteration: int, step: int, clock: Clock
 ) -> tuple[list[PreferencePair], dict]:
     """The kept pairs of all ranks (Appendix B.1) with reference log-probs; and their counts."""
+    config, method = run.config, run.method
     rows = []
     for tree in trees:
         held_out = is_held_out(tree.example, method.held_out_pairs, config.seed)
@@ -404,7 +408,7 @@ def collect_pairs(
     rows = sorted(all_gather(rows), key=lambda row: row["tree"])  # whatever the ranks
     pairs = [PreferencePair(row) for row in rows]
     with clock("reference"):
-        add_references(config, run, pairs)
+        add_references(run, pairs)
     apart = engine_difference(pairs) if pairs else None  # nothing to compare
     if pairs and config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
         check_engine(config, apart, step)
@@ -412,7 +416,7 @@ def collect_pairs(
     dropped = count_over_ranks(sum((tree.dropped for tree in trees), Counter()))
     counts = {"pairs": len(pairs) - len(held_out), "held_out": len(held_out), "dropped": dropped}
     counts["sampling/sampling_logp_difference/mean"] = apart
-    return pairs, counts | held_out_metrics(config, method, run, held_out)
+    return pairs, counts | held_out_metrics(run, held_out)
 
 
 def count_over_ranks(counts: Counter) -> Counter:
@@ -483,9 +487,10 @@ def _gradable(target: str) -> bool:
     return True
 
 
-def perplexities(config, run: Run, examples: list[data.Example], step: int) -> list[float]:
+def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
-    size, found = config.train_batch_size, []
+    config, found = run.config, []
+    size = config.train_batch_size
     with run.progress(len(examples), 0, "perplexity") as bar, torch.no_grad():
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
@@ -773,19 +778,19 @@ def _places(path: list[Node]) -> list[int]:
 # ------------------------------------------------------------------ preference optimisation
 
 
-def pair_batch(config, method: ItoolConfig, pairs: list, iteration: int, position: int) -> list:
+def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
     """Batch number `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
     order = []
-    for epoch in range(method.preference_epochs):
+    for epoch in range(run.method.preference_epochs):
         shuffled = list(range(len(pairs)))
-        random.Random(f"pairs/{config.seed}/{iteration}/{epoch}").shuffle(shuffled)
+        random.Random(f"pairs/{run.config.seed}/{iteration}/{epoch}").shuffle(shuffled)
         order += shuffled
-    size = config.train_batch_size
+    size = run.config.train_batch_size
     return [pairs[i] for i in order[position * size : (position + 1) * size]]
 
 
 def preference_gradient(
-    config, method: ItoolConfig, run: Run, pairs: list[PreferencePair], train: bool = True
+    run: Run, pairs: list[PreferencePair], train: bool = True
 ) -> dict[str, float]:
     """Backward passes of a batch of pairs, shared by the ranks; its loss and stats.
 
@@ -793,14 +798,14 @@ def preference_gradient(
     """
     mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
     with torch.set_grad_enabled(train):
-        for micro in micro_batches(config, mine):
-            logps, _, mask = forward(config, run.model, micro, temperature=1.0)
+        for micro in micro_batches(run.config, mine):
+            logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
             sides = logps[0::2], mask[0::2], logps[1::2], mask[1::2]
             refs = [
                 torch.tensor([pair.row[name] for pair in micro], device=logps.device)
                 for name in ("chosen_ref", "rejected_ref")
             ]
-            loss, parts = preference_loss(method, sides, refs, len(pairs))
+            loss, parts = preference_loss(run.method, sides, refs, len(pairs))
             add(stats, {"loss": loss.detach(), **parts})
             if train:
                 loss.backward()
@@ -826,12 +831,12 @@ def preference_loss(
     return simpo.orpo_loss(*sides, lam=method.orpo_lam, num_pairs=num_pairs)
 
 
-def add_references(config, run: Run, pairs: list[PreferencePair]) -> None:
+def add_references(run: Run, pairs: list[PreferencePair]) -> None:
     """Fill chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
     mine = part(list(enumerate(pairs)), lambda item: tokens_of(item[1]), run.rank, run.world)
     with torch.no_grad():
-        for micro in micro_batches(config, [pair for _, pair in mine]) if pairs else []:
-            logps, _, _ = forward(config, run.model, micro, temperature=1.0)
+        for micro in micro_batches(run.config, [pair for _, pair in mine]) if pairs else []:
+            logps, _, _ = forward(run.config, run.model, micro, temperature=1.0)
             sums = logps.float().sum(1)
             for pair, chosen, rejected in zip(micro, sums[0::2].tolist(), sums[1::2].tolist()):
                 pair.row |= {"chosen_ref": chosen, "rejected_ref": rejected}
@@ -850,11 +855,11 @@ def engine_difference(pairs: list[PreferencePair]) -> float:
     return sum(apart) / len(apart)
 
 
-def held_out_metrics(config, method: ItoolConfig, run: Run, pairs: list[PreferencePair]) -> dict:
+def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
     """Preference margin and accuracy on pairs that were not trained on; nothing without pairs."""
     if not pairs:
         return {}
-    stats = preference_gradient(config, method, run, pairs, train=False)
+    stats = preference_gradient(run, pairs, train=False)
     return {f"eval/{name}": stats[name] for name in ("rewards/margins", "rewards/accuracies")}
 
 

@@ -31,7 +31,7 @@ def gradient_of_pairs(folder: Path, files: Path, budget: int) -> dict[str, torch
     one = run.demonstration(frozen.examples()[0])
     row = {"prefix_ids": one.prompt, "chosen_ids": one.target, "rejected_ids": one.target[3:9]}
     row |= {"chosen_ref": -1.0, "rejected_ref": -2.0}
-    itool.preference_gradient(config, method, run, [itool.PreferencePair(row)])
+    itool.preference_gradient(run, [itool.PreferencePair(row)])
     return {name: p.grad.full_tensor().clone() for name, p in run.model.named_parameters()}
 
 

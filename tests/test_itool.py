@@ -328,17 +328,17 @@ def test_the_pair_without_a_search_is_best_against_worst_mean():
 
 
 def test_every_epoch_trains_on_every_pair_once():
-    own = train.parse_args(
-        ["--algo", "itool", "--train_batch_size", "4", "--preference_epochs", "3"]
-    )
+    flags = ["--algo", "itool", "--train_batch_size", "4", "--preference_epochs", "3"]
+    config, method = train.parse_args(flags)
+    run = SimpleNamespace(config=config, method=method)
     pairs = list(range(7))
-    batches = [itool.pair_batch(*own, pairs, 1, i) for i in range(math.ceil(21 / 4))]
+    batches = [itool.pair_batch(run, pairs, 1, i) for i in range(math.ceil(21 / 4))]
     flat = [pair for batch in batches for pair in batch]
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 1]
     for epoch in range(3):
         assert sorted(flat[7 * epoch : 7 * epoch + 7]) == pairs
-    assert batches == [itool.pair_batch(*own, pairs, 1, i) for i in range(6)]
-    assert [itool.pair_batch(*own, pairs, 2, i) for i in range(6)] != batches
+    assert batches == [itool.pair_batch(run, pairs, 1, i) for i in range(6)]
+    assert [itool.pair_batch(run, pairs, 2, i) for i in range(6)] != batches
 
 
 # ---- the gradient of a step ----
@@ -374,7 +374,7 @@ def test_gradient_of_a_batch_of_pairs_is_that_of_a_slow_loop(
     config, method = train.parse_args([*frozen.flags(tiny, tmp_path), *map(str, more)])
     run = one_rank(tiny, config, method)
     pairs = some_pairs(tokenizer, examples, 5)
-    stats = itool.preference_gradient(config, method, run, pairs)
+    stats = itool.preference_gradient(run, pairs)
     actual = {name: p.grad for name, p in run.model.named_parameters()}
 
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
@@ -421,7 +421,7 @@ def one_rank(folder: Path, config, method) -> run_module.Run:
 def test_perplexities_are_those_of_a_slow_loop(tiny, tokenizer, examples, tmp_path):
     """Eq. 4: exp of minus the mean log-prob of the target's tokens, EOS included."""
     config, method = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool"])
-    actual = itool.perplexities(config, one_rank(tiny, config, method), examples[:7], 0)
+    actual = itool.perplexities(one_rank(tiny, config, method), examples[:7], 0)
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for example, value in zip(examples, actual):
         prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
