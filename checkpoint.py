@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 import time
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import model as modeling
+from methods import Group
 
 MUST_AGREE = (  # between a run and its resumption: else its records and audit would be of two runs
     "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
@@ -271,6 +274,39 @@ def open_records(path: Path, step: int):
         os.fsync(new.fileno())
     kept.rename(path)
     return open(path, "a")
+
+
+def records(step: int, group: Group) -> list[dict]:
+    """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
+    rounded = lambda values: [round(float(v), 6) for v in values]
+    rows = []
+    for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
+        n, token_rewards = len(sample.token_ids), group.token_rewards
+        row = {
+            "step": step,
+            "id": group.example.id,
+            "k": k,
+            "seed": group.seed,
+            "kind": group.example.kind,
+            "target": group.example.target,
+            "target_ids": group.target,
+            "text": sample.text,
+            "token_ids": sample.token_ids,
+            "finish_reason": sample.finish_reason,
+            "outcome": asdict(outcome),
+            "reward": group.rewards[k],
+            "token_rewards": None if token_rewards is None else rounded(token_rewards[k, :n]),
+            "advantages": rounded(group.advantages[k, :n]),
+            "sampler_logps": rounded(sample.logps),
+            "logps": rounded(group.logps[k, :n]),
+        }
+        rows.append({**row, "crc32": checksum(row)})
+    return rows
+
+
+def checksum(row: dict) -> int:
+    """CRC-32 of a line of rollouts.jsonl without this field: finds what a disk or editor changed."""
+    return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
 
 
 def _last_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ part                   the one rule by which ranks share work
 all_sum, all_max, all_gather
 
     output_dir/metrics.jsonl     first line the settings, then a line per step (0: before training)
-    output_dir/rollouts.jsonl    a line per response with all that it was trained on (`records`)
+    output_dir/rollouts.jsonl    a line per response with all that it was trained on
 
 What is batched is any record with a `prompt` (token ids) and `responses` (lists of token ids): a
 Group of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how
@@ -25,7 +25,6 @@ import random
 import signal
 import socket
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -47,19 +46,11 @@ import rewards
 import rollout
 import start
 from checkpoint import open_records, read_lines, write
-from methods import Group, Rollouts
-from start import settings
+from methods import Rollouts
+from start import Interrupted, settings
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came and the run left at a safe point; `signal` is its number."""
-
-    def __init__(self, number: int, text: str):
-        super().__init__(text)
-        self.signal = number
 
 
 class Clock:
@@ -547,39 +538,3 @@ def check_engine(config, difference: float, step: int) -> None:
             "another tokenizer or other sampling settings. Check the weight sync, or compare with "
             "--engine transformers"
         )
-
-
-# ---------------------------------------------------------------------------------- records
-
-
-def records(step: int, group: Group) -> list[dict]:
-    """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
-    rounded = lambda values: [round(float(v), 6) for v in values]
-    rows = []
-    for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
-        n, token_rewards = len(sample.token_ids), group.token_rewards
-        row = {
-            "step": step,
-            "id": group.example.id,
-            "k": k,
-            "seed": group.seed,
-            "kind": group.example.kind,
-            "target": group.example.target,
-            "target_ids": group.target,
-            "text": sample.text,
-            "token_ids": sample.token_ids,
-            "finish_reason": sample.finish_reason,
-            "outcome": asdict(outcome),
-            "reward": group.rewards[k],
-            "token_rewards": None if token_rewards is None else rounded(token_rewards[k, :n]),
-            "advantages": rounded(group.advantages[k, :n]),
-            "sampler_logps": rounded(sample.logps),
-            "logps": rounded(group.logps[k, :n]),
-        }
-        rows.append({**row, "crc32": checksum(row)})
-    return rows
-
-
-def checksum(row: dict) -> int:
-    """CRC-32 of a line of rollouts.jsonl without this field: finds what a disk or editor changed."""
-    return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())

@@ -1,9 +1,11 @@
-"""Before the first step: the command line, the data, and what cannot work.
+"""Around the loops: the command line, the data, what cannot work, and how a run ends.
 
     parse          flags -> the common knobs (Config of train.py) and the row that --algo names
     table          the methods, and what differs (train.py --list)
     announce       what is about to happen
     load_examples  training examples and the evaluation subset
+
+    leave          how a rank ends that cannot go on, and the exit codes
 
 A mistake is found before anything heavy is loaded, and named with its remedy.
 """
@@ -11,6 +13,10 @@ A mistake is found before anything heavy is loaded, and named with its remedy.
 import os
 import random
 import shutil
+import signal
+import sys
+import time
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
@@ -18,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import AutoConfig, HfArgumentParser
 
 import data
@@ -27,6 +35,9 @@ PROGRAM = {
     "usage": "train.py --algo NAME [--FLAG VALUE ...] [@FILE ...]",
     "allow_abbrev": False,
 }
+
+
+ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
 
 
 # ------------------------------------------------------------------------- the command line
@@ -268,3 +279,43 @@ def longest(config, method, tokenizer) -> int:
             * (question > wanted)
         )
     return max(wanted, question)
+
+
+# ---------------------------------------------------------------------------------- the end
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came and the run left at a safe point; `signal` is its number."""
+
+    def __init__(self, number: int, text: str):
+        super().__init__(text)
+        self.signal = number
+
+
+def leave(error: BaseException) -> None:
+    """Say why this rank ends and end it, at once: its peers may be waiting for it in a collective.
+
+    Exit code 2: a user's mistake or a failed check, one line; 143 after SIGTERM and 130 after
+    Ctrl-C, when all is saved; 1: anything else, with a traceback. torchrun prints the first failure
+    last, from the file that is written here.
+    """
+    rank = dist.get_rank()
+    plain, code = f"error: {error}", 2
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        number = getattr(error, "signal", signal.SIGINT)
+        plain, code = str(error) or "interrupted before the first step", 128 + number
+    elif not isinstance(error, (ValueError, OSError, ImportError)):
+        plain, code = "".join(traceback.format_exception(error)), 1
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ECHO)  # a peer ended first; torchrun tells, and ends this rank meanwhile
+    else:
+        error = error.with_traceback(None)  # torchrun prints one line, too
+        error.__cause__, error.__suppress_context__ = None, True
+    if code in (1, 2) or rank == 0:
+        print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)
+    if code in (1, 2):
+        get_error_handler().record_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -28,8 +28,6 @@ import os
 import random
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +36,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 import checkpoint
 import data
@@ -62,7 +59,6 @@ from methods import (
 )
 from run import (
     Clock,
-    Interrupted,
     Run,
     Stage,
     add,
@@ -76,7 +72,6 @@ from run import (
     micro_batches,
     over_ranks,
     part,
-    records,
     sync,
     tokens_of,
 )
@@ -156,7 +151,6 @@ class Config:
 
 ROWS = {**METHODS, "itool": ItoolConfig}
 ROUNDS = 10  # DAPO's script: generation batches per step before dynamic sampling gives up
-ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
 
 
 # -------------------------------------------------------------------------------- the loops
@@ -192,7 +186,9 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 stats = over_ranks(stats)
             if config.log_rollouts:
                 with clock("records"):
-                    run.log_rollouts([row for g in groups for row in records(step + 1, g)])
+                    run.log_rollouts(
+                        [row for g in groups for row in checkpoint.records(step + 1, g)]
+                    )
             check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
@@ -519,7 +515,7 @@ def parse_args(argv: list[str]) -> tuple[Config, Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; `leave` lists the exit codes."""
+    """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
     init_distributed()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -530,37 +526,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.rank == 0:
             print(show.summary(run.out, run.tokenizer))
     except BaseException as error:  # noqa: BLE001 - nothing may leave a rank waiting
-        leave(error)
+        start.leave(error)
     dist.destroy_process_group()
-
-
-def leave(error: BaseException) -> None:
-    """Say why this rank ends and end it, at once: its peers may be waiting for it in a collective.
-
-    Exit code 2: a user's mistake or a failed check, one line; 143 after SIGTERM and 130 after
-    Ctrl-C, when all is saved; 1: anything else, with a traceback. torchrun prints the first failure
-    last, from the file that is written here.
-    """
-    rank = dist.get_rank()
-    plain, code = f"error: {error}", 2
-    if isinstance(error, (Interrupted, KeyboardInterrupt)):
-        number = getattr(error, "signal", signal.SIGINT)
-        plain, code = str(error) or "interrupted before the first step", 128 + number
-    elif not isinstance(error, (ValueError, OSError, ImportError)):
-        plain, code = "".join(traceback.format_exception(error)), 1
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(ECHO)  # a peer ended first; torchrun tells, and ends this rank meanwhile
-    else:
-        error = error.with_traceback(None)  # torchrun prints one line, too
-        error.__cause__, error.__suppress_context__ = None, True
-    if code in (1, 2) or rank == 0:
-        print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)
-    if code in (1, 2):
-        get_error_handler().record_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

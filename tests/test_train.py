@@ -1222,7 +1222,9 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
     """
     engines, make = [], rollout.make_engine
     close = lambda self: pytest.fail("the engine was closed")
-    monkeypatch.setattr(rollout, "make_engine", lambda *a, **o: engines.append(make(*a, **o)) or engines[-1])
+    monkeypatch.setattr(
+        rollout, "make_engine", lambda *a, **o: engines.append(make(*a, **o)) or engines[-1]
+    )
     monkeypatch.setattr(rollout.TransformersEngine, "close", close)
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5}
     weights, begin = {0: weights_of_file(tiny)}, {}
@@ -1414,7 +1416,7 @@ def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(
         forged = copy.deepcopy(rows)
         change(forged)
         for row in forged:
-            row["crc32"] = run_module.checksum(row)
+            row["crc32"] = checkpoint.checksum(row)
         (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged))
 
     def other_token(forged):  # in the noise of an answer: neither reward nor advantage change

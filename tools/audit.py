@@ -16,8 +16,8 @@ import torch
 import data
 import model as modeling
 import rollout
+from checkpoint import checksum, records
 from methods import METHODS, Group, Rollouts
-from run import checksum, records
 from train import Config, score
 
 
