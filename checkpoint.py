@@ -37,9 +37,10 @@ import model as modeling
 from methods import Group
 
 MUST_AGREE = (  # between a run and its resumption: else its records and audit would be of two runs
-    "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
-    "max_prompt_length", "max_completion_length", "alignment", "overlong", "lora_rank", "split", "preference",
-)  # fmt: skip
+    *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
+    *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
+    *("lora_rank", "split", "preference"),
+)
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
 
@@ -122,7 +123,7 @@ def save_state(model, optimizer, path: Path) -> None:
 
 
 def load_state(model, optimizer, path: Path) -> None:
-    """Read what `save_state` wrote, on any number of ranks; ValueError for another model's state."""
+    """Read what `save_state` wrote, on any number of ranks; ValueError for another model."""
     state = training_state(model, optimizer)
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
@@ -153,7 +154,7 @@ def training_state(model, optimizer) -> dict:
     }
 
 
-# ----------------------------------------------------------------------- the output folder
+# ------------------------------------------------------------------------------- the output folder
 
 
 def refuse_earlier_run(settings: dict) -> list[str]:
@@ -225,7 +226,7 @@ def clean(out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """ValueError on all ranks unless all see rank 0's files: each writes its part of a checkpoint."""
+    """ValueError unless all ranks see rank 0's files: each writes a part of a checkpoint."""
     token = out / ".shared"
     if dist.get_rank() == 0:
         token.write_text("all ranks must see this file\n")
@@ -246,7 +247,7 @@ def check_shared(out: Path) -> None:
         )
 
 
-# ----------------------------------------------------------------------------- .jsonl files
+# ------------------------------------------------------------------------------------ .jsonl files
 
 
 def read_lines(path: Path):
@@ -305,7 +306,7 @@ def records(step: int, group: Group) -> list[dict]:
 
 
 def checksum(row: dict) -> int:
-    """CRC-32 of a line of rollouts.jsonl without this field: finds what a disk or editor changed."""
+    """CRC-32 of a line of rollouts.jsonl without this field: shows what was changed later."""
     return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
 
 

@@ -22,7 +22,7 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
  2. Outcome: +1 for a finished response without an error of Figure 3's classes, else -1.
  3. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
     do not give equal parts.
- 4. A tenth of the trees is held out, to see the preference margin on pairs that were not trained on.
+ 4. A tenth of the trees is held out, for the preference margin on pairs that are not trained on.
 """
 
 import itertools
@@ -69,9 +69,10 @@ from run import (
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
 COUNTS = (  # what a search counts, in searches.jsonl
-    "expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations", "evaluation_tokens",
-    "evaluations_too_long", "ends", "ends_parsed", "ends_over_length", "ends_correct",
-)  # fmt: skip
+    *("expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations"),
+    *("evaluation_tokens", "evaluations_too_long"),
+    *("ends", "ends_parsed", "ends_over_length", "ends_correct"),
+)
 SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.3.2: "four responses"
 LEARNING_RATES = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # Table 9
 
@@ -246,7 +247,7 @@ class Tree:
     dropped: Counter  # reason -> pairs
 
 
-# ------------------------------------------------------------------------------ the iterations
+# ---------------------------------------------------------------------------------- the iterations
 
 
 def run_itool(config, method: ItoolConfig, run: Run) -> Path:
@@ -424,7 +425,7 @@ def count_over_ranks(counts: Counter) -> Counter:
     return sum(map(Counter, all_gather([dict(counts)])), Counter())
 
 
-# ------------------------------------------------------------------------------------------ the examples
+# ------------------------------------------------------------------------------------ the examples
 
 
 def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.Example]]:
@@ -473,8 +474,8 @@ def pool_of(
     pool = [examples[i] for i in drawn if _gradable(examples[i].target)]
     if buffer_fraction * len(pool) < 1:
         raise ValueError(
-            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {len(pool)} examples, less than one: "
-            "give more data, or raise --pool_fraction or --buffer_fraction"
+            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {len(pool)} examples, "
+            "less than one: give more data, or raise --pool_fraction or --buffer_fraction"
         )
     return pool, size - len(pool)
 
@@ -505,7 +506,7 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
     return [value for _, value in sorted(all_gather(found))]
 
 
-# -------------------------------------------------------------------------------------------- the search
+# -------------------------------------------------------------------------------------- the search
 
 
 class Searcher:
@@ -516,8 +517,8 @@ class Searcher:
     max_tokens       of a whole response
     self_evaluation  "paper": Table 10's order; "cache": its fixed text first, which the engine's
                      prefix cache then holds; "none": C = 0
-    seed             anything with a text form; a request's seed is a hash of it, the example and the
-                     node's path
+    seed             anything with a text form; a request's seed is a hash of it, the example and
+                     the node's path
     stats            counts since the last `search`
     """
 
@@ -641,7 +642,7 @@ class Searcher:
         self.stats["evaluation_tokens"] += sum(map(len, prompts))
 
     def _outcome(self, node: Node, root: int, text: str) -> float:
-        """O of Eq. 6: +1 for a finished and right response, -1 for another end, 0 before the end."""
+        """O of Eq. 6: +1 for a finished, right response, -1 for another end, 0 before the end."""
         if not node.terminal:
             return 0.0
         error = rewards.error_type(text, self.examples[root].target)
@@ -689,7 +690,7 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
     return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
 
 
-# --------------------------------------------------------------------------------------------- the pairs
+# --------------------------------------------------------------------------------------- the pairs
 
 
 def pair_rows(
@@ -741,18 +742,22 @@ def describe(row: dict) -> str:
     if row["expansions"]:
         text += (
             f", {row['expansions']} expansions, {row['ends']} finished responses of which "
-            f"{row['ends_parsed']} parse, {row['ends_correct']} are right and {row['ends_over_length']} too long"
+            f"{row['ends_parsed']} parse, {row['ends_correct']} are right and "
+            f"{row['ends_over_length']} too long"
         )
     if row["evaluations"]:
         text += f", option mass {row['option_mass']:.3f}"
     per_tree = (row["pairs"] + row["held_out"]) / max(1, row["trees"])
-    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree); dropped: {drops}"
+    text += (
+        f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree)"
+    )
+    text += f"; dropped: {drops}"
     if row["evaluations_too_long"]:
         text += f"; {row['evaluations_too_long']} states too long to be graded"
     if row["evaluations"] and row["option_mass"] < 0.01:
         text += (
-            "\n  the model hardly puts its mass on the letters A to D: its self-evaluation says little; "
-            "consider --self_evaluation none"
+            "\n  the model puts hardly any mass on the letters A to D: its self-evaluation says "
+            "little; consider --self_evaluation none"
         )
     if not row["pairs"]:
         text += "\n  no pair to train on: this iteration leaves the model as it is; see the trees"
@@ -775,11 +780,11 @@ def _places(path: list[Node]) -> list[int]:
     return [parent.children.index(child) for parent, child in itertools.pairwise(path)]
 
 
-# ------------------------------------------------------------------ preference optimisation
+# ------------------------------------------------------------------------- preference optimisation
 
 
 def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
-    """Batch number `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
+    """Batch `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
     order = []
     for epoch in range(run.method.preference_epochs):
         shuffled = list(range(len(pairs)))
@@ -863,7 +868,7 @@ def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
     return {f"eval/{name}": stats[name] for name in ("rewards/margins", "rewards/accuracies")}
 
 
-# ---------------------------------------------------------------------------------- the records
+# ------------------------------------------------------------------------------------- the records
 
 
 def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:

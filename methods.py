@@ -35,7 +35,7 @@ Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
 
 
-# ------------------------------------------------------------------------------ what flows
+# -------------------------------------------------------------------------------------- what flows
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ def rows_of(groups: list[Group], mask: Tensor) -> Rows:
     return Rows(mask, *(x.to(mask.device) for x in (*flags, advantages, sampler_logps)))
 
 
-# --------------------------------------------------------------------------- what rows share
+# --------------------------------------------------------------------------------- what rows share
 
 
 def knob(default: Any, text: str) -> Any:
@@ -202,7 +202,7 @@ def _on_tokens(advantages: Tensor, group: Group) -> Tensor:
     return advantages[:, None].expand(-1, group.width)
 
 
-# --------------------------------------------------------------------------------- Table 1
+# ----------------------------------------------------------------------------------------- Table 1
 
 
 @dataclass
@@ -475,7 +475,7 @@ class ToolUpt(FgDapoStar):
         return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **_both(totals))
 
 
-# -------------------------------------------------------------------------------- Figure 4
+# ---------------------------------------------------------------------------------------- Figure 4
 
 
 @dataclass
@@ -497,7 +497,7 @@ class ToolUptNoSpo(ToolUpt):
         return spo.sft_loss(logps[off], rows.mask[off], num_tokens=totals["expert_tokens"])
 
 
-# ----------------------------------------------------------------- not in the paper's table
+# ------------------------------------------------------------------------ not in the paper's table
 
 
 @dataclass

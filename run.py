@@ -24,6 +24,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -97,7 +98,7 @@ class Stage:
     learning_rate: float
 
 
-# ------------------------------------------------------------------------------------ ranks
+# ------------------------------------------------------------------------------------------- ranks
 
 
 def init_distributed() -> None:
@@ -168,7 +169,7 @@ def over_ranks(stats: dict[str, float]) -> dict[str, float]:
     return {name: sums[name] if name in sums else all_max(v) for name, v in stats.items()}
 
 
-# ---------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------------- the run
 
 
 class Run:
@@ -269,7 +270,7 @@ class Run:
     # the optimiser
 
     def optimizer_step(self, lr: float, loss: float, grad_norm: float, batch: list) -> int:
-        """Update the weights, unless loss or gradient are not finite; return steps skipped in a row.
+        """Update the weights if loss and gradient are finite; return the steps skipped in a row.
 
         loss, grad_norm  of the whole step: equal on all ranks
         batch            this rank's records, written down before the run stops
@@ -377,6 +378,7 @@ class Run:
         """Print on rank 0."""
         if self.rank == 0:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def log(self, step: int, metrics: dict) -> None:
         """One line of metrics.jsonl, and the tracker of --report_to."""
@@ -438,7 +440,7 @@ class Run:
                 file.close()
 
 
-# --------------------------------------------------------------------- forward, sync, evaluate
+# ------------------------------------------------------------------------- forward, sync, evaluate
 
 
 def tokens_of(record) -> int:
@@ -484,7 +486,7 @@ def forward(config, model, records: list, temperature: float) -> tuple[Tensor, T
 
 
 def sync(run: Run) -> None:
-    """Send the trainer's weights to the engine, one whole parameter at a time; it forgets the old."""
+    """Send the trainer's weights to the engine, one whole parameter at a time."""
     torch.cuda.empty_cache()  # the engine maps memory of its own
     run.engine.load_weights(modeling.full_tensors(run.model))
     run.engine.wake()

@@ -40,7 +40,7 @@ PROGRAM = {
 ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
 
 
-# ------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------- the command line
 
 
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
@@ -136,7 +136,7 @@ def _names(knobs: type) -> set[str]:
 
 
 def table(rows: dict[str, type], shared: type) -> str:
-    """The methods: name and what it is, then what it changes and reads beyond the row it is made of."""
+    """The methods: name and docstring, then the knobs that a row adds to those it inherits."""
     width, lines = max(map(len, rows)), []
     for name, row in {**rows, "(rollouts)": shared}.items():
         lines.append(f"{name:{width}}  {row.__doc__.partition(chr(10))[0]}")
@@ -157,18 +157,19 @@ def settings(config, method) -> dict:
 
 
 def announce(config, method, world: int) -> str:
-    """What is about to happen: every knob, the method in a sentence, tokens per step, the folder."""
+    """What is about to happen: every knob, the method in a sentence, tokens per step, folder."""
     prompts, K = config.train_batch_size, getattr(method, "num_generations", 0)
     knobs = "\n".join(f"  {name} = {value}" for name, value in settings(config, method).items())
     step = f"{prompts} examples, prompts of up to {config.max_prompt_length} tokens"
     if K:
         longest = config.max_prompt_length + K * config.max_completion_length
         step = (
-            f"{prompts} prompts of up to {config.max_prompt_length} tokens, {prompts * K} responses "
-            f"of up to {config.max_completion_length}, at most {prompts * longest:,} tokens"
+            f"{prompts} prompts of up to {config.max_prompt_length} tokens, {prompts * K} "
+            f"responses of up to {config.max_completion_length}, "
+            f"at most {prompts * longest:,} tokens"
         )
     if hasattr(method, "sft_max_steps"):
-        step += f"\n{method.sft_max_steps} steps of SFT (--sft_max_steps), then {method.max_steps} of RL"
+        step += f"\n{method.sft_max_steps} steps of SFT, then {method.max_steps} of RL"
     return (
         f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\n"
         f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
@@ -194,7 +195,7 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
     return lambda metrics, step: wandb.log(metrics, step=step)
 
 
-# ----------------------------------------------------------------------- data and bad input
+# ------------------------------------------------------------------------------ data and bad input
 
 
 def load_examples(config, method, tokenizer, quiet: bool) -> tuple[list, list]:
@@ -244,8 +245,8 @@ def check_experts(config, examples: list) -> None:
     if bare:
         raise ValueError(
             f"{len(bare)} of {len(examples)} training examples have no expert response "
-            f"({bare[0].id} first), which --algo {config.algo} learns from: leave them out, or take "
-            "--algo fg_dapo_star, which needs the tags only"
+            f"({bare[0].id} first), which --algo {config.algo} learns from: leave them out, or "
+            "take --algo fg_dapo_star, which needs the tags only"
         )
 
 
@@ -281,7 +282,7 @@ def longest(config, method, tokenizer) -> int:
     return max(wanted, question)
 
 
-# ---------------------------------------------------------------------------------- the end
+# ----------------------------------------------------------------------------------------- the end
 
 
 class Interrupted(Exception):

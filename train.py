@@ -1,6 +1,6 @@
 """Post-train a language model for tool use: ToolUPT, the rows it is compared with, and iTool.
 
-    torchrun --nproc_per_node=8 train.py --algo toolupt --train_file xlam:xlam.json toolace:data.json
+    torchrun --nproc_per_node=8 train.py --algo toolupt --train_file xlam:xlam.json
     torchrun --nproc_per_node=2 train.py --algo toolupt @recipes/demo.args     on a laptop
     torchrun --nproc_per_node=8 train.py --algo itool --train_file toolace:data.json
     python train.py --list                      the methods, one row each
@@ -18,7 +18,7 @@ methods.py; what a rank does beside, in run.py. One step of `run_rl`:
     7 weight sync       the new weights go to vLLM
 
 Ranks share the prompts of a step. Every denominator is counted over all micro-batches and ranks
-before the first backward pass, and gradients are summed, so the result does not depend on the split.
+before the first backward pass, and gradients are summed: the result does not depend on the split.
 """
 
 import ctypes
@@ -99,7 +99,7 @@ class Config:
     train_batch_size: int = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
     temperature: float = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
-    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "to 0; ToolUPT Table 7")
+    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "cosine: to 0; Table 7")
     warmup_ratio: float = knob(0.0, "share of the steps with a rising rate; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
@@ -142,8 +142,8 @@ class Config:
             )
         if not self.eval_file and not 0 < self.eval_fraction < 1:
             raise ValueError(
-                f"--eval_fraction {self.eval_fraction} leaves no validation data; give --eval_file, "
-                "or hold out a share between 0 and 1"
+                f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
+                "between 0 and 1, or give --eval_file"
             )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
@@ -153,7 +153,7 @@ ROWS = {**METHODS, "itool": ItoolConfig}
 ROUNDS = 10  # DAPO's script: generation batches per step before dynamic sampling gives up
 
 
-# -------------------------------------------------------------------------------- the loops
+# --------------------------------------------------------------------------------------- the loops
 
 
 def run_rl(config: Config, method: Rollouts, run: Run) -> None:
@@ -265,7 +265,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
     return best
 
 
-# -------------------------------------------------------------------------- the steps' parts
+# -------------------------------------------------------------------------------- the steps' parts
 
 
 def sample_groups(
@@ -385,10 +385,11 @@ def check_sample(tokenizer, sample: rollout.Sample) -> None:
             f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "
             "same tokenizer files"
         )
-    if not all(logp <= 1e-3 for logp in sample.logps):  # NaN too; rounding may pass 0
+    invalid = [logp for logp in sample.logps if not logp <= 1e-3]  # NaN too; rounding may pass 0
+    if invalid:
         raise ValueError(
-            f"the engine returned invalid log-probs: {[p for p in sample.logps if not p <= 1e-3][:5]}; "
-            "compare with --engine transformers"
+            f"the engine returned invalid log-probs: {invalid[:5]}; compare with --engine "
+            "transformers"
         )
 
 
@@ -438,7 +439,7 @@ def validation_loss(config: Config, run: Run) -> float:
     return over_ranks(stats)["loss"]
 
 
-# ------------------------------------------------------------------------------ the program
+# ------------------------------------------------------------------------------------- the program
 
 
 def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> Run:

@@ -22,10 +22,10 @@ from train import Config, score
 
 
 def audit(out: Path) -> str:
-    """Recompute rewards, token rewards and advantages from rollouts.jsonl and compare with what was trained on.
+    """Recompute rewards, token rewards and advantages and compare with what was trained on.
 
-    Also that texts and targets are what the run's tokenizer reads and writes, that the means of each step are those
-    of metrics.jsonl, and that each line is as it was written (CRC-32).
+    Also that texts and targets are what the run's tokenizer reads and writes, that the means of
+    each step are those of metrics.jsonl, and that each line is as it was written (CRC-32).
     Returns one line that says what was checked; ValueError naming the first line that differs.
     """
     config, method, logged = _audited_run(out)
@@ -47,7 +47,8 @@ def audit(out: Path) -> str:
                 checked, pending = checked + len(pending), []
     if pending:
         raise ValueError(
-            f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of {method.num_generations} lines"
+            f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of "
+            f"{method.num_generations} lines"
         )
     for step in sorted({*seen, *logged} - {0}):
         there, due = len(seen[step]), config.train_batch_size * method.num_generations
@@ -61,17 +62,19 @@ def audit(out: Path) -> str:
         for name, mean in zip(("reward", "completions/mean_length"), means):
             if not math.isclose(logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9):
                 raise ValueError(
-                    f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has {logged[step][name]}"
+                    f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has "
+                    f"{logged[step][name]}"
                 )
     return f"{checked} responses agree with their text, rewards, token rewards and advantages"
 
 
 def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict]]:
-    """A run's settings and its metrics by step; ValueError where there is nothing to audit, or it is damaged."""
+    """A run's settings and its metrics by step; ValueError where there is nothing to audit."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         if not (out / name).exists():
             raise ValueError(
-                f"{out}/{name} does not exist: only RL runs with their rollouts (not --no_log_rollouts) can be audited"
+                f"{out}/{name} does not exist: only RL runs with their rollouts (not "
+                "--no_log_rollouts) can be audited"
             )
     rows = []
     with open(out / "metrics.jsonl") as file:
@@ -80,7 +83,8 @@ def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict]]:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{out}/metrics.jsonl line {number} is not JSON ({error.msg}): resume the run, which drops a torn line"
+                    f"{out}/metrics.jsonl line {number} is not JSON ({error.msg}): resume the run, "
+                    "which drops a torn line"
                 ) from None
     try:
         own = {f.name for f in fields(Config)}
@@ -124,7 +128,8 @@ def _audit_group(
         for name, again in (("text", text), ("target_ids", target_ids)):
             if again != row[name]:
                 raise ValueError(
-                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]!r}, by the tokenizer {again!r}"
+                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]!r}, "
+                    f"by the tokenizer {again!r}"
                 )
         if row["crc32"] != checksum(row):
             raise ValueError(f"{out}/rollouts.jsonl line {number} was changed: crc32 differs")

@@ -1,6 +1,6 @@
 """What a run looks like: its last lines, learning curve, coloured rollouts.
 
-    python -m tools.show RUN --step N                      responses of a step, coloured by advantage
+    python -m tools.show RUN --step N               responses of a step, coloured by advantage
     python -m tools.show RUN --step N --by token_rewards
 
 summary(out, tokenizer)   the lines that end a run: accuracy before and after, where its files are
@@ -56,7 +56,7 @@ def summary(out: Path, tokenizer) -> str:
 
 
 def show(out: Path, step: int, by: str = "advantages") -> str:
-    """The responses of one step in colour, and where their HTML page lies; ValueError where the step has none.
+    """The responses of one step in colour, and the path of their HTML page; ValueError for none.
 
     by  "advantages" | "token_rewards": what colours the tokens
     """
@@ -104,14 +104,15 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>__TITLE__</title>
 <style>
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
-h2 { font-size: 1em; margin: 2em 0 0.3em } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.5em }
+h2 { font-size: 1em; margin: 2em 0 0.3em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.5em }
 .expert { color: #666 } label { margin-right: 1em }
 span { border-radius: 2px; background: rgb(var(--a)) } span:hover { outline: 1px solid #000 }
 #reward:checked ~ main span { background: rgb(var(--r)) }
 </style>
 <h1>__TITLE__</h1>
-<p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its numbers:
-log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
+<p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its
+numbers: log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
 <input type="radio" name="by" id="advantage" checked><label for="advantage">advantage</label>
 <input type="radio" name="by" id="reward"><label for="reward">token reward</label>
 <main>
@@ -133,7 +134,8 @@ def page(rows: list[dict], tokenizer) -> str:
         for token, logp, sampled, reward, advantage in zip(*columns, strict=True):
             p = math.exp(min(logp, 0.0))
             about = (
-                f"token {token} {tokenizer.decode([token])!r}\nlog-prob {logp:.4f} (engine {sampled:.4f})\n"
+                f"token {token} {tokenizer.decode([token])!r}\n"
+                f"log-prob {logp:.4f} (engine {sampled:.4f})\n"
                 f"token reward {reward:.4f}\nadvantage {advantage:.4f}\nphi {p * (1 - p):.4f}"
             )
             a, r = _shade(advantage, row["advantages"]), _shade(reward, rewards)
@@ -163,7 +165,7 @@ def _largest(values: list[float]) -> float:
 
 
 def milestones(out: Path) -> list[tuple[str, float]]:
-    """(what, accuracy on held-out examples): before, after each stage in front and each iteration, at the end."""
+    """(what, accuracy on held-out examples): before, after each stage and iteration, at the end."""
     marks = []
     for stage in ("sft", "warmup", ""):
         path = out / stage / "metrics.jsonl"
@@ -185,7 +187,7 @@ def milestones(out: Path) -> list[tuple[str, float]]:
 
 
 def iterations(out: Path) -> Path:
-    """Draw iTool's course into iterations.png: accuracy, pairs, and the margin on held-out pairs; return its path."""
+    """Draw accuracy, pairs and the margin on held-out pairs into iterations.png; its path."""
     plt = _pyplot()
     searches = list(read_lines(out / "searches.jsonl"))
     ends = {
