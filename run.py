@@ -435,6 +435,8 @@ class Run:
 
     def close(self) -> None:
         """Close the records; the engine stays."""
+        if self.tracker and self.config.report_to == "wandb":
+            sys.modules["wandb"].finish()
         for file in (self.metrics_file, self.rollouts_file, self.lock):
             if file:
                 file.close()

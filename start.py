@@ -185,9 +185,13 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(out / "tensorboard")
-            return lambda metrics, step: [
-                writer.add_scalar(name, value, step) for name, value in metrics.items()
-            ]
+
+            def log(metrics: dict, step: int) -> None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            return log
         import wandb
     except ImportError as error:
         raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
@@ -291,6 +295,13 @@ class Interrupted(Exception):
     def __init__(self, number: int, text: str):
         super().__init__(text)
         self.signal = number
+
+
+def end() -> None:
+    """End this process at once, all done: taking vLLM down may fail by itself (pytorch#145168)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def leave(error: BaseException) -> None:

@@ -528,8 +528,8 @@ def main(argv: list[str] | None = None) -> None:
             print(show.summary(run.out, run.tokenizer))
     except BaseException as error:  # noqa: BLE001 - nothing may leave a rank waiting
         start.leave(error)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    start.end()

@@ -43,6 +43,7 @@ def worker(folder: Path, args) -> None:
     arm = common.Ours(folder, examples, args.answer, train_batch_size=args.prompts_per_step, **own)
     rows = [arm.step() for _ in range(args.steps + 1)][1:]
     arm.run.close()
+    arm.run.engine.close()
     if dist.get_rank() == 0:
         print("ROWS " + json.dumps([{name: row[name] for name in PARTS} for row in rows]))
     dist.barrier()

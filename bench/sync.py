@@ -88,6 +88,7 @@ def main() -> None:
     watch.held = []
     arm.step()
     arm.run.close()
+    arm.run.engine.close()
     weights = sum(p.numel() * 4 for p in arm.run.model.parameters())
     if dist.get_rank() == 0:
         share = common.median([row["timing_s/sync"] / row["step"] for row in rows])

@@ -71,15 +71,15 @@ def stages() -> dict[str, tuple]:
     import itool
     import spo
     import train
-    from methods import ToolUpt
+    from methods import FgDapoStar, Rollouts
     from run import Run
 
     return {
         "sample": (Run, "batch"),
         "roll out": (train, "roll_out"),
         "reward": (train, "score"),
-        "advantage": (ToolUpt, "advantages"),
-        "loss": (ToolUpt, "loss"),
+        "advantage": (FgDapoStar, "advantages"),
+        "loss": (Rollouts, "loss"),
         "optimiser": (Run, "optimizer_step"),
         "sync": (train, "sync"),
         "sft loss": (spo, "sft_loss"),
@@ -172,11 +172,13 @@ def _worker(argv, fault):
         fault.arm()
     show.learning_curve = lambda out: out  # a second of each job, tested elsewhere
     if len(argv) == 1:
-        return train.main(argv[0])
+        train.main(argv[0])
+        return dist.destroy_process_group()
     init_distributed()
     engine = None
     for line in argv:
         engine = train.train(*train.parse_args(line), engine).engine
+    engine.close()
     dist.destroy_process_group()
 
 
@@ -199,8 +201,10 @@ def _torchrun(argv, ranks, fault, nodes=1, endpoint="localhost:0"):
 
 
 if __name__ == "__main__":
+    import start
     import train
 
     stage, rank, call, act, flag = sys.argv[1:6]
     Fault(stage, int(rank), int(call), act, flag).arm()
     train.main(sys.argv[6:])
+    start.end()

@@ -49,4 +49,5 @@ if __name__ == "__main__":
         engine = train.train(*settings_of(algo, Path(sys.argv[1])), engine).engine
         if dist.get_rank() == 0:
             print(f"{algo}: {time.perf_counter() - start:.1f} s", flush=True)
+    engine.close()
     dist.destroy_process_group()
