@@ -1601,3 +1601,26 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="--report_to wandb"):
         start.tracker("wandb", tmp_path, {})
+
+
+# -------------------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_part_deals_everything_once_by_size(world):
+    rng = random.Random(world)
+    items = [(i, rng.randrange(100)) for i in range(23)]
+    size = lambda item: item[1]
+    parts = [run_module.part(items, size, rank, world) for rank in range(world)]
+    assert sorted(chain(*parts)) == items and all(part == sorted(part) for part in parts)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    loads = [sum(map(size, part)) for part in parts]
+    assert max(loads) - min(loads) <= 100  # never more than the largest item apart
+    assert [run_module.part([], size, rank, world) for rank in range(world)] == [[]] * world
+
+
+def test_stats_add_up_and_maxima_do_not():
+    stats = {}
+    for parts in ({"a": torch.tensor(1.5), "b/max": 0.25}, {"a": 2, "b/max": torch.tensor(0.125)}):
+        run_module.add(stats, parts)
+    assert stats == {"a": 3.5, "b/max": 0.25} == run_module.over_ranks(stats)
