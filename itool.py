@@ -97,8 +97,8 @@ class ItoolConfig(Row):
     }
     logprobs_mode: ClassVar[str] = "raw_logprobs"  # Eq. 5 wants p(a|s) at temperature 1
 
-    stages: Literal["warmup,itool", "warmup", "itool"] = knob(
-        "warmup,itool", "section 3.1, then 3.2; or one of them"
+    stages: Literal["both", "warmup", "itool"] = knob(
+        "both", "the warm-up of section 3.1, then the iterations of 3.2; or one of them"
     )
     # the warm-up
     warmup: bool = knob(True, "--no_warmup: one stage of SFT on all (Table 3, w/o warm-up)")
@@ -150,7 +150,7 @@ class ItoolConfig(Row):
 
     @property
     def learns_from_expert(self) -> bool:
-        return "warmup" in self.stages
+        return self.stages != "itool"
 
     @property
     def search_config(self) -> SearchConfig:
@@ -196,9 +196,9 @@ class ItoolConfig(Row):
         names = list(self.__dataclass_fields__)
         of = lambda first, last: names[names.index(first) : names.index(last) + 1]
         why = {}
-        if "warmup" not in self.stages:
+        if self.stages == "itool":
             why |= dict.fromkeys(of("warmup", "warmup_epochs"), "--stages itool has no warm-up")
-        if "itool" not in self.stages:
+        if self.stages == "warmup":
             why |= dict.fromkeys(of("iterations", "orpo_lam"), "--stages warmup has no iterations")
         if not self.mcts:
             unread = [*of("mcts_depth", "mcts_discount"), *of("self_evaluation", "min_q")]
@@ -210,11 +210,11 @@ class ItoolConfig(Row):
         return why
 
     def check_examples(self, examples: list[data.Example], config: Any) -> None:
-        if "itool" in self.stages:  # a pool too small is rejected before the warm-up
+        if self.stages != "warmup":  # a pool too small is rejected before the warm-up
             pool_of(examples, self.pool_fraction, self.buffer_fraction, config.seed)
 
     def question_length(self, tokenizer, max_length: int) -> int:
-        if "itool" not in self.stages or not self.mcts or self.self_evaluation == "none":
+        if self.stages == "warmup" or not self.mcts or self.self_evaluation == "none":
             return 0
         return len(question(tokenizer, self.self_evaluation, "", "")) + 2 * max_length + 1
 

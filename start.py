@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
@@ -56,8 +56,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     algo = peek.parse_known_args([word for word, _ in words])[0].algo
     row = rows[algo]
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
-    for action in parser._actions:  # help without --max-steps beside --max_steps
-        action.option_strings = [x for x in action.option_strings if "-" not in x.strip("-")]
+    _shorten_help(parser)
     parser.set_defaults(output_dir=f"runs/{algo}")
     parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
     kept, ignored = [], []
@@ -99,6 +98,16 @@ def own_flags(words: list[str], common: type, row: type) -> list[str]:
     own = _names(common) | _names(row)
     flags = [flag for flag, _ in _flags([(word, True) for word in words])]
     return [word for flag in flags if _name(flag) in own for word in flag]
+
+
+def _shorten_help(parser: ArgumentParser) -> None:
+    """--help without --max-steps beside --max_steps, types for values, --no_x in a word."""
+    for action in parser._actions:
+        action.option_strings = [x for x in action.option_strings if "-" not in x.strip("-")]
+        if action.option_strings[0].startswith("--no_"):
+            action.help, action.default = f"turn off --{action.dest}", SUPPRESS
+        elif action.type and not action.choices:
+            action.metavar = action.type.__name__.removeprefix("string_to_")
 
 
 def _unfolded(argv: list[str]):

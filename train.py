@@ -476,7 +476,7 @@ def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]
     """The one or two stages of a method: its settings, its row and its loop each."""
     if isinstance(method, ItoolConfig):
         loops = {"warmup": warm_up, "itool": run_itool}
-        names = method.stages.split(",")
+        names = [*loops] if method.stages == "both" else [method.stages]
         first = names[0], method, {"quant": "none"}  # Appendix B.1: LoRA here, QLoRA after it
     elif isinstance(method, AfterSft):
         loops, names = {"sft": imitate, "rl": run_rl}, ["sft", "rl"]
