@@ -149,10 +149,6 @@ class ItoolConfig(Row):
         return LEARNING_RATES[self.preference]
 
     @property
-    def learns_from_expert(self) -> bool:
-        return self.stages != "itool"
-
-    @property
     def search_config(self) -> SearchConfig:
         """The limits as mcts.py wants them."""
         return SearchConfig(

@@ -124,7 +124,6 @@ class Row:
     """What the program asks of every row; iTool's is in itool.py."""
 
     defaults: ClassVar[Defaults] = {}  # of common knobs
-    learns_from_expert: ClassVar[bool] = False
     logprobs_mode: ClassVar[str] = "processed_logprobs"  # of the engine
 
     def check(self, config: Any) -> None:
@@ -149,6 +148,7 @@ class Rollouts(Row):
     max_steps: int = knob(600, "optimiser steps; ToolUPT Table 7")
     num_generations: int = knob(8, "sampled responses per prompt; ToolUPT Table 7")
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
+    learns_from_expert: ClassVar[bool] = False
     generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
 
@@ -216,7 +216,6 @@ class Sft(Row):
         "warmup_ratio": (0.1, "veRL's SFT trainer, whose defaults Table 7 repeats"),
         "adam_beta2": (0.95, "veRL's SFT trainer"),
     }
-    learns_from_expert = True
 
     def check(self, config: Any) -> None:
         at_least(self, 1, "max_steps")

@@ -15,13 +15,13 @@
 
 (ToolUPT, section 3.2.1.) An <answer> target asks for an answer without a tool call and leaves its
 words free: R_correct is +3 or -3. error_type names what is wrong in iTool's classes (Figure 3,
-appendix A.1).
+appendix A.1); form says how a response is wrapped.
 
 Where the paper is silent or misprinted:
 1. Format strips white space and looks at the tags of the target's type only; correctness reads the
    first block wherever it stands.
-2. Syntax is all or nothing: one bad call, a missing or null params, an empty list, and r_syntax,
-   r_name and r_param are 0. Extra keys are allowed; of a key written twice the last counts.
+2. Syntax is all or nothing: one bad call, a missing or null params, an empty list, a key written
+   twice in an object at any depth, and r_syntax, r_name and r_param are 0. Extra keys are allowed.
 3. Names are a set, as printed: a wrong number of calls shows in max(m, n) only.
 4. Eq. 10's sum runs over the n ground-truth calls and U over the m predicted ones (printed the
    other way round). Matching is greedy in ground-truth order, the first best candidate wins, and a
@@ -29,16 +29,20 @@ Where the paper is silent or misprinted:
 5. Two calls without parameters have s_key = s_value = 1 (0/0 in print).
 6. Values are equal as JSON: 1 = 1.0, true is not 1, "1" is not 1, lists ordered, objects not.
 7. The weights are 1/3 each (no value in print), so a wrong name in good syntax still scores -1.
-8. An answer is what stands between the first <answer> and the last </answer>.
+8. An answer is what stands between the first <answer> and the last </answer>; an empty one is wrong.
+9. Tags of both kinds are no decision (the prompt asks for one of the two): R_correct is -3 whichever
+   is due, or a policy in doubt would be paid for hedging. Tags inside the first block are data.
 
-Nothing a model writes raises, hangs or leaves [-3, 4]. NaN and Infinity are not JSON; integers
-beyond Python's digit limit, nesting beyond its recursion limit and calls longer than MAX_CHARS do
-not parse. Targets are data: a malformed one is a ValueError.
+Nothing a model writes raises, hangs or leaves [-3, 4]. NaN, Infinity and numbers beyond a float's
+range (1e999) do not parse, nor do integers beyond Python's digit limit, nesting beyond its recursion
+limit and calls longer than MAX_CHARS. Targets are data: a malformed one is a ValueError.
 Copy this file on its own: it needs the standard library only.
 """
 
 import ast
+import cmath
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -69,6 +73,20 @@ class Outcome:
     total: float  # R_outcome in [-3, 4]
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a response is wrapped, whether or not it is right."""
+
+    kind: str  # one of FORMS
+    empty_answer: bool  # the answer tags hold nothing but white space
+    repeated_key: bool  # the first block is JSON but for a key written twice in one object
+
+
+# A <tool_call> block; an answer; tags of both kinds; a JSON call in a code fence or between answer
+# tags; none of these.
+FORMS = ("call", "answer", "both", "untagged call", "neither")
+
+
 def parse(response: str) -> Parsed:
     """The first <tool_call> block as calls; without a block, whether there is an <answer>.
 
@@ -76,12 +94,36 @@ def parse(response: str) -> Parsed:
 
     A block that is not JSON calls, and a text with neither block nor answer, is "malformed".
     """
-    _, opened, rest = response.partition("<tool_call>")
-    block, closed, _ = rest.partition("</tool_call>")
-    if opened and closed:
+    _, block, _ = _around_block(response)
+    if block is not None:
         calls = _json_calls(block)
         return Parsed("tool_call" if calls else "malformed", calls)
     return Parsed("malformed" if _answer(response) is None else "answer", None)
+
+
+def form(response: str) -> Form:
+    """How a response is wrapped: one of FORMS, an empty answer, a repeated key.
+
+    response  str  any text
+
+    It looks at tags, not at what they hold: a block that does not parse is a "call" all the same.
+    """
+    _, block, _ = _around_block(response)
+    answer = _answer(response)
+    fenced = response.split("```")[1::2]
+    if _has_both(response):
+        kind = "both"
+    elif block is not None:
+        kind = "call"
+    elif _has_call_tag(response):
+        kind = "neither"  # half a block
+    elif any(map(_LIKE_A_CALL.search, [*fenced, answer or ""])):
+        kind = "untagged call"
+    else:
+        kind = "neither" if answer is None else "answer"
+    repeated = block is not None and _json(block) is _BAD and _json(block, _LENIENT) is not _BAD
+    empty = kind != "call" and answer is not None and not answer.strip()
+    return Form(kind, empty, repeated)
 
 
 def parse_python(response: str) -> Parsed:
@@ -114,7 +156,7 @@ def outcome(
     if wanted.kind == "answer":
         syntax = name = param = float(_is_answer(response))
     else:
-        calls = parse(response).calls
+        calls = None if _has_both(response) else parse(response).calls
         syntax = float(calls is not None)  # Eq. 4
         name = _names(calls, wanted.calls) if calls else 0.0
         param = _params(calls, wanted.calls) if calls else 0.0
@@ -162,16 +204,19 @@ def error_type(response: str, target: str) -> str | None:
     response, target  str  <tool_call>{"name": .., "params": ..}</tool_call>, or Python calls
                            [Func Name(a="v", n=1), Other()], or a text without a call
 
-    In this order: "Code Syntax", "Other" (no call on either side, but an <answer> target not met),
-    "Tools Count", "Tool Name", "Parameter Count", "Parameter Name", "Parameter Value". Calls may
-    come in any order and are paired so that the first class that applies comes as late as it can.
+    In this order: "Other" (tags of both kinds), "Code Syntax", "Other" (no call on either side, but
+    an <answer> target not met), "Tools Count", "Tool Name", "Parameter Count", "Parameter Name",
+    "Parameter Value". Calls may come in any order and are paired so that the first class that
+    applies comes as late as it can.
     Looser than binary: no format, and strings are equal after BFCL's normalisation. A text against
     a target without tags and calls is right. Raises ValueError if the target is malformed.
     """
     is_answer = target.lstrip().startswith("<answer>") and bool(_read_target(target))
     calls, wanted = _any_calls(response), _any_calls(target)
-    if wanted is None:
+    if wanted is None or _is_undecided(target):
         raise ValueError(f"the target's calls do not parse; drop the example: {target[:200]!r}")
+    if _is_undecided(response):
+        return "Other"
     if calls is None:
         return "Code Syntax"
     if not calls and not wanted:
@@ -261,7 +306,7 @@ def _same(g: Any, p: Any, text: Callable[[str], str] = str) -> bool:
     return True
 
 
-# --- targets and answers ---
+# --- targets, answers and tags ---
 
 
 @lru_cache(maxsize=1024)  # K responses of a group share it
@@ -271,7 +316,7 @@ def _read_target(target: str) -> Parsed:
     right = parsed.calls or _is_answer(target)
     if parsed.kind == "malformed" or not (right and _format(target, parsed.kind)):
         calls = f'JSON calls {{"name", "params"}} of at most {MAX_CHARS} characters'
-        need = f"one <tool_call> block of {calls}, or one <answer> block without tool-call tags"
+        need = f"one <tool_call> block of {calls}, or one <answer> block of text without such tags"
         raise ValueError(f"the target must be {need}; drop the example: {target[:200]!r}")
     return parsed
 
@@ -284,13 +329,31 @@ def _answer(text: str) -> str | None:
 
 
 def _is_answer(text: str) -> bool:
-    """Whether the text is correct for an <answer> target: an answer without a tool-call tag."""
-    content = _answer(text)
-    return content is not None and not _has_call_tag(content)
+    """Whether the text is correct for an <answer> target: a non-empty answer, no tool-call tag."""
+    return bool((_answer(text) or "").strip()) and not _has_call_tag(text)
+
+
+def _around_block(text: str) -> tuple[str, str | None, str]:
+    """What stands before, in and after the first <tool_call> block; (text, None, "") without one."""
+    before, _, rest = text.partition("<tool_call>")
+    block, closed, after = rest.partition("</tool_call>")
+    return (before, block, after) if closed else (text, None, "")
 
 
 def _has_call_tag(text: str) -> bool:
     return "<tool_call>" in text or "</tool_call>" in text
+
+
+def _has_both(text: str) -> bool:
+    """Whether the text holds tags of both kinds; an answer tag inside the first block is data."""
+    before, _, after = _around_block(text)
+    answer = any(tag in part for tag in ("<answer>", "</answer>") for part in (before, after))
+    return answer and _has_call_tag(text)
+
+
+def _is_undecided(text: str) -> bool:
+    """_has_both, for a text that may be Python calls, where every tag is data."""
+    return not text.lstrip().startswith("[") and _has_both(text)
 
 
 # --- error classes ---
@@ -340,21 +403,38 @@ _ALIKE = {
 # --- reading what a model wrote ---
 
 _BAD = object()  # does not parse; None is a value
+_LIKE_A_CALL = re.compile(
+    r'\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(params|parameters|arguments)"\s*:\s*\{'
+)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+def _finite(text: str) -> float:
+    """The number; ValueError for 1e999 and for the constants NaN, Infinity and -Infinity."""
+    value = float(text)
+    if not cmath.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads builds one on every call
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    """The object; ValueError for a key written twice, of which json would take the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is written twice")
+    return value
 
 
-def _json(text: str) -> Any:
+# json.loads would build one on every call.
+_LENIENT = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
+
+
+def _json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:
     """The JSON value of a text, or _BAD."""
     if len(text) > MAX_CHARS:
         return _BAD
     try:
-        return _DECODER.decode(text)
+        return decoder.decode(text)
     except (ValueError, RecursionError):  # ValueError also for more digits than int() takes
         return _BAD
 
@@ -396,10 +476,20 @@ def _is_plain(name: str) -> bool:
 def _literal(text: str) -> Any:
     """Value of an argument: Python literal, else JSON literal, else bare identifier, else _BAD."""
     try:
-        return ast.literal_eval(text)
+        tree = ast.parse(text, mode="eval")
+        value = ast.literal_eval(tree)
+        return value if all(map(_is_sound, ast.walk(tree))) else _BAD
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = _json(text)
     return text if value is _BAD and text.isidentifier() else value
+
+
+def _is_sound(node: ast.AST) -> bool:
+    """Whether a node of a literal is a finite number, a dict without a repeated key, or another."""
+    if isinstance(node, ast.Dict):
+        return len({ast.literal_eval(key) for key in node.keys}) == len(node.keys)
+    number = isinstance(node, ast.Constant) and isinstance(node.value, (float, complex))
+    return not number or cmath.isfinite(node.value)
 
 
 def _split(text: str, separator: str) -> list[str] | None:

@@ -185,8 +185,11 @@ class Run:
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
         self.longest = start.longest(config, method, self.tokenizer)
+        self.gpu_share, arithmetic = start.check_room(config, method, self.out)
+        if arithmetic:
+            self.say(arithmetic)
         self.examples, self.eval_examples = start.load_examples(
-            config, method, self.tokenizer, quiet=self.rank > 0
+            config, self.tokenizer, quiet=self.rank > 0
         )
         method.check_examples(self.examples, config)
         self.tag_length = data.tag_length(self.tokenizer)
@@ -206,14 +209,13 @@ class Run:
             config.model_name_or_path,
             max_model_len=self.longest,
             max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             logprobs_mode=self.method.logprobs_mode,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
         self.engine.sleep()
-        torch.manual_seed(config.seed)  # adapters start at random, equal on all ranks
         self.model, _ = modeling.load(
             config.model_name_or_path,
             lora_rank=config.lora_rank,
@@ -222,13 +224,15 @@ class Run:
             gradient_checkpointing=config.gradient_checkpointing,
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
         )
-        self.model = modeling.shard(self.model)
         self.optimizer = modeling.optimizer(
-            self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
+            self.model,
+            config.learning_rate,
+            (0.9, config.adam_beta2),
+            config.weight_decay,
+            offload=config.offload_moments,
         )
-        weights = sum(4 * parameter.numel() for parameter in self.model.parameters())
-        modeling.check_disk(self.out / "checkpoint", 4 * weights)  # model, and again with 2 moments
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.check_shared(self.out)
         if self.rank == 0:

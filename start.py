@@ -22,13 +22,17 @@ from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import AutoConfig, HfArgumentParser
 
+import checkpoint
 import data
+import model as modeling
+from bench import plan
 
 PROGRAM = {
     "prog": "train.py",
@@ -211,7 +215,7 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
 # ------------------------------------------------------------------------------ data and bad input
 
 
-def load_examples(config, method, tokenizer, quiet: bool) -> tuple[list, list]:
+def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
     """Training examples and the evaluation subset; what is too long is dropped and counted."""
     load = lambda sources: [
         e for source in sources for e in data.load_source(source, seed=config.seed)
@@ -240,8 +244,6 @@ def load_examples(config, method, tokenizer, quiet: bool) -> tuple[list, list]:
             )
         parts.append(fitting)
     train, held_out = parts
-    if method.learns_from_expert:
-        check_experts(config, train)
     if len(train) < config.train_batch_size:
         raise ValueError(
             f"{len(train)} training examples are fewer than --train_batch_size "
@@ -250,21 +252,9 @@ def load_examples(config, method, tokenizer, quiet: bool) -> tuple[list, list]:
     return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
 
 
-def check_experts(config, examples: list) -> None:
-    """ValueError where an example has no expert response."""
-    bare = [
-        e for e in examples if not e.target.removeprefix("<answer>")[: -len("</answer>")].strip()
-    ]
-    if bare:
-        raise ValueError(
-            f"{len(bare)} of {len(examples)} training examples have no expert response "
-            f"({bare[0].id} first), which --algo {config.algo} learns from: leave them out, or "
-            "take --algo fg_dapo_star, which needs the tags only"
-        )
-
-
 def check_machine(config, world: int) -> None:
-    """ValueError or ImportError where the ranks or the packages do not suit the settings."""
+    """ValueError or ImportError where ranks, GPU or packages do not suit the settings."""
+    modeling.check_gpu()
     if config.train_batch_size % world:
         raise ValueError(
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
@@ -275,6 +265,18 @@ def check_machine(config, world: int) -> None:
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
     if config.torch_compile and not compiler:
         raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
+
+
+def check_room(config, method, out: Path) -> tuple[float, str]:
+    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk are too small."""
+    skeleton = modeling.skeleton(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    knobs = SimpleNamespace(**{"num_generations": 1, **settings(config, method)})
+    room = plan.check_room(knobs, skeleton)
+    count = max(1, config.save_total_limit + 1 - len(checkpoint.saved_steps(out)))
+    modeling.check_checkpoints(out / "checkpoint", skeleton, count, lora_rank=config.lora_rank)
+    return room
 
 
 def longest(config, method, tokenizer) -> int:

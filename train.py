@@ -110,8 +110,9 @@ class Config:
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
-    vllm_gpu_memory_utilization: float = knob(0.5, "share of a GPU for vLLM's weights and KV cache")
+    vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
     vllm_tensor_parallel_size: int = knob(1, "GPUs that hold one vLLM model together")
+    offload_moments: bool = knob(False, "AdamW's moments stay in host memory except in the step")
     max_num_seqs: int = knob(256, "responses that the engine decodes together, per rank")
     max_tokens_per_row: int = knob(16384, "budget of a micro-batch: prompts counted once")
     share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to check")

@@ -13,7 +13,7 @@ import data
 import methods
 import rollout
 import run as run_module
-import toy
+from tasks import toy
 import train
 
 REPO = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from test_converters import good_rows, replace_at_random
 import data
 import mcts
 import rewards
-import toy
-from converters import Drop, parse_calls
+from tasks import toy
+from tasks.converters import Drop, parse_calls
 
 SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(10**6)))
 ROUNDS = float(os.environ.get("FUZZ_ROUNDS", "1"))
@@ -140,6 +140,10 @@ def check_reading(text: str, targets: list[str]) -> int:
         parsed = rewards.parse(text)
         assert parsed.kind in ("tool_call", "answer", "malformed")
         assert (parsed.calls is not None) == (parsed.kind == "tool_call")
+        json.dumps(parsed.calls, allow_nan=False)
+    with case("form", text):
+        form = rewards.form(text)
+        assert form.kind in rewards.FORMS
     for target in targets:
         with case("outcome", (text, target)):
             outcome = rewards.outcome(text, target)
@@ -147,6 +151,9 @@ def check_reading(text: str, targets: list[str]) -> int:
             assert all(0 <= part <= 1 for part in parts) and -3 <= outcome.correct <= 3
             assert outcome.total == outcome.format + outcome.correct
             assert (rewards.binary(text, target) == 1) == (outcome.total == 4)
+            due = "call" if target.startswith("<tool_call>") else "answer"
+            right = form.kind in (due, "untagged call") and not (form.empty_answer or form.repeated_key)
+            assert right or outcome.correct == -3
         with case("error_type", (text, target)):
             assert rewards.error_type(text, target) in ERRORS
     with case("as a target", text), contextlib.suppress(ValueError):  # documented
@@ -162,7 +169,7 @@ def check_reading(text: str, targets: list[str]) -> int:
         calls = parse_calls(text, NAMES)
         assert all(call["name"] in NAMES and isinstance(call["params"], dict) for call in calls)
         json.dumps(calls)
-    return 5 + 2 * len(targets)
+    return 6 + 2 * len(targets)
 
 
 def test_texts_that_models_write():
@@ -271,7 +278,7 @@ FORBIDDEN = {
 
 
 def product_files() -> list:
-    return sorted(path for path in REPO.glob("*.py"))
+    return sorted(path for folder in ("", "tasks", "tools") for path in (REPO / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", product_files(), ids=lambda path: path.name)

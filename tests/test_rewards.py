@@ -287,22 +287,27 @@ def test_parse_returns_the_calls():
     assert parse(ANSWER) == rewards.Parsed("answer", None)
     extra = {"id": 7, **call("f", a=1)}
     assert outcome(tagged(extra), tagged(call("f", a=1))).total == 4.0
-    twice = '<tool_call>{"name": "g", "name": "f", "params": {"a": 2, "a": 1}}</tool_call>'
-    assert outcome(twice, tagged(call("f", a=1))).total == 4.0
 
 
 @pytest.mark.parametrize(
     "response, total",
     [
         (ANSWER, 4),
-        ("<answer></answer>", 4),
+        ("<answer></answer>", -2),
+        ("<answer>\n \t</answer>", -2),
+        ("well <answer></answer>", -3),
+        ("<answer>.</answer>", 4),
         ("\n<answer>other words</answer>\n", 4),
         ("<answer>a <b> </answer", -3),
         (f"Sure. {ANSWER}", 3),
         (f"{ANSWER} bye", 3),
         ("<answer>a</answer><answer>b</answer>", 3),
-        (f"{CALL}{ANSWER}", 3),
-        (f"{ANSWER}{CALL}", 3),
+        (f"{CALL}{ANSWER}", -3),
+        (f"{ANSWER}{CALL}", -3),
+        (f"{ANSWER}</tool_call>", -3),
+        (f"<tool_call>{ANSWER}", -3),
+        ("<tool_call><answer>x</answer></tool_call>", -3),
+        (CALL.replace("Paris", "<answer>x</answer>"), -3),
         (f"<answer>{CALL}</answer>", -2),
         ("<answer>use <tool_call> here</answer>", -2),
         ("<answer>use </tool_call> here</answer>", -2),
@@ -323,6 +328,235 @@ def test_answer_targets(response, total):
     assert got.syntax == got.name == got.param == float(right)
     assert got.correct == (3 if right else -3)
     assert binary(response, ANSWER) == float(total == 4)
+
+
+BLOCK = '<tool_call>{"name": "f", "params": %s}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "response, correct",
+    [
+        (f"{CALL}{ANSWER}", -3),
+        (f"{ANSWER}{CALL}", -3),
+        (f"{CALL}<answer>", -3),
+        (f"{CALL}</answer>", -3),
+        (f"<answer>{CALL}", -3),
+        (f"</answer>{CALL}", -3),
+        (f"<answer>{CALL}</answer>", -3),
+        (f"<answer></answer>{CALL}", -3),
+        (f"{CALL}{CALL.replace('Paris', '<answer>')}", -3),  # outside the *first* block
+        (f"{CALL} <ANSWER> answer>", 3),  # no tag
+        (f"<ans{CALL}wer>", 3),  # nor one made of two sides
+    ],
+)
+def test_tags_of_both_kinds_are_no_decision(response, correct):
+    got = outcome(response, CALL)
+    assert (got.correct, got.total) == (correct, got.format + correct)
+    assert got.syntax == got.name == got.param == float(correct == 3)
+    assert binary(response, CALL) == 0.0 and binary(response, ANSWER) == 0.0
+    assert (error_type(response, CALL) == "Other") == (correct == -3)
+    assert outcome(response, ANSWER).correct == -3
+    assert parse(response) == parse(CALL) == rewards.Parsed("tool_call", parse(CALL).calls)
+
+
+def test_format_keeps_its_point_beside_a_wrong_decision():
+    assert outcome(f"<answer>{CALL}</answer>", ANSWER).total == -2
+    inside = CALL.replace("</tool_call>", "<answer>\n</tool_call>")  # in the block, no JSON
+    assert (outcome(inside, CALL).total, error_type(inside, CALL)) == (-2, "Code Syntax")
+
+
+@pytest.mark.parametrize(
+    "value", ["<answer>", "</answer>", "<answer>x</answer>", "<answer></answer>"]
+)
+def test_an_answer_tag_inside_a_value_is_data(value):
+    text = tagged(call("f", a=value))
+    assert outcome(text, text).total == 4.0 and binary(text, text) == 1.0
+    assert error_type(text, text) is None
+    assert outcome(text, tagged(call("f", a="x"))).param == pytest.approx(0.5)
+    assert error_type(text, ANSWER) == "Tools Count"
+
+
+def test_empty_answers_in_the_tally():
+    responses = [ANSWER, "<answer></answer>", CALL, CALL + ANSWER, CALL + ANSWER]
+    got = rewards.tally(responses, [ANSWER, ANSWER, CALL, CALL, ANSWER])
+    assert got == {
+        "n": 5, "accuracy": 2, "reward": 4 - 2 + 4 - 3 - 3, "n_calls": 2, "tool_calls": 1, "answers": 1,
+    }  # fmt: skip
+    assert error_type("<answer> </answer>", ANSWER) == "Other"
+    assert error_type("<answer> </answer>", CALL) == "Tools Count"
+
+
+@pytest.mark.parametrize(
+    "block, parses",
+    [
+        ('{"name": "f", "params": {"a": 2, "a": 1}}', False),
+        ('{"name": "f", "params": {"a": 1, "a": 1}}', False),
+        ('{"name": "f", "params": {"a": 1, "\\u0061": 1}}', False),  # one key, two spellings
+        ('{"name": "g", "name": "f", "params": {"a": 1}}', False),
+        ('{"name": "f", "params": {}, "params": {"a": 1}}', False),
+        ('{"name": "f", "params": {"a": 1}, "id": 1, "id": 1}', False),
+        ('{"name": "f", "params": {"a": 1}, "x": [{"y": {"b": 1, "b": 2}}]}', False),
+        ('[{"name": "f", "params": {"a": 1}}, {"name": "f", "params": {"b": 1, "b": 1}}]', False),
+        ('{"name": "f", "params": {"a": {"k": 1, "k": 1}}}', False),
+        ('{"name": "f", "params": {"a": 1, "A": 1}}', True),
+        ('{"name": "f", "params": {"a": 1, "a ": 1, "": 1}}', True),
+        ('{"name": "f", "params": {"name": 1, "params": {"name": 1}}}', True),
+        ('[{"name": "f", "params": {"a": 1}}, {"name": "f", "params": {"a": 1}}]', True),
+    ],
+)
+def test_a_key_written_twice_does_not_parse(block, parses):
+    response = f"<tool_call>{block}</tool_call>"
+    assert parse(response).kind == ("tool_call" if parses else "malformed")
+    got = outcome(response, BLOCK % '{"a": 1}')
+    assert got.syntax == float(parses) and (parses or got.total == -2)
+    assert (error_type(response, CALL) == "Code Syntax") == (not parses)
+    assert rewards.form(response).repeated_key == (not parses)
+
+
+@pytest.mark.parametrize(
+    "number, parses",
+    [
+        ("1e999", False),
+        ("-1e999", False),
+        ("1E+400", False),
+        ("1" + "0" * 309 + ".0", False),
+        ("NaN", False),
+        ("Infinity", False),
+        ("-Infinity", False),
+        ("1.7976931348623157e308", True),
+        ("-1e308", True),
+        ("1e-999", True),  # zero
+        ("1" + "0" * 400, True),  # an integer of Python's
+        ('"1e999"', True),
+    ],
+)
+def test_numbers_that_overflow_do_not_parse(number, parses):
+    for value in (number, f"[{number}]", f'{{"k": [{number}]}}'):
+        response = BLOCK % f'{{"a": {value}}}'
+        assert parse(response).kind == ("tool_call" if parses else "malformed")
+        assert outcome(response, CALL).syntax == float(parses)
+        if parses:
+            assert outcome(response, response).total == 4.0
+        else:
+            with pytest.raises(ValueError, match="target"):
+                outcome(response, response)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[f(a=1e999)]", "[f(a=-1e999)]", "[f(a=[1, {'k': 1e999}])]", "[f(a=1e999j)]", "[f(a=-Infinity)]",
+     "[f(a={'k': 1, 'k': 1})]", "[f(a=[{1: 2, 1.0: 2}])]", '[f(a={"k": true, "k": true})]'],
+)  # fmt: skip
+def test_the_same_in_python_calls(text):
+    assert rewards.parse_python(text) == rewards.Parsed("malformed", None)
+    assert error_type(text, "[f(a=1)]") == "Code Syntax"
+    with pytest.raises(ValueError, match="target"):
+        error_type("[f(a=1)]", text)
+
+
+def test_python_calls_with_distinct_keys_and_finite_numbers_parse():
+    text = "[f(a={'k': 1, 'K': 1e308, (1, 2): {'k': 2}}, b=[{'k': 1}, {'k': 1}])]"
+    assert rewards.parse_python(text).kind == "tool_call"
+    inside = '[f(a="<answer></answer><tool_call></tool_call>")]'
+    assert error_type(inside, inside) is None  # tags inside a value
+
+
+FENCED = '```json\n{"name": "f", "params": {"a": 1}}\n```'
+
+
+@pytest.mark.parametrize(
+    "response, kind, empty, repeated",
+    [
+        (CALL, "call", False, False),
+        (f"Well. {CALL} Done.", "call", False, False),
+        (CALL + CALL, "call", False, False),
+        ("<tool_call>{}</tool_call>", "call", False, False),  # wrapped, though it does not parse
+        (CALL.replace("Paris", "<answer></answer>"), "call", False, False),
+        (BLOCK % '{"a": 1, "a": 2}', "call", False, True),
+        (BLOCK % '{"a": 1, "a": 2', "call", False, False),  # no JSON either way
+        (f"<tool_call>{FENCED}</tool_call>", "call", False, False),
+        (ANSWER, "answer", False, False),
+        (f"Sure. {ANSWER}", "answer", False, False),
+        ("<answer></answer>", "answer", True, False),
+        ("<answer>\n\n</answer>", "answer", True, False),
+        ("<answer>```python\nprint(1)\n```</answer>", "answer", False, False),
+        ('<answer>{"name": "Ann", "age": 3}</answer>', "answer", False, False),
+        (CALL + ANSWER, "both", False, False),
+        (ANSWER + CALL, "both", False, False),
+        (f"<answer>{CALL}</answer>", "both", False, False),
+        (f"<answer></answer>{CALL}", "both", True, False),
+        ((BLOCK % '{"a": 1, "a": 2}') + ANSWER, "both", False, True),
+        ("<answer>x</answer></tool_call>", "both", False, False),
+        (FENCED, "untagged call", False, False),
+        (f"I will look.\n{FENCED}\nDone.", "untagged call", False, False),
+        (FENCED.removesuffix("```"), "untagged call", False, False),  # cut off
+        (f"```\nx\n```\n{FENCED}", "untagged call", False, False),
+        (FENCED.replace("params", "arguments"), "untagged call", False, False),
+        ('<answer>{"name": "f", "params": {}}</answer>', "untagged call", False, False),
+        (
+            '<answer>I call [{ "name":"f","params":{"a": 1}}].</answer>',
+            "untagged call",
+            False,
+            False,
+        ),
+        (f"<answer>{FENCED}</answer>", "untagged call", False, False),
+        ('{"name": "f", "params": {"a": 1}}', "neither", False, False),
+        (f"```\nx\n```\n{FENCED[8:-4]}", "neither", False, False),  # after the fence
+        (CALL.replace("</tool_call>", ""), "neither", False, False),
+        ("<answer>cut off", "neither", False, False),
+        ("plain text", "neither", False, False),
+        ("", "neither", False, False),
+    ],
+)
+def test_forms_by_hand(response, kind, empty, repeated):
+    assert kind in rewards.FORMS
+    assert rewards.form(response) == rewards.Form(kind, empty, repeated)
+
+
+ONE = '{"name": "f", "params": {"a": 1, "b": "x"}}'
+
+
+@pytest.mark.parametrize(
+    "response, total",
+    [
+        # ways to write the same call
+        (f"<tool_call>[{ONE}]</tool_call>", 4),
+        (f"<tool_call>{ONE.replace('1', '1.0')}</tool_call>", 4),
+        (f"<tool_call>{ONE[:-1]}, \"thought\": [1]}}</tool_call>", 4),  # a key beside name, params
+        # text around the first block costs the format's point alone
+        (f"<think>f?</think><tool_call>{ONE}</tool_call>", 3),
+        (f"<tool_call>{ONE}</tool_call><tool_call>{ONE}</tool_call>", 3),
+        (f"<tool_call>{ONE}</tool_call><tool_call>no JSON", 3),
+        (f"<tool_call>{ONE}</tool_call>\0", 3),
+        # values that only look equal: half of the values, so r_param = (1 + 1/2) / 2
+        (f"<tool_call>{ONE.replace('1', 'true')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('1', chr(34) + '1' + chr(34))}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', 'X')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', 'x ')}</tool_call>", 3.5),
+        (f"<tool_call>{ONE.replace('x', chr(0x445))}</tool_call>", 3.5),  # Cyrillic
+        # more calls or parameters than are due do not pay: 1/2; 1/10; (2/3 + 2/3) / 2
+        (f"<tool_call>[{ONE}, {ONE}]</tool_call>", 3),
+        (f"<tool_call>[{', '.join([ONE] * 10)}]</tool_call>", 1 + 6 * (2 + 1 / 10) / 3 - 3),
+        (f"<tool_call>{ONE.replace('}}', ', `c`: 0}}').replace('`', chr(34))}</tool_call>", 1 + 6 * (2 + 2 / 3) / 3 - 3),
+        # what is no JSON call
+        (f"<tool_call><tool_call>{ONE}</tool_call></tool_call>", -3),
+        (f"<tool_call>{ONE} ok</tool_call>", -2),
+        (f"<tool_call>{ONE}{ONE}</tool_call>", -2),
+        (f"<tool_call>[[{ONE}]]</tool_call>", -2),
+        (f"<tool_call>{ONE} // f</tool_call>", -2),
+        (f"<tool_call>\ufeff{ONE}</tool_call>", -2),
+        ('<tool_call>{"name": "f", "params": [["a", 1], ["b", "x"]]}</tool_call>', -2),
+        (ONE, -3),
+        # tags are these characters and no others
+        (f"<TOOL_CALL>{ONE}</TOOL_CALL>", -3),
+        (f"<tool_call >{ONE}</tool_call >", -3),
+        (f"\uff1ctool_call\uff1e{ONE}\uff1c/tool_call\uff1e", -3),
+        (f"<tool\u200b_call>{ONE}</tool\u200b_call>", -3),
+    ],
+)  # fmt: skip
+def test_near_misses_by_hand(response, total):
+    got = outcome(response, f"<tool_call>\n{ONE}\n</tool_call>")
+    assert got.total == pytest.approx(total)
 
 
 def test_wrong_kind_of_answer():
@@ -402,6 +636,10 @@ def test_order_of_calls_and_keys_does_not_matter():
         "<answer>a</answer><answer>b</answer>",
         f"<answer>{CALL}</answer>",
         "<answer>use </tool_call></answer>",
+        "<answer> \n</answer>",
+        BLOCK % '{"a": 1, "a": 1}',
+        BLOCK % '{"a": {"k": [{"b": 1, "b": 1}]}}',
+        BLOCK % '{"a": 1e999}',
     ],
 )
 def test_malformed_target_is_an_error(target):
@@ -412,8 +650,10 @@ def test_malformed_target_is_an_error(target):
 
 
 @pytest.mark.parametrize(
-    "target", ["[f(a=1]", "[f]", "<tool_call>[]</tool_call>", "<answer>unfinished", "</tool_call>"]
-)
+    "target",
+    ["[f(a=1]", "[f]", "<tool_call>[]</tool_call>", "<answer>unfinished", "</tool_call>",
+     "<answer></answer>", BLOCK % '{"a": 1, "a": 1}', BLOCK % '{"a": 1e999}', CALL + ANSWER],
+)  # fmt: skip
 def test_malformed_target_of_error_type(target):
     with pytest.raises(ValueError, match="target"):
         error_type(CALL, target)
@@ -488,7 +728,11 @@ def test_pairs_are_made_with_the_least_severe_mismatch():
         ("<answer>use <tool_call></answer>", ANSWER, "Other"),
         (CALL, ANSWER, "Tools Count"),
         (ANSWER, CALL, "Tools Count"),
-        (f"<answer>{CALL}</answer>", ANSWER, "Tools Count"),
+        (f"<answer>{CALL}</answer>", ANSWER, "Other"),  # tags of both kinds
+        (f"{CALL[:30]}{ANSWER}", CALL, "Other"),
+        ("<answer>x</answer><tool_call>{}</tool_call>", CALL, "Other"),
+        (f"{CALL}{ANSWER}", "[f(a=1)]", "Other"),
+        (f"{CALL}{ANSWER}", "Which city?", "Other"),
         (CALL[:30], CALL, "Code Syntax"),
         (CALL.replace("<tool_call>", ""), CALL, "Code Syntax"),
         ("<tool_call>{}</tool_call>", ANSWER, "Code Syntax"),
@@ -570,6 +814,7 @@ def check(response: str, targets=TARGETS) -> None:
     parsed = parse(response)
     assert parsed.kind in ("tool_call", "answer", "malformed")
     assert (parsed.calls is not None) == (parsed.kind == "tool_call")
+    assert rewards.form(response).kind in rewards.FORMS
     for target in targets:
         got = outcome(response, target)
         assert -3 <= got.total <= 4 and -3 <= got.correct <= 3
@@ -605,6 +850,7 @@ def test_fuzz():
 
 
 UNITS = [*"[{](\"\\' -9\0", '{"a":', "[{", '\\"', "f(", "f(),", "a=1,", "1+", "[],", "not "]
+UNITS += ["```", '{"name": "', '```{ "name":"f", "params":', "{ "]
 UNITS += ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<tool_call></tool_call>"]
 
 

@@ -920,27 +920,19 @@ def test_bad_models_are_named(tiny, tmp_path):
     assert "reads 4096 tokens" in text and "--max_prompt_length 9000" in text
 
 
-def test_data_without_expert_responses_are_for_methods_that_need_none(tiny, tmp_path):
-    """Bare tags say what kind of response is due: enough for a reward, nothing to imitate."""
+def test_rows_without_an_expert_response_are_rejected(tiny, tmp_path):
     command = frozen.flags(tiny, tmp_path)
-    rows = frozen.examples()
-    bare = data.Example(**{**vars(rows[4]), "target": "<answer>\n</answer>"})
-    data.write_jsonl([*rows[:4], bare], tmp_path / "bare.jsonl")
-    command += ["--train_file", f"jsonl:{tmp_path / 'bare.jsonl'}"]
-    for algo in ("toolupt", "sft", "sft_dapo_star", "luffy", "srft", "chord", "toolupt_no_spo"):
-        config = train.parse_args([*command, "--algo", algo])
-        text = refusal(train.train, *config)
-        assert "1 of 5 training examples have no expert response" in text and algo in text
-    for algo in ("grpo", "dapo", "dapo_star", "fg_dapo_star"):
-        assert len(Run(*train.parse_args([*command, "--algo", algo])).examples) == 5
-    for target in ("", None):
-        row = {
-            **json.loads((tmp_path / "bare.jsonl").read_text().splitlines()[0]),
-            "target": target,
-        }
-        (tmp_path / "none.jsonl").write_text(json.dumps(row))
-        config = train.parse_args([*command, "--train_file", f"jsonl:{tmp_path / 'none.jsonl'}"])
-        assert "row 1 has no target, the expert response" in refusal(Run, *config)
+    rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    file = tmp_path / "bare.jsonl"
+    for target, why in (
+        ("<answer>\n</answer>", "the target"),
+        ("", "no target, the expert response"),
+        (None, "no target, the expert response"),
+    ):
+        lines = [*rows[:4], {**rows[4], "target": target}]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+        text = refusal(Run, *train.parse_args([*command, "--train_file", f"jsonl:{file}"]))
+        assert "row 5" in text and why in text
 
 
 def test_sft_without_validation_data_is_refused(tiny, tmp_path):
