@@ -27,7 +27,7 @@ def gradient_of_pairs(folder: Path, files: Path, budget: int) -> dict[str, torch
     more = f"--algo itool --pool_fraction 1 --buffer_fraction 1 --max_tokens_per_row {budget}"
     config, method = train.parse_args(frozen.flags(folder, files, *more.split()))
     run = Run(config, method)
-    run.model = modeling.shard(modeling.load(folder)[0])
+    run.model, _ = modeling.load(folder)
     one = run.demonstration(frozen.examples()[0])
     row = {"prefix_ids": one.prompt, "chosen_ids": one.target, "rejected_ids": one.target[3:9]}
     row |= {"chosen_ref": -1.0, "rejected_ref": -2.0}
