@@ -76,11 +76,11 @@ def luffy_loss(
     assert gamma > 0, f"gamma must be positive, got {gamma}"
     expert = response_mask & is_expert[:, None]
     rollout = response_mask & ~is_expert[:, None]
-    ratio = _log_ratio(logps, old_logps, rollout).exp()
-    probs = _masked(logps, expert).exp()
-    count = _count(response_mask, num_tokens)
-    on = (-_spread(advantages, rollout) * ratio).sum() / count
-    off = (-_spread(advantages, expert) * probs / (probs + gamma)).sum() / count
+    ratio = _log_ratio(rollout, logps, old_logps).exp()
+    probs = _masked(expert, logps).exp()
+    count = _denominator(num_tokens, response_mask)
+    on = (-_spread(rollout, advantages) * ratio).sum() / count
+    off = (-_spread(expert, advantages) * probs / (probs + gamma)).sum() / count
     return on + off, {"luffy/rollout": on.detach(), "luffy/expert": off.detach()}
 
 
@@ -122,17 +122,20 @@ def srft_loss(
     expert = response_mask & is_expert[:, None]
     rollout = response_mask & ~is_expert[:, None]
     lengths = response_mask.sum(1).clamp(min=1)
-    row_entropy = _masked(entropy, response_mask).sum(1) / lengths
+    row_entropy = _masked(response_mask, entropy).sum(1) / lengths
     w_sft = 0.5 * torch.exp(-row_entropy)  # the sg() of the formula is in _spread
     w_self = torch.where(correct, 0.1 * torch.exp(row_entropy), -1.0)  # w_rl if right, -1 if wrong
 
-    logps = _masked(logps, response_mask)
+    logps = _masked(response_mask, logps)
     probs = logps.exp()
     ratio = probs / (probs + 0.1) if shaped or variant == "hpt" else probs
-    count, expert_count = _count(response_mask, num_tokens), _count(expert, num_expert_tokens)
-    demo_sft = (-_spread(w_sft, expert) * logps).sum() / expert_count
-    demo_rl = (-_spread(advantages, expert) * ratio).sum() / count
-    self_rl = (-_spread(w_self, rollout) * logps).sum() / count
+    count, expert_count = (
+        _denominator(num_tokens, response_mask),
+        _denominator(num_expert_tokens, expert),
+    )
+    demo_sft = (-_spread(expert, w_sft) * logps).sum() / expert_count
+    demo_rl = (-_spread(expert, advantages) * ratio).sum() / count
+    self_rl = (-_spread(rollout, w_self) * logps).sum() / count
     return demo_sft + demo_rl + self_rl, {
         "srft/demo_sft": demo_sft.detach(),
         "srft/demo_rl": demo_rl.detach(),
@@ -177,13 +180,16 @@ def chord_loss(
     assert expert_logps.shape == expert_mask.shape, f"expert_mask {expert_mask.shape}"
     assert expert_mask.dtype == torch.bool, f"expert_mask must be bool, got {expert_mask.dtype}"
     assert 0 <= mu <= 1, f"mu must lie in [0, 1], got {mu}"
-    count, expert_count = _count(response_mask, num_tokens), _count(expert_mask, num_expert_tokens)
-    log_ratio = _log_ratio(logps, old_logps, response_mask)
-    ratio, adv = log_ratio.exp(), _spread(advantages, response_mask)
+    count, expert_count = (
+        _denominator(num_tokens, response_mask),
+        _denominator(num_expert_tokens, expert_mask),
+    )
+    log_ratio = _log_ratio(response_mask, logps, old_logps)
+    ratio, adv = log_ratio.exp(), _spread(response_mask, advantages)
     free, clipped = ratio * adv, ratio.clamp(1 - CLIP, 1 + CLIP) * adv
     grpo = -torch.minimum(free, clipped).sum() / count
 
-    expert_logps = _masked(expert_logps, expert_mask)
+    expert_logps = _masked(expert_mask, expert_logps)
     probs = expert_logps.detach().exp()
     weights = probs * (1 - probs) if phi else 1.0
     sft = -(weights * expert_logps).sum() / expert_count
@@ -215,24 +221,31 @@ def chord_mu_at(
     return valley
 
 
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float32 or wider, 0 off the mask; comes before any arithmetic, so nan stays out."""
-    return torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
+def _masked(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
+
+    `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
+    """
+    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
+    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
+    return torch.where(mask, _float(x), 0.0)
 
 
-def _spread(rows: Tensor, mask: Tensor) -> Tensor:
+def _spread(mask: Tensor, rows: Tensor) -> Tensor:
     """One detached number per row on each of its tokens, 0 off the mask."""
-    return _masked(rows.detach()[:, None], mask)
+    return _masked(mask, rows.detach()[:, None])
 
 
-def _log_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:
+def _log_ratio(mask: Tensor, logps: Tensor, old_logps: Tensor) -> Tensor:
     """log(p / p_old), 0 off the mask; held within 20 nat, as in veRL, so that exp stays finite."""
-    return (_masked(logps, mask) - _masked(old_logps.detach(), mask)).clamp(-20, 20)
+    return (_masked(mask, logps) - _masked(mask, old_logps.detach())).clamp(-20, 20)
 
 
-def _count(mask: Tensor, given: int | Tensor | None) -> int | Tensor:
-    """The caller's denominator, else the tokens of mask; at least 1, so that nothing is 0/0."""
-    return mask.sum().clamp(min=1) if given is None else max(given, 1)
+def _denominator(given: int | Tensor | None, mask: Tensor) -> int | Tensor:
+    """The count of the whole step if given, else the local one; 1 for an average of nothing."""
+    count = mask.sum() if given is None else given
+    assert count > 0 or not mask.any(), f"denominator {count} for {int(mask.sum())} local items"
+    return count or 1
 
 
 def _check_rows(
@@ -244,3 +257,7 @@ def _check_rows(
     if is_expert is not None:
         assert is_expert.shape == logps.shape[:1], f"is_expert {is_expert.shape}: want (B,)"
         assert is_expert.dtype == torch.bool, f"is_expert must be bool, got {is_expert.dtype}"
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

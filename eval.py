@@ -35,9 +35,9 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -49,6 +49,7 @@ import data
 import model as modeling
 import rewards
 import rollout
+from run import init_distributed, part
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
@@ -409,7 +410,7 @@ def _prepare(options):
     """Load cases and open the folder, which find a user's mistakes; all cases, chosen, settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        _init_distributed()
+        init_distributed()
     out = Path(options.output_dir)
     cases = BENCHES[options.bench](options)
     sizes = Counter(case.category for case in cases)
@@ -446,8 +447,9 @@ def _answer_rest(options, cases, chosen, settings):
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
             stops, write = settings["stop_token_ids"], partial(_write, file)
-            run = min(NEIGHBOURS, -(-len(todo) // world))
-            mine = [case for i, case in enumerate(todo) if i // run % world == rank]
+            size = min(NEIGHBOURS, -(-len(todo) // world))
+            neighbours = [todo[i : i + size] for i in range(0, len(todo), size)]
+            mine = list(chain(*part(neighbours, len, rank, world)))
             answer(mine, engine, options, write, anyone, rank > 0, stops)
         engine.close()
     _barrier(world)
@@ -566,15 +568,15 @@ def _merge(out, cases=()):
     """Gather results.jsonl and the ranks' parts into results.jsonl, in the order of the cases."""
     parts = sorted(out.glob("results.part*.jsonl"))
     rows = {
-        row["id"]: row for part in [out / "results.jsonl", *parts] for row in scores.read_rows(part)
+        row["id"]: row for path in [out / "results.jsonl", *parts] for row in scores.read_rows(path)
     }
     order = {case.id: i for i, case in enumerate(cases)}
     with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
         for row in sorted(rows.values(), key=lambda row: order.get(row["id"], -1)):
             _write(file, row)
     (out / "results.jsonl.new").rename(out / "results.jsonl")
-    for part in parts:
-        part.unlink()
+    for path in parts:
+        path.unlink()
 
 
 def _write(file, row):
@@ -596,14 +598,6 @@ def _version(name):
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _init_distributed():
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # ranks finish hours apart
 
 
 def _barrier(world):

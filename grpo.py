@@ -163,8 +163,8 @@ def gspo_loss(
     """
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
     nonempty = response_mask.any(1, keepdim=True)
-    logps, old_logps = _masked(response_mask, logps, old_logps)
-    (advantages,) = _masked(nonempty, advantages[:, None])
+    logps, old_logps = (_masked(response_mask, x) for x in (logps, old_logps))
+    advantages = _masked(nonempty, advantages[:, None])
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
     log_ratio = ((logps - old_logps.detach()).sum(1, keepdim=True) / lengths).clamp(max=10)
     loss, clipped = clipped_surrogate(
@@ -237,7 +237,7 @@ def truncated_importance_weights(
 
     Returns (B, T), detached, 0 on padding.
     """
-    logps, sampler_logps = _masked(response_mask, logps.detach(), sampler_logps.detach())
+    logps, sampler_logps = (_masked(response_mask, x.detach()) for x in (logps, sampler_logps))
     ratio = (logps - sampler_logps).clamp(-20, 20).exp()
     return ratio.clamp(max=cap) * response_mask
 
@@ -248,10 +248,10 @@ def _surrogate_sum(
     """Sum of token losses over divisor, a scalar or (B, 1): all in which the reductions differ."""
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    logps, old_logps, advantages = _masked(mask, logps, old_logps, advantages)
+    logps, old_logps, advantages = (_masked(mask, x) for x in (logps, old_logps, advantages))
     loss, clipped = clipped_surrogate(logps, old_logps, advantages, clip_low, clip_high)
     if weights is not None:
-        loss = loss * _masked(mask, weights.detach())[0]
+        loss = loss * _masked(mask, weights.detach())
     return (loss / divisor).sum(), _stats(clipped, logps - old_logps, divisor)
 
 
@@ -262,15 +262,14 @@ def _stats(clipped: Tensor, log_ratio: Tensor, divisor: int | Tensor) -> Stats:
     }
 
 
-def _masked(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """Each tensor, (B, 1) or (B, T), as floats with 0 on padding: ratio 1, advantage 0, loss 0.
+def _masked(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
 
     `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
     """
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
-    for x in tensors:
-        assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
-    return [torch.where(mask, _float(x), 0.0) for x in tensors]
+    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
+    return torch.where(mask, _float(x), 0.0)
 
 
 def _denominator(given: int | Tensor | None, mask: Tensor) -> int | Tensor:

@@ -1,10 +1,16 @@
-"""The parts of iTool's loop (`run_itool` in train.py): stages, pool, search by a model, pairs.
+"""iTool: hard examples, tree search, preference pairs and preference optimisation, again and again.
 
-    stages_of       easy, medium, hard: the warm-up's curriculum                     Section 3.1
-    pool_of         the examples that the replay buffer is chosen from               Section 3.2
-    Searcher        `mcts.search` by an engine: samples and self-evaluations         Eqs. 5-9
-    pair_rows       the preference pairs of a tree as lines of pairs.jsonl           Appendix B.1
-    sampled_pair    the ablation without a search: best and worst of four samples    Figure 6
+    stages_of, warmup_stages   easy, medium, hard: the warm-up's curriculum          Section 3.1
+    run_itool                  the iterations after the warm-up, each in five stages Section 3.2
+        1 replay buffer        the examples of highest perplexity                    Eq. 4
+        2 search               a tree of fragments for each, by the policy itself    Eqs. 5-9
+        3 pairs                best against worst step of each state                 Appendix B.1
+        4 optimise             SimPO on the steps; or DPO, IPO, ORPO                 Eqs. 10, 11
+        5 weight sync          the policy of the next iteration
+
+    output_dir/pairs.jsonl             a line per preference pair
+    output_dir/searches.jsonl          a line per iteration; it tells that the pairs are whole
+    output_dir/trees-ITERATION.jsonl   the search trees, for `python mcts.py show`
 
 A wave of the search is one `Engine.generate` and one `Engine.option_probs` for all trees of a rank.
 Samples run to their end and are cut afterwards; the unused rest of a sample is one of the draws of
@@ -16,32 +22,406 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
  2. Outcome: +1 for a finished response without an error of Figure 3's classes, else -1.
  3. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
     do not give equal parts.
- 4. A tenth of the trees is held out, to see the preference margin on pairs that were not trained on.
+ 4. A tenth of the trees is held out, for the preference margin on pairs that are not trained on.
 """
 
 import itertools
+import json
 import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 import data
 import mcts
+import model as modeling
 import rewards
+import simpo
+from checkpoint import write
 from mcts import Node, Proposal, SearchConfig
+from methods import Defaults, Row, at_least, knob
 from rollout import Engine, Sample, derived_seed
+from run import (
+    Clock,
+    Run,
+    Stage,
+    add,
+    all_gather,
+    check_engine,
+    evaluate,
+    forward,
+    learning_rate_at,
+    micro_batches,
+    over_ranks,
+    part,
+    sync,
+    tokens_of,
+)
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
-SELF_EVALUATION = ("paper", "cache", "none")
 COUNTS = (  # what a search counts, in searches.jsonl
-    "expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations", "evaluation_tokens",
-    "evaluations_too_long", "ends", "ends_parsed", "ends_over_length", "ends_correct",
-)  # fmt: skip
+    *("expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations"),
+    *("evaluation_tokens", "evaluations_too_long"),
+    *("ends", "ends_parsed", "ends_over_length", "ends_correct"),
+)
 SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.3.2: "four responses"
+LEARNING_RATES = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # Table 9
 
 
-# ------------------------------------------------------------------------------------------ the examples
+@dataclass
+class ItoolConfig(Row):
+    """Easy-to-hard warm-up, then iterations of tree search on hard examples and SimPO (iTool)."""
+
+    defaults: ClassVar[Defaults] = {
+        "model_name_or_path": ("meta-llama/Llama-3.1-8B-Instruct", "iTool 4.1"),
+        "lora_rank": (16, "iTool Appendix B.1"),
+        "eval_fraction": (0.1, "iTool 4.1: 90 % for the warm-up"),
+        "seed": (42, "iTool Table 7"),
+        "train_batch_size": (64, "iTool Table 6; examples or pairs"),
+        "temperature": (1.5, "iTool Table 7, of the search"),
+        "max_completion_length": (512, "ours: the script's 50 cut parallel calls"),
+        "learning_rate": (None, "iTool Table 9: 1e-6; of DPO and ORPO 3e-7"),
+        "lr_scheduler_type": ("cosine", "iTool Appendix B.1"),
+        "warmup_ratio": (0.1, "iTool Appendix B.1"),
+        "weight_decay": (0.0, "iTool's trainer, LLaMA-Factory: its default"),
+        "save_total_limit": (0, "iTool Figures 5 and 7: each stage and iteration is evaluated"),
+    }
+    logprobs_mode: ClassVar[str] = "raw_logprobs"  # Eq. 5 wants p(a|s) at temperature 1
+
+    stages: Literal["both", "warmup", "itool"] = knob(
+        "both", "the warm-up of section 3.1, then the iterations of 3.2; or one of them"
+    )
+    # the warm-up
+    warmup: bool = knob(True, "--no_warmup: one stage of SFT on all (Table 3, w/o warm-up)")
+    split: Literal["difficulty", "even", "none"] = knob(
+        "difficulty", "stages of section 3.1; even: three equal parts; none: one, base SFT"
+    )
+    warmup_learning_rates: list[float] = knob(
+        [5e-5, 2e-5, 1e-5], "easy (and base SFT), medium, hard; Table 6"
+    )
+    warmup_epochs: int = knob(3, "per stage; Table 6")
+    # the replay buffer
+    iterations: int = knob(3, "Figure 7: best at about three")
+    pool_fraction: float = knob(0.5, "random share of the training examples; section 4.1")
+    buffer_fraction: float = knob(0.1, "of the pool, of highest perplexity; section 3.2")
+    buffer_rank: Literal["stratified", "global"] = knob(
+        "stratified", "calls and answers are ranked apart; global: together"
+    )
+    # the search
+    mcts: bool = knob(True, "--no_mcts: best and worst of four samples, no search (Figure 6)")
+    mcts_depth: int = knob(3, "fragments per path, the last one free; Table 7")
+    mcts_width: int = knob(3, "children per node; Table 7")
+    mcts_simulation: int = knob(2, "roll-out steps after an expansion; Table 7")
+    mcts_iterations: int = knob(5, "select-expand-backup rounds per tree; Table 7")
+    mcts_c: float = knob(1.0, "exploration; Table 7")
+    mcts_discount: float = knob(1.0, "gamma of Eq. 9; Xie et al.: the paper gives no value")
+    top_p: float = knob(1.0, "of the search's samples")
+    self_evaluation: Literal["paper", "cache", "none"] = knob(
+        "paper", "Table 10; cache: its fixed text first, cheaper; none: outcome only"
+    )
+    # the pairs
+    max_similarity: float = knob(0.95, "Appendix B.1, as the next two")
+    min_gap: float = knob(0.1, "between the values of a pair")
+    min_q: float = knob(0.3, "of the chosen step")
+    held_out_pairs: float = knob(0.1, "share of trees whose pairs are only measured; ours")
+    # preference optimisation
+    preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
+    preference_epochs: int = knob(2, "per iteration; Table 6")
+    simpo_beta: float = knob(2.5, "Table 9, as the next five")
+    simpo_margin: float = knob(0.5, "gamma of Eq. 11, nat")
+    dpo_beta: float = knob(0.1, "scale of the log-ratios")
+    ipo_tau: float = knob(0.1, "the gap is pulled to 1/(2 tau) nat")
+    ipo_mean: bool = knob(False, "mean over tokens, as in TRL; Table 9 prints sums")
+    orpo_lam: float = knob(0.1, "weight of the odds-ratio term")
+
+    @property
+    def learning_rate(self) -> float:
+        """Table 9's, of the preference loss."""
+        return LEARNING_RATES[self.preference]
+
+    @property
+    def search_config(self) -> SearchConfig:
+        """The limits as mcts.py wants them."""
+        return SearchConfig(
+            depth=self.mcts_depth,
+            width=self.mcts_width,
+            simulation=self.mcts_simulation,
+            iterations=self.mcts_iterations,
+            c=self.mcts_c,
+            discount=self.mcts_discount,
+            max_similarity=self.max_similarity,
+            min_gap=self.min_gap,
+            min_q=self.min_q,
+        )
+
+    def check(self, config: Any) -> None:
+        for name in ("pool_fraction", "buffer_fraction", "top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: take a share above 0, at most 1")
+        at_least(self, 1, "iterations", "preference_epochs", "warmup_epochs", "mcts_iterations")
+        if not 0 <= self.held_out_pairs < 1:
+            raise ValueError(f"--held_out_pairs {self.held_out_pairs}: take a share, 0 .. below 1")
+        for name in ("simpo_beta", "dpo_beta", "ipo_tau", "orpo_lam"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be positive")
+        if self.mcts_width < 2:
+            raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
+        assert self.search_config  # refuses depths and roll-outs below the least
+        one = self.split == "none" or not self.warmup
+        if len(self.warmup_learning_rates) not in ((1, 3) if one else (3,)):
+            raise ValueError(
+                "--warmup_learning_rates: give three, for easy, medium and hard; one will do for "
+                "--split none"
+            )
+        if config.vllm_tensor_parallel_size > 1:
+            raise ValueError(
+                "--vllm_tensor_parallel_size: each rank searches its own trees; take 1, or --quant "
+                "4bit and a lower --vllm_gpu_memory_utilization where memory is short"
+            )
+
+    def flags_without_effect(self) -> dict[str, str]:
+        names = list(self.__dataclass_fields__)
+        of = lambda first, last: names[names.index(first) : names.index(last) + 1]
+        why = {}
+        if self.stages == "itool":
+            why |= dict.fromkeys(of("warmup", "warmup_epochs"), "--stages itool has no warm-up")
+        if self.stages == "warmup":
+            why |= dict.fromkeys(of("iterations", "orpo_lam"), "--stages warmup has no iterations")
+        if not self.mcts:
+            unread = [*of("mcts_depth", "mcts_discount"), *of("self_evaluation", "min_q")]
+            why |= dict.fromkeys(unread, "--no_mcts has no tree search")
+        for name in of("simpo_beta", "orpo_lam"):
+            loss = name.partition("_")[0]
+            if loss != self.preference:
+                why[name] = f"it needs --preference {loss}"
+        return why
+
+    def check_examples(self, examples: list[data.Example], config: Any) -> None:
+        if self.stages != "warmup":  # a pool too small is rejected before the warm-up
+            pool_of(examples, self.pool_fraction, self.buffer_fraction, config.seed)
+
+    def question_length(self, tokenizer, max_length: int) -> int:
+        if self.stages == "warmup" or not self.mcts or self.self_evaluation == "none":
+            return 0
+        return len(question(tokenizer, self.self_evaluation, "", "")) + 2 * max_length + 1
+
+
+@dataclass(eq=False)
+class PreferencePair:
+    """A state and two steps from it, the better one first."""
+
+    row: dict  # its line of pairs.jsonl: token ids, texts, values of the search, references
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the state, the prompt included."""
+        return self.row["prefix_ids"]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Token ids of the chosen and of the rejected step."""
+        return [self.row["chosen_ids"], self.row["rejected_ids"]]
+
+
+@dataclass(eq=False)
+class Tree:
+    """What the search of one example found."""
+
+    place: int  # in the replay buffer
+    example: data.Example
+    root: Node | None  # None without a search
+    rows: list[dict]  # of its kept pairs
+    dropped: Counter  # reason -> pairs
+
+
+# ---------------------------------------------------------------------------------- the iterations
+
+
+def run_itool(config, method: ItoolConfig, run: Run) -> Path:
+    """iTool's iterations (section 3.2) after the warm-up.
+
+    Returns the folder of the checkpoint with the highest accuracy (Appendix B.1), be it the one
+    before all iterations.
+    """
+    best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
+    if run.first_step == 0:
+        modeling.save(run.model, run.tokenizer, best)
+    pool, ungraded = pool_of(
+        run.examples, method.pool_fraction, method.buffer_fraction, config.seed
+    )
+    run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
+    searches = read_searches(run)  # of an interrupted run
+    end = 0  # optimiser steps up to and with the iteration
+    for iteration in range(1, method.iterations + 1):
+        if iteration not in searches:
+            clock = Clock()
+            # 1 replay buffer
+            buffer, summary = replay_buffer(run, pool, end, clock)
+            # 2 search
+            trees, counts = grow_trees(run, buffer, iteration, end, clock)
+            # 3 pairs
+            pairs, found = collect_pairs(run, trees, iteration, end, clock)
+            summary |= counts | found | clock.metrics()
+            summary |= {
+                "iteration": iteration,
+                "step": end,
+                "pool": len(pool),
+                "trees": len(buffer),
+            }
+            log_search(run, summary, pairs)
+            searches[iteration] = summary, pairs
+        summary, pairs = searches[iteration]
+        run.say(describe(summary))
+        trained = [pair for pair in pairs if not pair.row["held_out"]]
+        held_out = [pair for pair in pairs if pair.row["held_out"]]
+
+        # 4 optimise
+        steps = math.ceil(method.preference_epochs * len(trained) / config.train_batch_size)
+        begin, end = end, end + steps
+        run.engine.sleep()
+        first = min(max(begin, run.first_step), end)
+        with run.progress(end, first, f"iteration {iteration}, {method.preference}") as bar:
+            for step in range(first, end):
+                run.stop_if_asked(step)
+                clock = Clock()
+                if step == begin:
+                    run.restart_optimizer()
+                batch = pair_batch(run, trained, iteration, step - begin)
+                with clock("update"):
+                    stats = preference_gradient(run, batch)
+                    lr = learning_rate_at(config, step - begin, steps, config.learning_rate)
+                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+                    mine = part(batch, tokens_of, run.rank, run.world)
+                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
+                metrics = {**stats, "iteration": iteration, "skipped": skipped}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics()}
+
+                # 5 weight sync
+                last = step + 1 == end
+                if last:
+                    metrics |= held_out_metrics(run, held_out)
+                    metrics["adapter_norm"] = modeling.adapter_norm(run.model)
+                    sync(run)
+                    metrics |= evaluate(config, run)
+                    if metrics["eval/accuracy"] > best_accuracy:
+                        best_accuracy = metrics["eval/accuracy"]
+                        modeling.save(run.model, run.tokenizer, best)
+                run.end_step(bar, step, metrics, last)
+        if first < end:
+            accuracy = metrics["eval/accuracy"]
+            run.say(f"after iteration {iteration}: {accuracy:.1%} right on held-out examples")
+        elif begin == end:
+            run.say(f"after iteration {iteration}: accuracy as before")
+    if end == 0:
+        run.say("no iteration found a pair: the model is saved as it was")
+        run.save(0)
+    return best
+
+
+class Asked(Exception):
+    """This rank was asked to stop, in the middle of its search."""
+
+
+def replay_buffer(
+    run: Run, pool: list[data.Example], step: int, clock: Clock
+) -> tuple[list[data.Example], dict[str, float]]:
+    """The examples of highest perplexity (Eq. 4), and mean perplexities; equal on all ranks."""
+    method = run.method
+    run.engine.sleep()
+    with clock("perplexity"):
+        values = perplexities(run, pool, step)
+    calls = [example.kind == "tool_call" for example in pool]
+    strata = calls if method.buffer_rank == "stratified" else None
+    chosen = [pool[i] for i in data.select_complex(values, strata, method.buffer_fraction)]
+    means = {}
+    for name, kind in (("perplexity/calls", True), ("perplexity/answers", False)):
+        total = sum(value for value, is_call in zip(values, calls) if is_call is kind)
+        means[name] = total / max(1, calls.count(kind))
+    return chosen, means
+
+
+def grow_trees(
+    run: Run, buffer: list[data.Example], iteration: int, step: int, clock: Clock
+) -> tuple[list[Tree], dict]:
+    """This rank's trees, one per example (Eqs. 5-9), and counts over all ranks."""
+    config, method = run.config, run.method
+    sync(run)
+    mine = part(list(enumerate(buffer)), lambda item: data.characters(item[1]), run.rank, run.world)
+    examples = [example for _, example in mine]
+    prompts = [run.demonstration(example).prompt for example in examples]
+    limits = method.search_config
+    searcher = Searcher(
+        run.engine,
+        run.tokenizer,
+        temperature=config.temperature,
+        top_p=method.top_p,
+        max_tokens=config.max_completion_length,
+        self_evaluation=method.self_evaluation if method.mcts else "none",
+        seed=f"{config.seed}/{iteration}",
+    )
+    roots, found = [None] * len(mine), []
+    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done - bar.n)
+            if run.signal:  # each rank has waves of its own: it ends its search, then all meet
+                raise Asked
+
+        with suppress(Asked):
+            if method.mcts:
+                roots = searcher.search(examples, prompts, limits, advance)
+                found = [pair_rows(*x, limits) for x in zip(roots, examples)]
+            else:
+                found = searcher.sampled_pairs(examples, prompts)
+                advance(len(mine))
+        run.stop_if_asked(step)
+    run.engine.sleep()
+    trees = [Tree(*x, *own) for x, own in zip([(*m, r) for m, r in zip(mine, roots)], found)]
+    log_trees(run, trees, limits, iteration)
+    stats = count_over_ranks(searcher.stats)
+    counts = {name: stats[name] for name in COUNTS}
+    return trees, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
+
+
+def collect_pairs(
+    run: Run, trees: list[Tree], iteration: int, step: int, clock: Clock
+) -> tuple[list[PreferencePair], dict]:
+    """The kept pairs of all ranks (Appendix B.1) with reference log-probs; and their counts."""
+    config, method = run.config, run.method
+    rows = []
+    for tree in trees:
+        held_out = is_held_out(tree.example, method.held_out_pairs, config.seed)
+        about = {"iteration": iteration, "tree": tree.place, "held_out": held_out}
+        rows += [{**about, **row} for row in tree.rows]
+    rows = sorted(all_gather(rows), key=lambda row: row["tree"])  # whatever the ranks
+    pairs = [PreferencePair(row) for row in rows]
+    with clock("reference"):
+        add_references(run, pairs)
+    apart = engine_difference(pairs) if pairs else None  # nothing to compare
+    if pairs and config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
+        check_engine(config, apart, step)
+    held_out = [pair for pair in pairs if pair.row["held_out"]]
+    dropped = count_over_ranks(sum((tree.dropped for tree in trees), Counter()))
+    counts = {"pairs": len(pairs) - len(held_out), "held_out": len(held_out), "dropped": dropped}
+    counts["sampling/sampling_logp_difference/mean"] = apart
+    return pairs, counts | held_out_metrics(run, held_out)
+
+
+def count_over_ranks(counts: Counter) -> Counter:
+    """Counts of all ranks, added up; ranks may know different names."""
+    return sum(map(Counter, all_gather([dict(counts)])), Counter())
+
+
+# ------------------------------------------------------------------------------------ the examples
 
 
 def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.Example]]:
@@ -65,6 +445,17 @@ def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.E
     return {stage: [e for e, name in zip(examples, names) if name == stage] for stage in STAGES}
 
 
+def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
+    """The warm-up, from easy to hard, or in one stage."""
+    parts = stages_of(run.examples, method.split if method.warmup else "none")
+    rates, stages = method.warmup_learning_rates[: len(parts)], []
+    for (name, examples), rate in zip(parts.items(), rates, strict=True):
+        steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
+        run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
+        stages += [Stage(name, examples, steps, rate)] if steps else []
+    return stages
+
+
 def pool_of(
     examples: list[data.Example], fraction: float, buffer_fraction: float, seed: int
 ) -> tuple[list[data.Example], int]:
@@ -79,8 +470,8 @@ def pool_of(
     pool = [examples[i] for i in drawn if _gradable(examples[i].target)]
     if buffer_fraction * len(pool) < 1:
         raise ValueError(
-            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {len(pool)} examples, less than one: "
-            "give more data, or raise --pool_fraction or --buffer_fraction"
+            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {len(pool)} examples, "
+            "less than one: give more data, or raise --pool_fraction or --buffer_fraction"
         )
     return pool, size - len(pool)
 
@@ -93,16 +484,25 @@ def _gradable(target: str) -> bool:
     return True
 
 
-# -------------------------------------------------------------------------------------------- the search
+def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
+    """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
+    config, found = run.config, []
+    size = config.train_batch_size
+    with run.progress(len(examples), 0, "perplexity") as bar, torch.no_grad():
+        for first in range(0, len(examples), size):
+            run.stop_if_asked(step)
+            chunk = list(enumerate(examples))[first : first + size]
+            mine = part(chunk, lambda item: data.characters(item[1]), run.rank, run.world)
+            batch = [run.demonstration(example, place) for place, example in mine]
+            for micro in micro_batches(config, batch):
+                logps, _, mask = forward(config, run.model, micro, temperature=1.0)
+                values = simpo.perplexity(logps, mask).tolist()
+                found += [(one.place, value) for one, value in zip(micro, values)]
+            bar.update(len(chunk))
+    return [value for _, value in sorted(all_gather(found))]
 
 
-def search_config(config) -> SearchConfig:
-    """Table 7's limits as the search wants them."""
-    return SearchConfig(
-        depth=config.mcts_depth, width=config.mcts_width, simulation=config.mcts_simulation,
-        iterations=config.mcts_iterations, c=config.mcts_c, discount=config.mcts_discount,
-        max_similarity=config.max_similarity, min_gap=config.min_gap, min_q=config.min_q,
-    )  # fmt: skip
+# -------------------------------------------------------------------------------------- the search
 
 
 class Searcher:
@@ -113,8 +513,8 @@ class Searcher:
     max_tokens       of a whole response
     self_evaluation  "paper": Table 10's order; "cache": its fixed text first, which the engine's
                      prefix cache then holds; "none": C = 0
-    seed             anything with a text form; a request's seed is a hash of it, the example and the
-                     node's path
+    seed             anything with a text form; a request's seed is a hash of it, the example and
+                     the node's path
     stats            counts since the last `search`
     """
 
@@ -129,7 +529,6 @@ class Searcher:
         self_evaluation: str = "paper",
         seed: object = 0,
     ) -> None:
-        assert self_evaluation in SELF_EVALUATION, self_evaluation
         self.engine, self.tokenizer = engine, tokenizer
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.self_evaluation, self.seed = self_evaluation, seed
@@ -239,7 +638,7 @@ class Searcher:
         self.stats["evaluation_tokens"] += sum(map(len, prompts))
 
     def _outcome(self, node: Node, root: int, text: str) -> float:
-        """O of Eq. 6: +1 for a finished and right response, -1 for another end, 0 before the end."""
+        """O of Eq. 6: +1 for a finished, right response, -1 for another end, 0 before the end."""
         if not node.terminal:
             return 0.0
         error = rewards.error_type(text, self.examples[root].target)
@@ -287,7 +686,7 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
     return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
 
 
-# --------------------------------------------------------------------------------------------- the pairs
+# --------------------------------------------------------------------------------------- the pairs
 
 
 def pair_rows(
@@ -332,25 +731,29 @@ def is_held_out(example: data.Example, fraction: float, seed: object) -> bool:
     return random.Random(f"held out/{seed}/{example.id}").random() < fraction
 
 
-def summary(row: dict) -> str:
+def describe(row: dict) -> str:
     """One iteration's search in words, from its line of searches.jsonl."""
     drops = ", ".join(f"{n} {why}" for why, n in sorted(row["dropped"].items())) or "none"
     text = f"iteration {row['iteration']}: {row['trees']} of {row['pool']} examples searched"
     if row["expansions"]:
         text += (
             f", {row['expansions']} expansions, {row['ends']} finished responses of which "
-            f"{row['ends_parsed']} parse, {row['ends_correct']} are right and {row['ends_over_length']} too long"
+            f"{row['ends_parsed']} parse, {row['ends_correct']} are right and "
+            f"{row['ends_over_length']} too long"
         )
     if row["evaluations"]:
         text += f", option mass {row['option_mass']:.3f}"
     per_tree = (row["pairs"] + row["held_out"]) / max(1, row["trees"])
-    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree); dropped: {drops}"
+    text += (
+        f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree)"
+    )
+    text += f"; dropped: {drops}"
     if row["evaluations_too_long"]:
         text += f"; {row['evaluations_too_long']} states too long to be graded"
     if row["evaluations"] and row["option_mass"] < 0.01:
         text += (
-            "\n  the model hardly puts its mass on the letters A to D: its self-evaluation says little; "
-            "consider --self_evaluation none"
+            "\n  the model puts hardly any mass on the letters A to D: its self-evaluation says "
+            "little; consider --self_evaluation none"
         )
     if not row["pairs"]:
         text += "\n  no pair to train on: this iteration leaves the model as it is; see the trees"
@@ -371,3 +774,155 @@ def _row(example: data.Example, prefix: list[int], chosen: list[int], rejected: 
 def _places(path: list[Node]) -> list[int]:
     """The way from the root as indices among siblings."""
     return [parent.children.index(child) for parent, child in itertools.pairwise(path)]
+
+
+# ------------------------------------------------------------------------- preference optimisation
+
+
+def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
+    """Batch `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
+    order = []
+    for epoch in range(run.method.preference_epochs):
+        shuffled = list(range(len(pairs)))
+        random.Random(f"pairs/{run.config.seed}/{iteration}/{epoch}").shuffle(shuffled)
+        order += shuffled
+    size = run.config.train_batch_size
+    return [pairs[i] for i in order[position * size : (position + 1) * size]]
+
+
+def preference_gradient(
+    run: Run, pairs: list[PreferencePair], train: bool = True
+) -> dict[str, float]:
+    """Backward passes of a batch of pairs, shared by the ranks; its loss and stats.
+
+    train  False: the stats alone
+    """
+    mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
+    with torch.set_grad_enabled(train):
+        for micro in micro_batches(run.config, mine):
+            logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
+            sides = logps[0::2], mask[0::2], logps[1::2], mask[1::2]
+            refs = [
+                torch.tensor([pair.row[name] for pair in micro], device=logps.device)
+                for name in ("chosen_ref", "rejected_ref")
+            ]
+            loss, parts = preference_loss(run.method, sides, refs, len(pairs))
+            add(stats, {"loss": loss.detach(), **parts})
+            if train:
+                loss.backward()
+    return over_ranks(stats)
+
+
+def preference_loss(
+    method: ItoolConfig, sides: tuple, refs: list[Tensor], num_pairs: int
+) -> tuple[Tensor, dict]:
+    """The loss of a micro-batch of N pairs under --preference (Eqs. 10, 11, Table 9); and stats.
+
+    sides  (N, T) each: log-probs and mask of the chosen steps, then of the rejected ones
+    refs   (N,) each: summed reference log-probs of the two
+    """
+    if method.preference == "simpo":
+        scale = {"beta": method.simpo_beta, "margin": method.simpo_margin}
+        return simpo.simpo_loss(*sides, **scale, num_pairs=num_pairs)
+    if method.preference == "dpo":
+        return simpo.dpo_loss(*sides, *refs, beta=method.dpo_beta, num_pairs=num_pairs)
+    if method.preference == "ipo":
+        scale = {"tau": method.ipo_tau, "average": method.ipo_mean}
+        return simpo.ipo_loss(*sides, *refs, **scale, num_pairs=num_pairs)
+    return simpo.orpo_loss(*sides, lam=method.orpo_lam, num_pairs=num_pairs)
+
+
+def add_references(run: Run, pairs: list[PreferencePair]) -> None:
+    """Fill chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
+    mine = part(list(enumerate(pairs)), lambda item: tokens_of(item[1]), run.rank, run.world)
+    with torch.no_grad():
+        for micro in micro_batches(run.config, [pair for _, pair in mine]) if pairs else []:
+            logps, _, _ = forward(run.config, run.model, micro, temperature=1.0)
+            sums = logps.float().sum(1)
+            for pair, chosen, rejected in zip(micro, sums[0::2].tolist(), sums[1::2].tolist()):
+                pair.row |= {"chosen_ref": chosen, "rejected_ref": rejected}
+    refs = [(i, pair.row["chosen_ref"], pair.row["rejected_ref"]) for i, pair in mine]
+    for i, chosen, rejected in all_gather(refs):
+        pairs[i].row |= {"chosen_ref": chosen, "rejected_ref": rejected}
+
+
+def engine_difference(pairs: list[PreferencePair]) -> float:
+    """Mean |trainer - engine| of the steps' mean log-probs, nat per token: same weights give 0."""
+    apart = [
+        abs(math.log(pair.row[f"{side}_p"]) - pair.row[f"{side}_ref"] / len(ids))
+        for pair in pairs
+        for side, ids in zip(("chosen", "rejected"), pair.responses)
+    ]
+    return sum(apart) / len(apart)
+
+
+def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
+    """Preference margin and accuracy on pairs that were not trained on; nothing without pairs."""
+    if not pairs:
+        return {}
+    stats = preference_gradient(run, pairs, train=False)
+    return {f"eval/{name}": stats[name] for name in ("rewards/margins", "rewards/accuracies")}
+
+
+# ------------------------------------------------------------------------------------- the records
+
+
+def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
+    """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
+    if run.rank == 0:
+        if run.tracker:
+            numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+            run.tracker({f"search/{k}": v for k, v in numbers.items()}, summary["step"])
+        rows = [pair.row for pair in pairs]
+        for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
+            with open(run.out / name, "a") as file:
+                for line in lines:
+                    write(file, line)
+    dist.barrier()
+
+
+def log_trees(run: Run, trees: list[Tree], limits: SearchConfig, iteration: int) -> None:
+    """Write the trees of all ranks to trees-ITERATION.jsonl."""
+    lines = []
+    for tree in trees:
+        e, about = tree.example, {"tree": tree.place, "iteration": iteration}
+        if tree.root:
+            about |= {"id": e.id, "query": e.query, "target": e.target}
+            lines.append(mcts.tree_to_dict(tree.root, limits, **about))
+    lines = sorted(all_gather(lines), key=lambda line: line["tree"])
+    if run.rank == 0 and lines:
+        new = run.out / f".trees-{iteration}.jsonl.incomplete"
+        with open(new, "w") as file:
+            for line in lines:
+                write(file, line)
+        new.rename(run.out / f"trees-{iteration}.jsonl")
+
+
+def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
+    """Iteration -> summary and pairs of the searches that an interrupted run has made.
+
+    Those made after the step that the run resumes at are forgotten: rank 0 rewrites the two files
+    and deletes their trees. A start that does not resume keeps none.
+    """
+    resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
+    step, kept = run.first_step if resumes else -1, {}
+    for name in ("searches.jsonl", "pairs.jsonl"):
+        path = run.out / name
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        kept[name] = [json.loads(line) for line in lines]  # a crash may have cut the last line
+    searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
+    pairs = {i: [row for row in kept["pairs.jsonl"] if row["iteration"] == i] for i in searches}
+    dist.barrier()  # all have read
+    if run.rank == 0:
+        for name, rows in (
+            ("searches.jsonl", searches.values()),
+            ("pairs.jsonl", itertools.chain(*pairs.values())),
+        ):
+            new = run.out / f".{name}.incomplete"
+            new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            new.rename(run.out / name)
+        for path in run.out.glob("trees-*.jsonl"):
+            if path.stem not in {f"trees-{iteration}" for iteration in searches}:
+                path.unlink()
+    dist.barrier()
+    return {i: (searches[i], [PreferencePair(row) for row in pairs[i]]) for i in searches}

@@ -158,7 +158,7 @@ def perplexity(logps: Tensor, response_mask: Tensor) -> Tensor:
 
     ValueError for an empty response: Eq. 4 takes the |y|-th root.
     """
-    return torch.exp(-_sums(logps, response_mask, "perplexity") / response_mask.sum(1))
+    return torch.exp(-_sums(response_mask, logps, "perplexity") / response_mask.sum(1))
 
 
 def _sides(
@@ -166,29 +166,37 @@ def _sides(
 ) -> tuple[Tensor, Tensor]:
     """S and |y| of both sides of each pair: two (2, N) tensors, chosen first."""
     assert len(chosen_logps) == len(rejected_logps), f"{len(chosen_logps)}, {len(rejected_logps)}"
-    chosen = _sums(chosen_logps, chosen_mask, "the chosen side of a pair")
-    rejected = _sums(rejected_logps, rejected_mask, "the rejected side of a pair")
+    chosen = _sums(chosen_mask, chosen_logps, "the chosen side of a pair")
+    rejected = _sums(rejected_mask, rejected_logps, "the rejected side of a pair")
     return torch.stack([chosen, rejected]), torch.stack([chosen_mask.sum(1), rejected_mask.sum(1)])
 
 
-def _sums(logps: Tensor, mask: Tensor, what: str) -> Tensor:
+def _sums(mask: Tensor, logps: Tensor, what: str) -> Tensor:
     """S(y) of each row, in float32 or wider; the mask comes first, so nan in padding stays out."""
-    assert logps.shape == mask.shape, f"{what}: logps {logps.shape}, mask {mask.shape}"
-    assert mask.dtype == torch.bool, f"{what}: the mask must be bool, got {mask.dtype}"
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{what} needs a token, rows {empty} have none (M is 0/0); drop them")
-    return torch.where(mask, _widened(logps), 0.0).sum(1)
+    return _masked(mask, logps).sum(1)
+
+
+def _masked(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
+
+    `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
+    """
+    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
+    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
+    return torch.where(mask, _float(x), 0.0)
 
 
 def _refs(chosen_ref: Tensor, rejected_ref: Tensor, sums: Tensor) -> Tensor:
     shapes = chosen_ref.shape, rejected_ref.shape
     assert shapes == (sums.shape[1:],) * 2, f"one sum per pair: {shapes}, {sums.shape[1]} pairs"
-    return _widened(torch.stack([chosen_ref, rejected_ref]).detach())
+    return _float(torch.stack([chosen_ref, rejected_ref]).detach())
 
 
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _means(

@@ -164,6 +164,7 @@ def balance_at(
 
 def _preference_sum(logps: Tensor, mask: Tensor, beta: float, weighted: bool) -> Tensor:
     """sum over mask of phi(p) [1 - sigm(beta log p)]."""
+    assert logps.shape == mask.shape, f"logps {tuple(logps.shape)} for {tuple(mask.shape)}"
     logps = _masked(mask, logps)
     terms = torch.sigmoid(-beta * logps)  # = 1 - sigm(beta log p), without cancellation
     if weighted:
@@ -171,11 +172,14 @@ def _preference_sum(logps: Tensor, mask: Tensor, beta: float, weighted: bool) ->
     return (terms * mask).sum()
 
 
-def _masked(mask: Tensor, logps: Tensor) -> Tensor:
-    """logps as floats with 0 outside the mask; `where`, because 0 * nan is nan."""
+def _masked(mask: Tensor, x: Tensor) -> Tensor:
+    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
+
+    `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
+    """
     assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
-    assert logps.shape == mask.shape, f"logps {tuple(logps.shape)} for {tuple(mask.shape)}"
-    return torch.where(mask, _float(logps), 0.0)
+    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
+    return torch.where(mask, _float(x), 0.0)
 
 
 def _denominator(given: int | Tensor | None, mask: Tensor) -> int | Tensor:

@@ -169,13 +169,20 @@ class Ours:
     Everything of run_rl runs, records included; evaluation and checkpoints do not.
     """
 
-    def __init__(self, folder: Path, examples: list[data.Example], answer: int, **settings):
+    def __init__(
+        self,
+        folder: Path,
+        examples: list[data.Example],
+        answer: int,
+        num_generations: int = 8,
+        **settings,
+    ):
         import train
-        from run import Run
+        from run import Run, sync
 
         prompt = len(data.render(examples[0], AutoTokenizer.from_pretrained(folder)))
+        self.method = train.METHODS["toolupt"](num_generations=num_generations)
         defaults = {
-            "algo": "toolupt",
             "train_file": [f"jsonl:{folder}/examples.jsonl"],
             "eval_file": [f"jsonl:{folder}/examples.jsonl"],
             "model_name_or_path": str(folder),
@@ -191,9 +198,9 @@ class Ours:
             shutil.rmtree(self.config.output_dir, ignore_errors=True)
             data.write_jsonl(examples, folder / "examples.jsonl")
         dist.barrier()
-        self.run, self.count, self.metrics = Run(self.config), 0, {}
-        self.run.start()
-        train.sync(self.run)
+        self.run, self.count, self.metrics = Run(self.config, self.method), 0, {}
+        self.run.load()
+        sync(self.run)
         self.run.save = lambda step: None
         self.run.log = lambda step, metrics: self.metrics.update(metrics)
         train.evaluate = lambda config, run: {}
@@ -204,5 +211,5 @@ class Ours:
         self.run.first_step, self.count = self.count, self.count + 1
         self.metrics.clear()
         start = time.perf_counter()
-        self._run_rl(replace(self.config, max_steps=self.count), self.run)
+        self._run_rl(self.config, replace(self.method, max_steps=self.count), self.run)
         return {"step": time.perf_counter() - start, **self.metrics}

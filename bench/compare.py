@@ -44,7 +44,9 @@ from tqdm import tqdm
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
+import start
 import train
+from methods import METHODS, AfterSft, Luffy, Rollouts, Sft, Srft
 
 FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
 GRID_SEED = 1000  # of the runs that choose a learning rate
@@ -73,7 +75,7 @@ PANELS = {  # title -> methods and their colours
     },
 }
 COLOURS = {algo: colour for panel in PANELS.values() for algo, colour in panel.items()}
-METHODS = [algo for algo in train.PRESETS if algo in COLOURS]
+COMPARED = [algo for algo in METHODS if algo in COLOURS]
 COLUMNS = {
     "accuracy": "accuracy",
     "tool_call_accuracy": "tool calls",
@@ -86,7 +88,9 @@ COLUMNS = {
 
 def family(algo: str) -> str:
     """The group of methods that share a learning rate: sft | rl | sft,rl."""
-    return train.PRESETS[algo].get("stages", "rl")
+    if issubclass(METHODS[algo], AfterSft):
+        return "sft,rl"
+    return "sft" if issubclass(METHODS[algo], Sft) else "rl"
 
 
 def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> list:
@@ -96,45 +100,44 @@ def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> l
     sft_rate  learning rate of the SFT stage, where there is one before RL
     shared    flags of all runs
     """
-    common = train.parse_args(["--algo", "toolupt", *shared])
+    _, common = train.parse_args(["--algo", "toolupt", *shared])
     steps, up = common.max_steps, max(1, common.max_steps // 6)  # 100 : 200, twice in the run
-    own = {
-        "seed": seed,
-        "learning_rate": rate,
-        "balance_up": up,
-        "balance_down": max(1, steps // 2 - up),
-    }
-    if "num_generations" in train.PRESETS[algo]:  # the expert takes one of the places
+    own = {"seed": seed, "learning_rate": rate, "max_steps": steps}
+    if hasattr(METHODS[algo], "balance_up"):
+        own |= {"balance_up": up, "balance_down": max(1, steps // 2 - up)}
+    if issubclass(METHODS[algo], (Luffy, Srft)):  # the expert takes one of the places
         own["num_generations"] = common.num_generations - 1
     if family(algo) == "sft,rl":
         first = steps // 2
         own |= {"sft_max_steps": first, "max_steps": steps - first, "sft_learning_rate": sft_rate}
         own["eval_steps"] = 0  # evaluated at the end of each stage only: the best is the last
+    shared = start.own_flags(shared, train.Config, METHODS[algo])
     return ["--algo", algo, *shared, *(str(x) for k, v in own.items() for x in (f"--{k}", v))]
 
 
 def budget(argv: list) -> dict:
     """Updates, prompts and sampled responses that a run's flags allow (dapo generates more)."""
-    config = train.parse_args(argv)
-    rl = config.max_steps if "rl" in config.stages else 0
-    updates = config.max_steps + (config.sft_max_steps if config.stages == "sft,rl" else 0)
+    config, method = train.parse_args(argv)
+    rl = method.max_steps * method.num_generations if isinstance(method, Rollouts) else 0
+    updates = method.max_steps + getattr(method, "sft_max_steps", 0)
     prompts = config.train_batch_size
-    rollouts = rl * prompts * config.num_generations
+    rollouts = rl * prompts
     return {"updates": updates, "prompts": updates * prompts, "rollouts": rollouts}
 
 
 def evaluations(out: Path, argv: list) -> list[dict]:
     """What a finished run measured: step, scores, responses so far; both stages on one axis."""
-    config = train.parse_args(argv)
+    config, method = train.parse_args(argv)
     parts, first = [(out, 0)], 0
-    if config.stages == "sft,rl":
-        first = config.sft_max_steps
+    per_round = config.train_batch_size * getattr(method, "num_generations", 0)
+    if isinstance(method, AfterSft):
+        first = method.sft_max_steps
         parts = [(out / "sft", 0), (out, first)]
     found, rollouts = {}, 0
     for folder, offset in parts:
         _, *rows = (json.loads(line) for line in open(folder / "metrics.jsonl"))
         for row in rows:
-            rollouts += int(row.get("rounds", 0)) * config.train_batch_size * config.num_generations
+            rollouts += int(row.get("rounds", 0)) * per_round
             if "eval/accuracy" in row:
                 scores = {k.removeprefix("eval/"): v for k, v in row.items() if k[:5] == "eval/"}
                 step = offset + row["step"]  # step `first` twice: the end of SFT is the start of RL
@@ -249,7 +252,7 @@ def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
     for (algo, seed, _), row in last(rows, "test", steps).items():
         final[algo][seed] = row
     before = {r["seed"]: r for r in rows if r["phase"] == "test" and r["step"] == 0}
-    final = {"base model": before, **{a: final[a] for a in METHODS if a in final}}
+    final = {"base model": before, **{a: final[a] for a in COMPARED if a in final}}
     heads = [
         "method",
         *COLUMNS.values(),
@@ -335,7 +338,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--algos",
         nargs="+",
         default=["all"],
-        help="rows of ToolUPT's Table 1 and Figure 4 in PRESETS, or all",
+        help="rows of ToolUPT's Table 1 and Figure 4, or all",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
@@ -350,11 +353,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=REPO / "runs/compare", help="folders of runs")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args, args.shared = parser.parse_known_args(argv)
-    args.algos = METHODS if args.algos == ["all"] else args.algos
-    unknown = [algo for algo in args.algos if algo not in METHODS]
+    args.algos = COMPARED if args.algos == ["all"] else args.algos
+    unknown = [algo for algo in args.algos if algo not in COMPARED]
     if unknown:
-        parser.error(f"unknown method {unknown[0]}; choose among {', '.join(METHODS)}")
-    args.steps = train.parse_args(["--algo", "toolupt", *args.shared]).max_steps
+        parser.error(f"unknown method {unknown[0]}; choose among {', '.join(COMPARED)}")
+    args.steps = train.parse_args(["--algo", "toolupt", *args.shared])[1].max_steps
     for name in ("grid", "sft_grid", "valid_file", "test_file"):
         if not args.draw and not getattr(args, name):
             parser.error(f"--{name}: give at least one, as in recipes/compare.args")

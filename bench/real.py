@@ -89,10 +89,10 @@ def common_start(args: argparse.Namespace) -> None:
     import packing
     import rollout
     import spo
-    import train
+    from run import init_distributed
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    train.init_distributed()
+    init_distributed()
     settings = shared(args)
     model, tokenizer = modeling.load(
         settings.model_name_or_path,

@@ -35,15 +35,16 @@ def worker(folder: Path, args) -> None:
     """Under torchrun: measured steps as one JSON line of rank 0."""
     import torch.distributed as dist
 
-    import train
+    from run import init_distributed
 
-    train.init_distributed()
+    init_distributed()
     tokenizer = common.AutoTokenizer.from_pretrained(folder)
     examples = common.make_examples(args.prompts_per_step, args.prompt, args.answer, tokenizer)
     own = {"output_dir": str(folder / f"run-{os.environ['TORCHELASTIC_RUN_ID']}")}
     arm = common.Ours(folder, examples, args.answer, train_batch_size=args.prompts_per_step, **own)
     rows = [arm.step() for _ in range(args.steps + 1)][1:]
     arm.run.close()
+    arm.run.engine.close()
     if dist.get_rank() == 0:
         print("ROWS " + json.dumps([{name: row[name] for name in PARTS} for row in rows]))
     dist.barrier()

@@ -49,9 +49,9 @@ GROUP = 8
 
 def ours(pipe, folder: Path, examples: list, args) -> None:
     """The process of our arm: one step per message."""
-    import train
+    from run import init_distributed
 
-    train.init_distributed()
+    init_distributed()
     arm = common.Ours(
         folder,
         examples,

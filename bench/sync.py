@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import model as modeling
-import train
+from run import init_distributed
 
 
 class Watch:
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
     parser.add_argument("--out", default=str(common.BENCH / "sync.json"))
     args = parser.parse_args()
-    train.init_distributed()
+    init_distributed()
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folders)
     folder = Path(folders[0]) / "model"
@@ -89,6 +89,7 @@ def main() -> None:
     watch.held = []
     arm.step()
     arm.run.close()
+    arm.run.engine.close()
     weights = sum(p.numel() * 4 for p in arm.run.model.parameters())
     if dist.get_rank() == 0:
         share = common.median([row["timing_s/sync"] / row["step"] for row in rows])

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
+import methods
 import rollout
 import run as run_module
 from tasks import toy
@@ -115,16 +116,18 @@ class Frozen:
 
 
 def flags(model: Path, folder: Path, *more) -> list[str]:
-    """The command line of one step of four prompts on the frozen examples."""
-    file = folder / "examples.jsonl"
-    if not file.exists():  # ranks come here together
+    """The command line of one step of four prompts on the frozen examples, for any row: from a file."""
+    file, recipe = folder / "examples.jsonl", folder / "frozen.args"
+    if not recipe.exists():  # ranks come here together
         data.write_jsonl(examples(), file)
     text = f"""--model_name_or_path {model} --train_file jsonl:{file} --eval_file jsonl:{file}
     --output_dir {folder}/out --max_steps 1 --train_batch_size 4 --num_generations {K}
     --max_prompt_length 1024 --max_completion_length {LIMIT} --engine transformers
     --max_logp_difference 1e9 --max_grad_norm 1e9 --temperature 0.8 --entropy_coef 0.05
     --balance_low 0.3 --balance_high 0.5 --no_gradient_checkpointing"""
-    return [*text.split(), *map(str, more)]
+    if not recipe.exists():
+        recipe.write_text(text)
+    return [f"@{recipe}", *map(str, more)]
 
 
 def short_flags(model: Path, folder: Path, *more) -> list[str]:
@@ -141,10 +144,11 @@ def short_flags(model: Path, folder: Path, *more) -> list[str]:
     --output_dir {folder}/out --max_steps 2 --train_batch_size 4 --num_generations 2
     --max_prompt_length 256 --max_completion_length 16 --engine transformers --eval_steps 0
     --learning_rate 1e-3 --max_tokens_per_row 300 --no_gradient_checkpointing --save_steps 2"""
-    return [*text.split(), *map(str, more)]
+    (folder / "short.args").write_text(text)
+    return [f"@{folder / 'short.args'}", *map(str, more)]
 
 
-def one_step(config: train.Config) -> tuple[dict[str, torch.Tensor], Frozen]:
+def one_step(config: train.Config, method: methods.Row) -> tuple[dict[str, torch.Tensor], Frozen]:
     """The gradient of the first step as the loop of train.py makes it, whole on every rank; and the engine."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     engine, gradient = Frozen(tokenizer, answers(tokenizer, examples())), {}
@@ -162,7 +166,7 @@ def one_step(config: train.Config) -> tuple[dict[str, torch.Tensor], Frozen]:
             (run_module.Run, "save", lambda run, step: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
-        train.train(config)
+        train.train(config, method)
     return gradient, engine
 
 

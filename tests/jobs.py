@@ -71,20 +71,21 @@ def stages() -> dict[str, tuple]:
     import itool
     import spo
     import train
+    from methods import FgDapoStar, Rollouts
     from run import Run
 
     return {
         "sample": (Run, "batch"),
         "roll out": (train, "roll_out"),
         "reward": (train, "score"),
-        "advantage": (train, "add_advantages"),
-        "loss": (train, "policy_loss"),
+        "advantage": (FgDapoStar, "advantages"),
+        "loss": (Rollouts, "loss"),
         "optimiser": (Run, "optimizer_step"),
         "sync": (train, "sync"),
         "sft loss": (spo, "sft_loss"),
-        "perplexity": (train, "expert_group"),
+        "perplexity": (Run, "demonstration"),
         "search": (itool.Searcher, "propose"),
-        "preference": (train, "preference_gradient"),
+        "preference": (itool, "preference_gradient"),
     }
 
 
@@ -163,17 +164,21 @@ def _job(argv, log, ranks, fault, options):
 def _worker(argv, fault):
     import torch.distributed as dist
 
-    import report
     import train
+    from run import init_distributed
+    from tools import show
 
     if fault:
         fault.arm()
-    report.learning_curve = lambda out: out  # a second of each job, tested elsewhere
+    show.learning_curve = lambda out: out  # a second of each job, tested elsewhere
     if len(argv) == 1:
-        return train.main(argv[0])
-    train.init_distributed()
+        train.main(argv[0])
+        return dist.destroy_process_group()
+    init_distributed()
+    engine = None
     for line in argv:
-        train.train(train.parse_args(line))
+        engine = train.train(*train.parse_args(line), engine).engine
+    engine.close()
     dist.destroy_process_group()
 
 
@@ -196,8 +201,10 @@ def _torchrun(argv, ranks, fault, nodes=1, endpoint="localhost:0"):
 
 
 if __name__ == "__main__":
+    import start
     import train
 
     stage, rank, call, act, flag = sys.argv[1:6]
     Fault(stage, int(rank), int(call), act, flag).arm()
     train.main(sys.argv[6:])
+    start.end()

@@ -1,4 +1,4 @@
-"""Under torchrun: a few steps of every row of PRESETS on the embedded default, one after the other (test_presets.py).
+"""Under torchrun: a few steps of every row of METHODS on the embedded default, one after the other (test_presets.py).
 
 torchrun --nproc_per_node=2 tests/presets_worker.py OUT
 """
@@ -14,17 +14,18 @@ sys.path.insert(0, str(REPO))
 
 import data
 import train
+from methods import METHODS
+from run import init_distributed
 
 STEPS, PROMPTS = 3, 2
-ROWS = [name for name, row in train.PRESETS.items() if "itool" not in row.get("stages", "")]
 
 
-def config_of(algo: str, out: Path) -> train.Config:
+def settings_of(algo: str, out: Path) -> tuple:
     """The demo, shortened, under the method `algo`; the number of rollouts is the row's own."""
     text = f"""@{REPO}/recipes/demo.args --algo {algo} --model_name_or_path {REPO}/toy_model
     --train_file jsonl:{out}/train.jsonl --eval_file jsonl:{out}/eval.jsonl --output_dir {out}/{algo}
     --max_steps {STEPS} --train_batch_size {PROMPTS} --eval_steps 0 --max_num_seqs 32 --max_completion_length 96"""
-    if train.PRESETS[algo].get("stages") == "sft,rl":
+    if hasattr(METHODS[algo], "first_stage"):
         text += f" --sft_max_steps {STEPS}"
     return train.parse_args(text.split())
 
@@ -38,13 +39,15 @@ def write_data(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    train.init_distributed()
+    init_distributed()
     if dist.get_rank() == 0:
         write_data(Path(sys.argv[1]))
     dist.barrier()
-    for algo in ROWS:
+    engine = None  # one of all rows
+    for algo in METHODS:
         start = time.perf_counter()
-        train.train(config_of(algo, Path(sys.argv[1])))
+        engine = train.train(*settings_of(algo, Path(sys.argv[1])), engine).engine
         if dist.get_rank() == 0:
             print(f"{algo}: {time.perf_counter() - start:.1f} s", flush=True)
+    engine.close()
     dist.destroy_process_group()

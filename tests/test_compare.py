@@ -4,11 +4,13 @@ import importlib.util
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import train
+from methods import METHODS
 
 REPO = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("compare", REPO / "bench/compare.py")
@@ -19,43 +21,55 @@ spec.loader.exec_module(compare)
 SHARED = "--max_steps 24 --train_batch_size 8 --num_generations 8 --eval_steps 6".split()
 
 
-def config_of(algo):
+def settings_of(algo):
     return train.parse_args(compare.flags(algo, 3, 1e-4, 1e-3, SHARED))
 
 
 def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
-    for algo in compare.METHODS:
-        config = config_of(algo)
-        sft = config.sft_max_steps if config.stages == "sft,rl" else 0
-        assert config.max_steps + sft == 24 and config.train_batch_size == 8, algo
+    for algo in compare.COMPARED:
+        config, method = settings_of(algo)
+        sft = getattr(method, "sft_max_steps", 0)
+        assert method.max_steps + sft == 24 and config.train_batch_size == 8, algo
         assert config.seed == 3 and config.learning_rate == 1e-4
-        assert (config.balance_up, config.balance_down) == (4, 8)  # two cycles, 1 : 2 as 100 : 200
-        with_expert = config.num_generations + (config.expert == "group")
-        assert with_expert == 8, algo  # responses in a group, the expert's included
+        if "toolupt" in algo:  # two cycles, 1 : 2 as 100 : 200
+            assert (method.balance_up, method.balance_down) == (4, 8)
+        if algo != "sft":  # responses in a group, the expert's included
+            assert method.num_generations + (algo in ("luffy", "srft")) == 8, algo
         budget = compare.budget(compare.flags(algo, 3, 1e-4, 1e-3, SHARED))
         sampled = {"sft": 0, "luffy": 24 * 8 * 7, "srft": 24 * 8 * 7}.get(algo, 24 * 8 * 8)
-        sampled //= 1 + (config.stages == "sft,rl")
+        sampled //= 1 + hasattr(method, "sft_max_steps")
         assert budget == {"updates": 24, "prompts": 192, "rollouts": sampled}, algo
 
 
 def test_all_methods_of_table_1_and_figure_4_are_compared():
-    assert len(compare.METHODS) == 13 and set(compare.METHODS) == set(train.PRESETS) - {"itool"}
+    assert len(compare.COMPARED) == 13
+    assert set(compare.COMPARED) == set(METHODS) - {"dr_grpo"}
 
 
-def test_what_a_preset_says_is_what_runs():
+def test_what_a_row_says_is_what_runs():
     """The common flags may not undo what makes a row of the table."""
-    free = {"max_steps", "learning_rate", "num_generations", "sft_max_steps"}
-    for algo in compare.METHODS:
-        config = config_of(algo)
-        for name, value in train.PRESETS[algo].items():
-            if name not in free:
-                assert getattr(config, name) == value, (algo, name)
+    free = {
+        "max_steps",
+        "num_generations",
+        "sft_max_steps",
+        "sft_learning_rate",
+        "balance_up",
+        "balance_down",
+    }
+    for algo in compare.COMPARED:
+        config, method = settings_of(algo)
+        for name, (value, _) in METHODS[algo].defaults.items():
+            assert name == "learning_rate" or getattr(config, name) == value, (algo, name)
+        for f in fields(method):
+            assert f.name in free or getattr(method, f.name) == f.default, (algo, f.name)
 
 
 def test_two_stage_rows_select_nothing_on_the_test_world():
-    two = config_of("sft_dapo_star")
-    assert two.sft_learning_rate == 1e-3 and two.learning_rate == 1e-4
-    assert two.eval_steps == 0  # one evaluation at the end of the SFT stage: the best is the last
+    config, method = settings_of("sft_dapo_star")
+    assert method.sft_learning_rate == 1e-3 and config.learning_rate == 1e-4
+    assert (
+        config.eval_steps == 0
+    )  # one evaluation at the end of the SFT stage: the best is the last
 
 
 def row(algo, seed, step, accuracy, phase="test", rate=1e-4):
@@ -93,7 +107,7 @@ def test_the_table_has_mean_deviation_and_paired_difference():
     cells = {
         line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines
     }
-    assert list(cells) == ["base model", "`sft`", "`toolupt`"]  # in the order of PRESETS
+    assert list(cells) == ["base model", "`sft`", "`toolupt`"]  # in the order of METHODS
     names = [name.strip() for name in head.split("|")[2:-1]]
     sft, ours = dict(zip(names, cells["`sft`"])), dict(zip(names, cells["`toolupt`"]))
     assert sft["accuracy"] == "45.0 ± 7.1" and ours["accuracy"] == "60.0 ± 14.1"
@@ -119,15 +133,15 @@ def test_the_picture_shows_every_method(tmp_path, monkeypatch):
 
     shown = []
     monkeypatch.setattr(plt, "close", shown.append)
-    rows = [row(a, s, t, t / 30) for a in compare.METHODS for s in (0, 1) for t in (0, 12, 24)]
+    rows = [row(a, s, t, t / 30) for a in compare.COMPARED for s in (0, 1) for t in (0, 12, 24)]
     text = compare.draw(rows, 24, tmp_path / "record.jsonl")
     assert (tmp_path / "record.png").stat().st_size > 10_000
     assert (tmp_path / "record.md").read_text() == text + "\n"
     curves = [a for a in shown[0].axes if a.get_xlabel() == "optimiser updates"]
     [ends] = [a for a in shown[0].axes if a not in curves]
     colours = {line.get_label(): line.get_color() for axis in curves for line in axis.lines}
-    assert set(colours) == set(compare.METHODS) and len(set(colours.values())) == len(colours)
-    assert {t.get_text() for t in ends.get_yticklabels()} == set(compare.METHODS)
+    assert set(colours) == set(compare.COMPARED) and len(set(colours.values())) == len(colours)
+    assert {t.get_text() for t in ends.get_yticklabels()} == set(compare.COMPARED)
     assert [line.get_ydata()[-1] for a in curves for line in a.lines] == [
         80.0
     ] * 14  # toolupt twice
@@ -162,7 +176,7 @@ def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch
 
     def pretend(key, argv, folder, threads):
         held_out = {"grid": "toy:valid", "test": "toy:test"}[key["phase"]]
-        assert train.parse_args(argv).eval_file == [held_out]
+        assert train.parse_args(argv)[0].eval_file == [held_out]
         calls.append((key["phase"], key["algo"], key["seed"], key["learning_rate"]))
         return [{**row(key["algo"], 0, step, 0.5), **key} for step in (0, 24)]
 

@@ -6,7 +6,9 @@ import math
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import frozen
 import pytest
@@ -326,17 +328,17 @@ def test_the_pair_without_a_search_is_best_against_worst_mean():
 
 
 def test_every_epoch_trains_on_every_pair_once():
-    config = train.parse_args(
-        ["--algo", "itool", "--train_batch_size", "4", "--preference_epochs", "3"]
-    )
+    flags = ["--algo", "itool", "--train_batch_size", "4", "--preference_epochs", "3"]
+    config, method = train.parse_args(flags)
+    run = SimpleNamespace(config=config, method=method)
     pairs = list(range(7))
-    batches = [train.pair_batch(config, pairs, 1, i) for i in range(math.ceil(21 / 4))]
+    batches = [itool.pair_batch(run, pairs, 1, i) for i in range(math.ceil(21 / 4))]
     flat = [pair for batch in batches for pair in batch]
     assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 1]
     for epoch in range(3):
         assert sorted(flat[7 * epoch : 7 * epoch + 7]) == pairs
-    assert batches == [train.pair_batch(config, pairs, 1, i) for i in range(6)]
-    assert [train.pair_batch(config, pairs, 2, i) for i in range(6)] != batches
+    assert batches == [itool.pair_batch(run, pairs, 1, i) for i in range(6)]
+    assert [itool.pair_batch(run, pairs, 2, i) for i in range(6)] != batches
 
 
 # ---- the gradient of a step ----
@@ -351,14 +353,15 @@ SLOW = {  # iTool Table 9, one pair; M mean and S summed log-probs, r reference 
 }
 
 
-def some_pairs(tokenizer, examples, n: int) -> list[dict]:
+def some_pairs(tokenizer, examples, n: int) -> list[itool.PreferencePair]:
     rng = random.Random(5)
     words = lambda: [rng.randrange(100, len(tokenizer)) for _ in range(rng.randrange(1, 9))]
-    return [
+    rows = [
         {"prefix_ids": data.render(e, tokenizer)[:60], "chosen_ids": words(), "rejected_ids": words(),
          "chosen_ref": rng.uniform(-30, -5), "rejected_ref": rng.uniform(-30, -5)}
         for e in examples[:n]
     ]  # fmt: skip
+    return [itool.PreferencePair(row) for row in rows]
 
 
 @pytest.mark.parametrize("preference", SLOW)
@@ -368,15 +371,15 @@ def test_gradient_of_a_batch_of_pairs_is_that_of_a_slow_loop(
 ):
     """Packed rows in float32, some per micro-batch, against one unpacked response at a time in float64."""
     more = ["--algo", "itool", "--preference", preference, "--max_tokens_per_row", budget]
-    config = train.parse_args([*own_flags(tiny, tmp_path), *map(str, more), "--stages", "itool"])
-    run = OneRank(tiny, config)
+    config, method = train.parse_args([*frozen.flags(tiny, tmp_path), *map(str, more)])
+    run = one_rank(tiny, config, method)
     pairs = some_pairs(tokenizer, examples, 5)
-    stats = train.preference_gradient(config, run, pairs)
+    stats = itool.preference_gradient(run, pairs)
     actual = {name: p.grad for name, p in run.model.named_parameters()}
 
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     total = 0
-    for pair in pairs:
+    for pair in (pair.row for pair in pairs):
         means, sums = [], []
         for side in ("chosen_ids", "rejected_ids"):
             prompt, step = pair["prefix_ids"], pair[side]
@@ -393,29 +396,32 @@ def test_gradient_of_a_batch_of_pairs_is_that_of_a_slow_loop(
     assert frozen.relative_difference(actual, expected) < 2e-4
 
 
-class OneRank:
-    """What the parts of the loop need of a Run, on one rank without a process group."""
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """One rank without a process group: sums over ranks are this rank's."""
+    for module in (itool, run_module):
+        monkeypatch.setattr(module, "all_gather", lambda rows: rows, raising=False)
+        monkeypatch.setattr(module, "all_max", float, raising=False)
+        monkeypatch.setattr(
+            module,
+            "all_sum",
+            lambda values: {k: float(v) for k, v in values.items()},
+            raising=False,
+        )
 
-    rank, world = 0, 1
 
-    def __init__(self, folder: Path, config):
-        self.model, self.tokenizer = modeling.load(folder)
-        self.config = config
-
-    share = run_module.Run.share
-    progress = run_module.Run.progress
-    stop_if_asked = staticmethod(lambda step: None)
-    ids = run_module.Run.ids
-    first_step = tag_length = 0
-    all_gather = staticmethod(lambda rows: rows)
-    all_sum = staticmethod(lambda values: {k: float(v) for k, v in values.items()})
-    all_max = staticmethod(float)
+def one_rank(folder: Path, config, method) -> run_module.Run:
+    """A Run with a model, but without data and engine."""
+    run = object.__new__(run_module.Run)
+    run.config, run.method, run.rank, run.world, run.signal = config, method, 0, 1, 0
+    run.model, run.tokenizer = modeling.load(folder)
+    return run
 
 
 def test_perplexities_are_those_of_a_slow_loop(tiny, tokenizer, examples, tmp_path):
     """Eq. 4: exp of minus the mean log-prob of the target's tokens, EOS included."""
-    config = train.parse_args([*own_flags(tiny, tmp_path), "--algo", "itool"])
-    actual = train.perplexities(config, OneRank(tiny, config), examples[:7], 0)
+    config, method = train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool"])
+    actual = itool.perplexities(one_rank(tiny, config, method), examples[:7], 0)
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
     for example, value in zip(examples, actual):
         prompt, target = data.render(example, tokenizer), data.target_ids(example, tokenizer)
@@ -435,19 +441,19 @@ def test_learning_rates_are_table_6_s_and_9_s():
         9.949107209405e-07,
         9.797464868072e-07,
     ]
-    config = train.parse_args(["--algo", "itool"])
+    config, method = train.parse_args(["--algo", "itool"])
     for step, value in enumerate(values):
         assert math.isclose(train.learning_rate_at(config, step, 25, 1e-6), value, rel_tol=1e-9)
     assert math.isclose(
         train.learning_rate_at(config, 24, 25, 1e-6), 5.089279059534e-09, rel_tol=1e-9
     )
-    assert config.warmup_learning_rates == [5e-5, 2e-5, 1e-5] and config.learning_rate == 1e-6
+    assert method.warmup_learning_rates == [5e-5, 2e-5, 1e-5] and config.learning_rate == 1e-6
     for preference, rate in {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}.items():
-        own = train.parse_args(["--algo", "itool", "--preference", preference])
+        own, _ = train.parse_args(["--algo", "itool", "--preference", preference])
         assert own.learning_rate == rate
     assert train.learning_rate_at(config, 0, 1, 1e-6) == 1e-6  # a single step must move
     own = ["--algo", "itool", "--preference", "dpo", "--learning_rate", "2e-7"]
-    assert train.parse_args(own).learning_rate == 2e-7
+    assert train.parse_args(own)[0].learning_rate == 2e-7
 
 
 # ---- quantised base ----
@@ -474,15 +480,6 @@ def test_qlora_merges_the_original_weights(tmp_path):
         assert torch.allclose(saved[name], weight, atol=1e-6)
         assert torch.equal(saved[name], sent[name])
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
-
-
-def own_flags(tiny, folder) -> list[str]:
-    """frozen.flags without what iTool refuses."""
-    flags = frozen.flags(tiny, folder)
-    for name in ("--max_steps", "--num_generations", "--entropy_coef"):
-        at = flags.index(name)
-        del flags[at : at + 2]
-    return flags
 
 
 # ---- whole runs ----
@@ -567,7 +564,9 @@ def test_a_run_that_was_cut_between_its_phases_goes_on(tmp_path):
     done = itool_alone(cut, *flags, "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr[-3000:]
     names = ("metrics.jsonl", "pairs.jsonl")
-    assert (cut / "warmup/metrics.jsonl").read_text() == (whole / "warmup/metrics.jsonl").read_text()
+    assert (cut / "warmup/metrics.jsonl").read_text() == (
+        whole / "warmup/metrics.jsonl"
+    ).read_text()
     timed = lambda name: name.startswith(("timing_s/", "perf/"))
     for name, first in zip(names, (1, 0)):
         rows = [
@@ -582,7 +581,9 @@ def test_a_run_that_was_cut_between_its_phases_goes_on(tmp_path):
 
 def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
     out = tmp_path / "out"
-    done = itool_alone(out, "--min_q", 9, "--iterations", 1, "--self_evaluation", "paper", *WITHOUT_WARMUP)
+    done = itool_alone(
+        out, "--min_q", 9, "--iterations", 1, "--self_evaluation", "paper", *WITHOUT_WARMUP
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     text = done.stdout + done.stderr
     assert (
@@ -607,44 +608,37 @@ def test_a_flag_that_another_switches_off_is_refused(wrong, capsys):
 @pytest.mark.parametrize(
     "flags, needs",
     [
-        (["--max_steps", "5"], "another method than iTool"),
-        (["--num_generations", "4"], "another method than iTool"),
-        (["--stages", "warmup", "--iterations", "5"], "iTool's stage itool"),
-        (["--stages", "itool", "--warmup_epochs", "1"], "iTool's stage warmup"),
+        (["--max_steps", "5"], "it is one of sft, grpo"),
+        (["--num_generations", "4"], "it is one of grpo"),
+        (["--entropy_coef", "0"], "it is one of grpo"),
+        (["--stages", "warmup", "--iterations", "5"], "--stages warmup has no iterations"),
+        (["--stages", "itool", "--warmup_epochs", "1"], "--stages itool has no warm-up"),
     ],
 )
-def test_a_flag_that_itool_does_not_read_is_refused(flags, needs, capsys):
+def test_a_flag_that_itool_does_not_read_is_refused(flags, needs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--algo", "itool", *flags])
     assert needs in capsys.readouterr().err
+    (tmp_path / "all.args").write_text(" ".join(flags))  # a file may serve several methods
+    train.parse_args(["--algo", "itool", f"@{tmp_path}/all.args"])
 
 
-def test_without_curriculum_the_warm_up_is_one_shuffled_stage(monkeypatch):
+def test_without_curriculum_the_warm_up_is_one_shuffled_stage():
     """--no_warmup (Table 3): SFT on all examples in one stage, at the first rate, then the iterations."""
-    stages, say = [], lambda text: None
-    monkeypatch.setattr(train, "Run", lambda config, then: stages.append((config, then)) or 1 / 0)
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
-    with pytest.raises(ZeroDivisionError):
-        train.train(train.parse_args(["--algo", "itool", "--no_warmup"]))
-    [(config, then)] = stages
-    assert (config.stages, config.split, then) == ("warmup", "none", "itool")
+    config, method = train.parse_args(["--algo", "itool", "--no_warmup", "--quant", "4bit"])
+    first, last = train.stages_of(config, method)
+    assert first[0] == replace(config, output_dir="runs/itool/warmup", quant="none")
+    assert first[1:] == (method, train.warm_up) and last == (config, method, itool.run_itool)
     rows = [data.Example(**row) for row in toy.generate("train", 60, max_tools=2)]
-    run = type("Run", (), {"examples": rows, "say": staticmethod(say)})
-    [stage] = train.sft_stages(config, run)
+    run = SimpleNamespace(examples=rows, say=lambda text: None)
+    [stage] = itool.warmup_stages(config, method, run)
     assert len(stage.examples) == 60 and stage.learning_rate == 5e-5
 
 
-def test_a_flag_of_itool_is_refused_elsewhere(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--algo", "grpo", "--mcts_depth", "4"])
-    assert (
-        "--mcts_depth has no effect here (--algo grpo, --stages rl): it needs iTool's tree search"
-        in capsys.readouterr().err
-    )
-    assert (
-        train.parse_args(["--algo", "itool", "--stages", "warmup", "--split", "none"]).split
-        == "none"
-    )
+@pytest.mark.parametrize("stage, loop", [("warmup", train.warm_up), ("itool", itool.run_itool)])
+def test_a_stage_alone(stage, loop):
+    config, method = train.parse_args(["--algo", "itool", "--stages", stage])
+    assert train.stages_of(config, method) == [(config, method, loop)]
 
 
 @pytest.mark.parametrize(
@@ -652,9 +646,9 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
     [
         (["--mcts_width", "1"], "a pair compares two steps"),
         (["--buffer_fraction", "0"], "--buffer_fraction"),
-        (["--preference", "ppo"], "--preference ppo"),
+        (["--preference", "ppo"], "--preference: invalid choice: 'ppo'"),
         (["--vllm_tensor_parallel_size", "2"], "each rank searches its own trees"),
-        (["--quant", "8bit"], "--quant 8bit"),
+        (["--quant", "8bit"], "--quant: invalid choice: '8bit'"),
         (["--quant", "4bit", "--lora_rank", "0"], "--lora_rank"),
         (["--warmup_learning_rates", "1e-5"], "give three"),
         (["--stages", "warmup", "--warmup_learning_rates", "1e-5", "1e-5"], "give three"),
@@ -665,7 +659,7 @@ def test_a_flag_of_itool_is_refused_elsewhere(capsys):
         (["--simpo_beta", "0"], "--simpo_beta"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(flags, message, tiny, tmp_path):
-    config = train.parse_args([*own_flags(tiny, tmp_path), "--algo", "itool", *flags])
-    with pytest.raises(ValueError, match=message):
-        run_module.check(config, 1)
+def test_settings_that_cannot_work_are_refused(flags, message, tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([*frozen.flags(tiny, tmp_path), "--algo", "itool", *flags])
+    assert message in capsys.readouterr().err

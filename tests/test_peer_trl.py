@@ -1,4 +1,4 @@
-"""Rows of PRESETS and preference losses against TRL's own trainers: loss and gradient on the same tokens.
+"""Rows of METHODS and preference losses against TRL's own trainers: loss and gradient on the same tokens.
 
 TRL's GRPOTrainer, DPOTrainer and CPOTrainer are made as a user makes them, around a tiny model, and asked for the loss
 of a frozen batch (requirements-peer.txt). Rewards, padding, log-probs, advantages and loss are theirs on their side.
@@ -20,12 +20,13 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 import grpo
 import packing
 import simpo
-import train
+from methods import METHODS, Rows
 
 K = 4
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
 LENGTHS = [7, 1, 4, 9, 3, 8, 8, 2]
 REWARDS = [4.0, -3.0, 2.5, 2.5, 1.0, 1.0, -1.0, 3.5]
+CLIP_HIGH = {"grpo": 0.2, "dapo": 0.28}  # of grpo.py
 TRL_EPS = 1e-4  # beside the std of an advantage; ours, as veRL's, is 1e-6
 
 
@@ -70,7 +71,6 @@ def same(ours, theirs, our_model, their_model) -> None:
 
 def trl_batch(row, model, tiny, tmp_path) -> tuple[GRPOTrainer, dict]:
     """TRL's trainer for a row, and its tensors for the frozen responses and rewards."""
-    config = train.parse_args(["--algo", row])
     trainer = GRPOTrainer(
         model=model,
         processing_class=AutoTokenizer.from_pretrained(tiny),
@@ -78,7 +78,7 @@ def trl_batch(row, model, tiny, tmp_path) -> tuple[GRPOTrainer, dict]:
         train_dataset=Dataset.from_dict({"prompt": ["p"]}),
         args=GRPOConfig(
             **settings(tmp_path, len(LENGTHS)), num_generations=K, beta=0.0, loss_type=row,
-            epsilon=config.clip_low, epsilon_high=config.clip_high, temperature=1.0,
+            epsilon=0.2, epsilon_high=CLIP_HIGH[row], temperature=1.0,
         ),
     )  # fmt: skip
     prompts = [prompt for prompt in PROMPTS for _ in range(K)]
@@ -98,15 +98,15 @@ def our_rows(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("row", ["grpo", "dapo"])
 def test_a_row_on_policy(row, tiny, tmp_path):
-    """policy_loss, as the loop calls it: the ratio is 1 everywhere."""
+    """The row's loss, as the loop calls it: the ratio is 1 everywhere."""
     ours, theirs = models(tiny)
     trainer, batch = trl_batch(row, theirs, tiny, tmp_path)
     logps, advantages, mask = our_rows(ours)
     none = torch.zeros(len(mask), dtype=torch.bool)
-    rows = train.Rows(mask, none, none, none, advantages[:, None] * mask, torch.zeros_like(logps))
-    config = train.parse_args(["--algo", row, "--entropy_coef", "0"])
+    rows = Rows(mask, none, none, none, advantages[:, None] * mask, torch.zeros_like(logps))
     totals = {"tokens": sum(LENGTHS), "responses": len(LENGTHS), "expert_tokens": 0}
-    loss, _ = train.policy_loss(config, rows, logps, torch.zeros_like(logps), 0.0, totals)
+    method = METHODS[row](entropy_coef=0.0)
+    loss, _ = method.loss(rows, logps, torch.zeros_like(logps), totals, 0)
     same(loss, trainer.compute_loss(theirs, batch), ours, theirs)
 
 
@@ -119,10 +119,8 @@ def test_a_row_off_policy(row, tiny, tmp_path):
     noise = 0.4 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
     old = logps.detach() + noise
     batch["old_per_token_logps"] = old
-    config = train.parse_args(["--algo", row])
     loss_of = {"grpo": grpo.grpo_loss, "dapo": grpo.dapo_loss}[row]
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    loss, stats = loss_of(logps, old, advantages, mask, **clip)
+    loss, stats = loss_of(logps, old, advantages, mask)  # with its own clip range
     same(loss, trainer.compute_loss(theirs, batch), ours, theirs)
     metrics = trainer._metrics["train"]
     low, high = (metrics[f"clip_ratio/{side}_mean"][0] for side in ("low", "high"))

@@ -1,4 +1,4 @@
-"""Every row of PRESETS from start to end: torchrun with two ranks, vLLM, the embedded model and world."""
+"""Every row of METHODS from start to end: torchrun with two ranks, vLLM, the embedded model and world."""
 
 import json
 import math
@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from frozen import REPO, TOY
-from presets_worker import PROMPTS, ROWS, STEPS
+from presets_worker import PROMPTS, STEPS
 from test_whole_runs import launch, moved, needs_vllm, rows_of, weights_of
 
-import train
+from methods import METHODS, Rollouts
+from tools import audit
 
 pytestmark = needs_vllm
 
@@ -24,21 +25,20 @@ ALWAYS = {
 }
 RL = {
     "reward", "reward_std", "frac_reward_zero_std", "accuracy", "format", "completions/mean_length",
-    "completions/clipped_ratio", "advantage/positive", "advantage/negative", "entropy", "balance", "rounds",
+    "completions/clipped_ratio", "advantage/positive", "advantage/negative", "entropy", "rounds",
     "frac_groups_kept", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
     "timing_s/rollout", "timing_s/reward", "timing_s/advantage", "timing_s/sync",
 }  # fmt: skip
-SURROGATE = {"clip_ratio", "approx_kl"}
 SPO = {"spo/chosen", "spo/rejected", "spo/kept", "spo/negative"}
 SFT = {"nll", "expert_prob"}
 OF_THE_LOSS = {
     "luffy": {"luffy/rollout", "luffy/expert"},
     "srft": {"srft/demo_sft", "srft/demo_rl", "srft/self", "expert_prob"},
-    "chord": {"chord/grpo", "chord/sft", "expert_prob", *SURROGATE},
-    "toolupt": {*SURROGATE, *SPO},
-    "toolupt_no_fgae": {*SURROGATE, *SPO},
-    "toolupt_no_spo": {*SURROGATE, *SFT},
-}  # of the other rows: SURROGATE
+    "chord": {"chord/grpo", "chord/sft", "expert_prob", "balance"},
+    "toolupt": {"balance", *SPO},
+    "toolupt_no_fgae": {"balance", *SPO},
+    "toolupt_no_spo": {"balance", *SFT},
+}
 EVAL = {"eval/accuracy", "eval/reward", "eval/tool_call_accuracy", "eval/answer_accuracy"}
 
 
@@ -63,7 +63,9 @@ def test_the_worker_runs_every_method_of_the_paper(runs):
     }
     table_1 |= {"luffy", "srft", "chord", "toolupt"}
     figure_4 = {"toolupt_no_fgae", "toolupt_no_spo"}
-    assert table_1 | figure_4 <= {*ROWS} == {path.name for path in runs.iterdir() if path.is_dir()}
+    assert (
+        table_1 | figure_4 <= {*METHODS} == {path.name for path in runs.iterdir() if path.is_dir()}
+    )
 
 
 def check_metrics(out, expected: set) -> dict:
@@ -82,23 +84,23 @@ def check_metrics(out, expected: set) -> dict:
     return config
 
 
-@pytest.mark.parametrize("algo", ROWS)
+@pytest.mark.parametrize("algo", METHODS)
 def test_a_row_trains(algo, runs):
     out, begin = runs / algo, weights_of(TOY)
-    stages = train.PRESETS[algo].get("stages", "rl")
-    if "sft" in stages:
-        sft = out / "sft" if stages == "sft,rl" else out
+    row = METHODS[algo]
+    if algo == "sft" or hasattr(row, "first_stage"):
+        sft = out if algo == "sft" else out / "sft"
         config = check_metrics(sft, ALWAYS | SFT | {"eval/loss"})
         assert config["lr_scheduler_type"] == "cosine" and config["max_steps"] == STEPS
         assert moved(begin, weights_of(sft / "checkpoint-best"))
         begin = weights_of(sft / "checkpoint-best")
-    if "rl" in stages:
-        config = check_metrics(out, ALWAYS | RL | OF_THE_LOSS.get(algo, SURROGATE))
+    if issubclass(row, Rollouts):
+        config = check_metrics(out, ALWAYS | RL | OF_THE_LOSS.get(algo, set()))
         K = config["num_generations"]
         assert K == (7 if algo in ("luffy", "srft") else 8)
         rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
         assert len(rollouts) == STEPS * PROMPTS * K
         assert any(advantage for row in rollouts for advantage in row["advantages"])
-        assert train.audit(out).startswith(f"{len(rollouts)} responses agree")
+        assert audit.audit(out).startswith(f"{len(rollouts)} responses agree")
         assert moved(begin, weights_of(out / f"checkpoint-{STEPS}"))
     assert all(torch.isfinite(w).all() for w in weights_of(out / f"checkpoint-{STEPS}").values())

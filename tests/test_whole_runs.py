@@ -14,7 +14,8 @@ import torch
 from frozen import REPO, TOY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
+from methods import METHODS
+from tools import audit
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
@@ -84,11 +85,11 @@ def test_toolupt_on_two_ranks_with_vllm(tmp_path):
         ids = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
         assert tokenizer.decode(ids) == row["text"]
         assert len(ids) <= len(row["advantages"]) == len(row["logps"]) == len(row["sampler_logps"])
-    assert train.audit(out).startswith(f"{len(rollouts)} responses agree")
+    assert audit.audit(out).startswith(f"{len(rollouts)} responses agree")
 
     assert moved(weights_of(TOY), weights_of(out / f"checkpoint-{steps}"))
     AutoTokenizer.from_pretrained(out / f"checkpoint-{steps}")
-    assert "learning_rate = 0.0003" in done.stdout and train.SENTENCES["toolupt"] in done.stdout
+    assert "learning_rate = 0.0003" in done.stdout and METHODS["toolupt"].__doc__ in done.stdout
     assert "2 rank(s); a step: 8 prompts" in done.stdout
     assert done.stdout.index("2 rank(s)") < done.stdout.index("accuracy")
     for name in (f"checkpoint-{steps}", "metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
@@ -106,7 +107,7 @@ def test_gradient_does_not_depend_on_ranks_or_micro_batches(tmp_path):
         done = launch(worker, model, tmp_path, file, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         gradients[ranks] = torch.load(file)
-    for method in gradient_worker.METHODS:
+    for method in (*gradient_worker.METHODS, "pairs"):
         one, *others = [
             gradients[ranks][f"{method} {budget}"]
             for ranks in (1, 2)
@@ -128,16 +129,18 @@ def test_a_mistake_ends_all_ranks_with_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_stages_without_torchrun(tmp_path):
-    """`python train.py` runs SFT, then FG-DAPO* from its best checkpoint with a fresh optimiser."""
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=needs_vllm)])
+def test_two_stages_without_torchrun(engine, tmp_path):
+    """`python train.py` runs SFT, then FG-DAPO* from its best checkpoint, with one engine, and ends with code 0."""
     out = tmp_path / "out"
-    text = f"""train.py @recipes/demo.args --algo sft_fg_dapo_star --engine transformers --output_dir {out}
+    text = f"""train.py @recipes/demo.args --algo sft_fg_dapo_star --engine {engine} --output_dir {out}
     --sft_max_steps 2 --max_steps 2 --train_batch_size 4 --num_generations 4 --eval_size 4 --eval_steps 1"""
     done = launch(*text.split())
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
 
     sft, *rows = rows_of(out / "sft/metrics.jsonl")
-    assert (sft["stages"], sft["lr_scheduler_type"], sft["warmup_ratio"]) == ("sft", "cosine", 0.1)
+    assert (sft["max_steps"], sft["lr_scheduler_type"], sft["warmup_ratio"]) == (2, "cosine", 0.1)
+    assert "num_generations" not in sft
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows[1:]:
         assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
@@ -146,12 +149,12 @@ def test_two_stages_without_torchrun(tmp_path):
     assert moved(weights_of(TOY), weights_of(best))  # step 1 warms up from 0: step 2 moved them
 
     rl, *rows = rows_of(out / "metrics.jsonl")
-    assert rl["model_name_or_path"] == str(best) and rl["stages"] == "rl"
+    assert rl["model_name_or_path"] == str(best) and rl["num_generations"] == 4
     assert rl["learning_rate"] == 3e-4 and rl["lr_scheduler_type"] == "constant"
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert rows[0]["eval/accuracy"] == pytest.approx(accuracy_of_best(out / "sft/metrics.jsonl"))
     assert moved(weights_of(best), weights_of(out / "checkpoint-2"))
-    assert train.audit(out).startswith("32 responses agree")
+    assert audit.audit(out).startswith("32 responses agree")
 
 
 def accuracy_of_best(path) -> float:

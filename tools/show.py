@@ -1,17 +1,21 @@
-"""What a run looks like: learning curve, coloured rollouts, trackers. Reads metrics.jsonl and rollouts.jsonl only.
+"""What a run looks like: its last lines, learning curve, coloured rollouts.
 
-summary(out, tokenizer)   the lines that end a run: accuracy before and after, where things lie, one coloured rollout
-show(out, step)           `python train.py show RUN --step N`: responses in colour, and the same as a page
+    python -m tools.show RUN --step N               responses of a step, coloured by advantage
+    python -m tools.show RUN --step N --by token_rewards
+
+summary(out, tokenizer)   the lines that end a run: accuracy before and after, where its files are
+show(out, step)           the responses of a step in colour, and as a page
 page(rows, tokenizer)     that page: self-contained HTML, a tooltip on every token
 learning_curve(out)       out/learning_curve.png
-tracker(kind, ...)        TensorBoard or Weights & Biases beside metrics.jsonl
 """
 
+import argparse
 import html
-import json
 import math
-from collections.abc import Callable
+import sys
 from pathlib import Path
+
+from checkpoint import read_lines
 
 PLAIN = "\033[0m"
 SHADES = {
@@ -52,16 +56,16 @@ def summary(out: Path, tokenizer) -> str:
 
 
 def show(out: Path, step: int, by: str = "advantages") -> str:
-    """The responses of one step in colour, and where their HTML page lies; ValueError where the step has none.
+    """The responses of one step in colour, and the path of their HTML page; ValueError for none.
 
     by  "advantages" | "token_rewards": what colours the tokens
     """
     from transformers import AutoTokenizer
 
-    config = next(_lines(out / "metrics.jsonl"))
-    rows = [row for row in _lines(out / "rollouts.jsonl") if row["step"] == step]
+    config = next(read_lines(out / "metrics.jsonl"))
+    rows = [row for row in read_lines(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
-        steps = sorted({row["step"] for row in _lines(out / "rollouts.jsonl")})
+        steps = sorted({row["step"] for row in read_lines(out / "rollouts.jsonl")})
         has = f"steps {steps[0]} to {steps[-1]}: --step N" if steps else "none"
         raise ValueError(f"{out}/rollouts.jsonl has no step {step}; it has {has}")
     trust_remote_code = config["trust_remote_code"]
@@ -100,14 +104,15 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>__TITLE__</title>
 <style>
 body { font: 15px/1.6 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
-h2 { font-size: 1em; margin: 2em 0 0.3em } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.5em }
+h2 { font-size: 1em; margin: 2em 0 0.3em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.5em }
 .expert { color: #666 } label { margin-right: 1em }
 span { border-radius: 2px; background: rgb(var(--a)) } span:hover { outline: 1px solid #000 }
 #reward:checked ~ main span { background: rgb(var(--r)) }
 </style>
 <h1>__TITLE__</h1>
-<p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its numbers:
-log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
+<p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its
+numbers: log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
 <input type="radio" name="by" id="advantage" checked><label for="advantage">advantage</label>
 <input type="radio" name="by" id="reward"><label for="reward">token reward</label>
 <main>
@@ -129,7 +134,8 @@ def page(rows: list[dict], tokenizer) -> str:
         for token, logp, sampled, reward, advantage in zip(*columns, strict=True):
             p = math.exp(min(logp, 0.0))
             about = (
-                f"token {token} {tokenizer.decode([token])!r}\nlog-prob {logp:.4f} (engine {sampled:.4f})\n"
+                f"token {token} {tokenizer.decode([token])!r}\n"
+                f"log-prob {logp:.4f} (engine {sampled:.4f})\n"
                 f"token reward {reward:.4f}\nadvantage {advantage:.4f}\nphi {p * (1 - p):.4f}"
             )
             a, r = _shade(advantage, row["advantages"]), _shade(reward, rewards)
@@ -159,11 +165,11 @@ def _largest(values: list[float]) -> float:
 
 
 def milestones(out: Path) -> list[tuple[str, float]]:
-    """(what, accuracy on held-out examples): before, after each stage in front and each iteration, at the end."""
+    """(what, accuracy on held-out examples): before, after each stage and iteration, at the end."""
     marks = []
     for stage in ("sft", "warmup", ""):
         path = out / stage / "metrics.jsonl"
-        rows = list(_lines(path))[1:] if path.exists() else []
+        rows = list(read_lines(path))[1:] if path.exists() else []
         scores = [row for row in rows if row.get("eval/accuracy") is not None]
         if not scores:
             continue
@@ -181,12 +187,12 @@ def milestones(out: Path) -> list[tuple[str, float]]:
 
 
 def iterations(out: Path) -> Path:
-    """Draw iTool's course into iterations.png: accuracy, pairs, and the margin on held-out pairs; return its path."""
+    """Draw accuracy, pairs and the margin on held-out pairs into iterations.png; its path."""
     plt = _pyplot()
-    searches = list(_lines(out / "searches.jsonl"))
+    searches = list(read_lines(out / "searches.jsonl"))
     ends = {
         row["iteration"]: row
-        for row in list(_lines(out / "metrics.jsonl"))[1:]
+        for row in list(read_lines(out / "metrics.jsonl"))[1:]
         if "iteration" in row
     }
     margin = "eval/rewards/margins"
@@ -227,7 +233,7 @@ def iterations(out: Path) -> Path:
 def learning_curve(out: Path) -> Path:
     """Draw accuracy and reward over steps into learning_curve.png; return its path."""
     plt = _pyplot()
-    config, *rows = _lines(out / "metrics.jsonl")
+    config, *rows = read_lines(out / "metrics.jsonl")
     panels = [("accuracy", "accuracy"), ("reward", "mean reward"), ("loss", "loss")]
     panels = [(n, t) for n, t in panels if any(n in row or f"eval/{n}" in row for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
@@ -251,35 +257,6 @@ def learning_curve(out: Path) -> Path:
     return path
 
 
-def history(out: Path, name: str) -> list[float]:
-    """The values of a metric so far."""
-    path = out / "metrics.jsonl"
-    rows = list(_lines(path))[1:] if path.exists() else []
-    return [row[name] for row in rows if row.get(name) is not None]
-
-
-def tracker(kind: str, out: Path, config: dict) -> Callable[[dict, int], None] | None:
-    """A function that takes (metrics, step), or None for "none"; ImportError with the remedy if it is not installed."""
-    if kind == "none":
-        return None
-    try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(out / "tensorboard")
-
-            def log(metrics, step):
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
-
-            return log
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
-    wandb.init(project="toolupt", dir=str(out), config=config)
-    return lambda metrics, step: wandb.log(metrics, step=step)
-
-
 def _pyplot():
     import matplotlib
 
@@ -292,7 +269,7 @@ def _pyplot():
 def _telling(path: Path) -> dict:
     """The last rollout with both positive and negative tokens, else the last."""
     best = None
-    for row in _lines(path):
+    for row in read_lines(path):
         if best is None or (
             min(row["advantages"], default=0) < 0 < max(row["advantages"], default=0)
         ):
@@ -300,7 +277,20 @@ def _telling(path: Path) -> dict:
     return best
 
 
-def _lines(path: Path):
-    with open(path) as file:
-        for line in file:
-            yield json.loads(line)
+def main(argv: list[str] | None = None) -> None:
+    """`python -m tools.show RUN --step N`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.show", description="Show a step's responses."
+    )
+    parser.add_argument("run", type=Path, help="output folder of a run")
+    parser.add_argument("--step", type=int, default=1)
+    parser.add_argument("--by", choices=("advantages", "token_rewards"), default="advantages")
+    args = parser.parse_args(argv)
+    try:
+        print(show(args.run, args.step, args.by))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Checkpoints: save, resume, and what keeps an output folder whole.
+
+    output_dir/checkpoint-STEP          a plain save_pretrained folder
+    output_dir/checkpoint-STEP-state    sharded weights and optimiser state (DCP), to resume from on
+                                        any number of ranks
+
+Whatever moment a run is killed at, what carries one of these names is whole: folders are written
+under a name that starts with a dot and renamed, and what is left unfinished is cleared at the next
+start. Both folders hold safetensors: nothing is unpickled. All ranks call `save` and `resume`
+together.
+"""
+
+import ctypes
+import fcntl
+import gc
+import json
+import os
+import shutil
+import time
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+import model as modeling
+from methods import Group
+
+MUST_AGREE = (  # between a run and its resumption: else its records and audit would be of two runs
+    *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
+    *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
+    *("lora_rank", "split", "preference"),
+)
+STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
+
+
+def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> None:
+    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them."""
+    path = out / f"checkpoint-{step}"
+    modeling.save(model, tokenizer, path)
+    save_state(model, optimizer, state_of(path))
+    _trim_memory()
+    if dist.get_rank() == 0 and limit:
+        remove(out, saved_steps(out)[:-limit])
+
+
+def resume(out: Path, where: str, model, optimizer) -> int:
+    """Load weights and optimiser; return the step they are of, 0 where there is nothing to resume.
+
+    where  --resume_from_checkpoint: empty, latest, or a folder checkpoint-STEP
+    Checkpoints of later steps in `out` are deleted. Data and seeds follow from the step.
+    """
+    found = [saved_steps(out)]
+    dist.broadcast_object_list(found)  # one view of the folder for all ranks
+    steps = found[0]
+    if not where or (where == "latest" and not steps):
+        return 0  # also the first start of a job that always passes latest
+    folder = out / f"checkpoint-{steps[-1]}" if where == "latest" else Path(where)
+    load_state(model, optimizer, state_of(folder))
+    first = int(folder.name.removeprefix("checkpoint-"))
+    later = [step for step in steps if step > first]
+    if dist.get_rank() == 0 and later:
+        print(f"resuming after step {first}: checkpoints of later steps {later} are deleted")
+        remove(out, later)
+    return first
+
+
+def state_of(folder: Path) -> Path:
+    """The folder that holds the optimiser state of a checkpoint."""
+    return folder.with_name(folder.name + "-state")
+
+
+def saved_steps(out: Path) -> list[int]:
+    """Steps of the checkpoints in `out` that have both folders, ascending."""
+    states = out.glob("checkpoint-*-state")
+    steps = (path.name.split("-")[1] for path in states)
+    return sorted(int(step) for step in steps if (out / f"checkpoint-{step}").is_dir())
+
+
+def remove(out: Path, steps: list[int]) -> None:
+    """Delete the checkpoints of these steps; a kill in between leaves what `clean` clears."""
+    for step in steps:
+        for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
+            (out / name).rename(out / f".{name}.old")
+            shutil.rmtree(out / f".{name}.old", ignore_errors=True)
+
+
+def save_state(model, optimizer, path: Path) -> None:
+    """Write weights and moments as sharded safetensors; the folder appears when it is whole."""
+    state = training_state(model, optimizer)
+    sizes = {f"model.{name}": tensor.nbytes for name, tensor in state["model"].items()}
+    for name, moments in state["optimizer"].items():
+        sizes |= {f"optimizer.{name}.{key}": tensor.nbytes for key, tensor in moments.items()}
+    files, filled = {}, 0
+    for name, size in sizes.items():
+        filled += size
+        files[name] = 1 + filled // STATE_FILE_BYTES
+    files = {name: 1 + sorted({*files.values()}).index(file) for name, file in files.items()}
+    temporary = path.with_name(f".{path.name}.incomplete")
+    if dist.get_rank() == 0:  # the others write when rank 0 has planned the save
+        shutil.rmtree(temporary, ignore_errors=True)
+    writer = HuggingFaceStorageWriter(
+        str(temporary), fqn_to_index_mapping=files, save_distributed=True
+    )
+    try:
+        dcp.save(state, storage_writer=writer)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{temporary} could not be written: {_last_line(error)}") from error
+    if dist.get_rank() == 0:
+        modeling.replace_folder(path, temporary)
+    dist.barrier()
+
+
+def load_state(model, optimizer, path: Path) -> None:
+    """Read what `save_state` wrote, on any number of ranks; ValueError for another model."""
+    state = training_state(model, optimizer)
+    try:
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+    except dcp.CheckpointException as error:
+        raise ValueError(
+            f"{path} does not hold the state of this model ({_last_line(error)}): "
+            "choose another checkpoint"
+        ) from error
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    weights |= state["model"]
+    moments["state"] = state["optimizer"]
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=moments,
+        options=TRAINED,
+    )
+
+
+def training_state(model, optimizer) -> dict:
+    """Weights and moments by name, each tensor once, sharded as they are."""
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
+    once = {name for name, _ in model.named_parameters()}  # tied weights have two names
+    return {
+        "model": {name: weights[name] for name in weights if name in once},
+        "optimizer": moments["state"],
+    }
+
+
+# ------------------------------------------------------------------------------- the output folder
+
+
+def refuse_earlier_run(settings: dict) -> list[str]:
+    """ValueError where a start would overwrite, or mix with, a run that it does not resume.
+
+    settings  every knob, as in the first line of metrics.jsonl
+    Returns what else differs from the settings of the run that is resumed.
+    """
+    out, where = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
+    steps, path = saved_steps(out), out / "metrics.jsonl"
+    if where not in ("", "latest"):
+        folder = Path(where)
+        if not state_of(folder).is_dir():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; take "
+                f"latest, or {folder.parent}/checkpoint-STEP of one of the steps "
+                f"{saved_steps(folder.parent)}"
+            )
+        if not folder.name.removeprefix("checkpoint-").isdigit():
+            raise ValueError(
+                f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP"
+            )
+    own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
+    if steps and not own:
+        raise ValueError(
+            f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
+            "--resume_from_checkpoint latest; to start anew take another folder, or delete this one"
+        )
+    if not steps or not path.exists():
+        return []
+    with open(path) as file:
+        earlier = json.loads(next(file, "{}"))
+    changed = {
+        name: f"--{name} {earlier[name]} -> {value}"
+        for name, value in settings.items()
+        if earlier.get(name, value) != value and name != "resume_from_checkpoint"
+    }
+    if wrong := [text for name, text in changed.items() if name in MUST_AGREE]:
+        raise ValueError(
+            f"--output_dir {out} holds a run with other settings ({', '.join(wrong)}): resume it "
+            "with its own, or take another folder"
+        )
+    return list(changed.values())
+
+
+def lock(out: Path):
+    """An open file, locked until this process ends; ValueError where another run holds it."""
+    file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run writes into --output_dir {out}: end it, or choose another"
+        ) from None
+    return file
+
+
+def clean(out: Path) -> None:
+    """Clear what a kill left unfinished; a folder whose successor was not renamed comes back."""
+    for old in out.glob(".checkpoint-*.old"):
+        path = out / old.name[1 : -len(".old")]
+        if path.name.endswith("best") and not path.exists():
+            old.rename(path)
+    for path in (*out.glob(".checkpoint-*.incomplete"), *out.glob(".checkpoint-*.old")):
+        shutil.rmtree(path)
+    for state in out.glob("checkpoint-*-state"):
+        if not (out / state.name.removesuffix("-state")).exists():
+            shutil.rmtree(state)
+
+
+def check_shared(out: Path) -> None:
+    """ValueError unless all ranks see rank 0's files: each writes a part of a checkpoint."""
+    token = out / ".shared"
+    if dist.get_rank() == 0:
+        token.write_text("all ranks must see this file\n")
+    dist.barrier()
+    for _ in range(50):  # a network file system may need some seconds
+        seen = token.exists()
+        if seen:
+            break
+        time.sleep(0.1)
+    views = [None] * dist.get_world_size()
+    dist.all_gather_object(views, seen)
+    if dist.get_rank() == 0:
+        token.unlink()
+    if not all(views):
+        raise ValueError(
+            f"--output_dir {out}: {views.count(False)} of {len(views)} ranks do not see the files "
+            "of rank 0; choose a folder on a file system that all nodes share"
+        )
+
+
+# ------------------------------------------------------------------------------------ .jsonl files
+
+
+def read_lines(path: Path):
+    """The rows of a .jsonl file, one after the other."""
+    with open(path) as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write(file, row: dict) -> None:
+    """Append a row to an open .jsonl file, at once."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def open_records(path: Path, step: int):
+    """Open a .jsonl file for appending, without the lines of steps after `step`: they run again."""
+    kept = path.with_name(f".{path.name}.incomplete")
+    with open(kept, "w") as new:
+        if step and path.exists():
+            with open(path) as old:  # a kill may have cut the last line
+                whole = (line for line in old if line.endswith("\n"))
+                new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
+        new.flush()
+        os.fsync(new.fileno())
+    kept.rename(path)
+    return open(path, "a")
+
+
+def records(step: int, group: Group) -> list[dict]:
+    """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
+    rounded = lambda values: [round(float(v), 6) for v in values]
+    rows = []
+    for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
+        n, token_rewards = len(sample.token_ids), group.token_rewards
+        row = {
+            "step": step,
+            "id": group.example.id,
+            "k": k,
+            "seed": group.seed,
+            "kind": group.example.kind,
+            "target": group.example.target,
+            "target_ids": group.target,
+            "text": sample.text,
+            "token_ids": sample.token_ids,
+            "finish_reason": sample.finish_reason,
+            "outcome": asdict(outcome),
+            "reward": group.rewards[k],
+            "token_rewards": None if token_rewards is None else rounded(token_rewards[k, :n]),
+            "advantages": rounded(group.advantages[k, :n]),
+            "sampler_logps": rounded(sample.logps),
+            "logps": rounded(group.logps[k, :n]),
+        }
+        rows.append({**row, "crc32": checksum(row)})
+    return rows
+
+
+def checksum(row: dict) -> int:
+    """CRC-32 of a line of rollouts.jsonl without this field: shows what was changed later."""
+    return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong, at the end of DCP's traceback of tracebacks."""
+    return str(error).strip().splitlines()[-1]
+
+
+def _trim_memory() -> None:
+    """Return freed memory to the system: glibc keeps it, in pieces, and a long run grows."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+    if trim:
+        trim(0)

@@ -1,0 +1,535 @@
+"""The methods: one dataclass per row of ToolUPT's Table 1 and Figure 4, in the paper's order.
+
+A row is read from top to bottom:
+
+    fields        the knobs that only this row reads, each with unit and source: flags of train.py
+    defaults      values of common knobs (Config in train.py) that this row changes
+    reward        what a response earns, from its outcome (Eqs. 3-12)
+    keep          whether a group is trained on: DAPO's dynamic sampling
+    advantages    of a group: per response (below Eq. 2) or per token (Eqs. 13-17)
+    objective     the loss of a micro-batch and its stats, before the entropy bonus of `loss`
+
+A row that is another with one thing changed inherits and overrides that thing, so the difference
+between two neighbours is what the papers say they differ in.
+
+Rollouts are strictly on-policy, one update per batch: the sampling log-probs are the detached
+log-probs, the ratio is 1 and no clip range can act, so the rows have none. Stats add up over
+micro-batches and ranks, except those named */max, of which the largest counts.
+
+To add a method: its loss in a file of the mathematics, a dataclass here and a line in METHODS.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+import baselines
+import fgae
+import grpo
+import spo
+
+BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
+Stats = dict[str, Tensor]
+Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
+
+
+# -------------------------------------------------------------------------------------- what flows
+
+
+@dataclass(eq=False)
+class Group:
+    """One prompt and everything that answers it: the unit of work."""
+
+    example: Any  # data.Example
+    prompt: list[int]  # token ids
+    target: list[int]  # token ids of the expert response and EOS
+    max_length: int  # tokens, the limit of a response
+    with_expert: bool  # whether the expert response is trained on
+    seed: int  # of its rollouts
+    place: int = 0  # in the stream of all batches
+    samples: list = field(default_factory=list)  # K rollout.Sample
+    outcomes: list = field(default_factory=list)  # K rewards.Outcome
+    expert_outcome: Any = None  # the same of the expert response
+    rewards: list[float] = field(default_factory=list)  # K, what the advantages are made of
+    token_rewards: Tensor | None = None  # (K, T), rows with token rewards only
+    advantages: Tensor | None = None  # (K, T), or (K + 1, T) where the expert is in the group
+    logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Token ids of the rollouts, then of the expert where it is trained on."""
+        return [sample.token_ids for sample in self.samples] + [self.target] * self.with_expert
+
+    @property
+    def width(self) -> int:
+        """T, tokens of the longest rollout."""
+        return max(1, *(len(sample.token_ids) for sample in self.samples))
+
+
+@dataclass
+class Rows:
+    """A micro-batch, one row per response, padded to T; a group's expert follows its rollouts."""
+
+    mask: Tensor  # (R, T) bool
+    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have no more than the mask
+    is_answer: Tensor | None = None  # (R,) bool, the ground truth is an answer
+    correct: Tensor | None = None  # (R,) bool, completely right
+    advantages: Tensor | None = None  # (R, T), 0 on experts outside the group
+    sampler_logps: Tensor | None = None  # (R, T), 0 on experts
+
+
+def rows_of(groups: list[Group], mask: Tensor) -> Rows:
+    """What the losses need beside log-probs, in the shape (R, T) and on the device of `mask`."""
+    advantages, sampler_logps = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    is_expert, is_answer, correct = [], [], []
+    for group in groups:
+        first, K, E = len(is_expert), len(group.samples), int(group.with_expert)
+        for row, sample in enumerate(group.samples, first):
+            sampler_logps[row, : len(sample.logps)] = torch.tensor(sample.logps)
+        in_group, width = group.advantages.shape
+        advantages[first : first + in_group, :width] = group.advantages
+        is_expert += [False] * K + [True] * E
+        is_answer += [group.example.kind == "answer"] * (K + E)
+        correct += [outcome.total == BEST for outcome in group.outcomes] + [True] * E
+    flags = [torch.tensor(x, dtype=torch.bool) for x in (is_expert, is_answer, correct)]
+    return Rows(mask, *(x.to(mask.device) for x in (*flags, advantages, sampler_logps)))
+
+
+# --------------------------------------------------------------------------------- what rows share
+
+
+def knob(default: Any, text: str) -> Any:
+    """A field that is a flag: its default, and what it is, its unit and its source."""
+    about = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def unread(default: Any) -> Any:
+    """An inherited knob that a row does not read: no flag."""
+    return field(default=default, init=False)
+
+
+def at_least(knobs: Any, least: float, *names: str) -> None:
+    """ValueError that names the first of the knobs below `least`."""
+    for name in names:
+        if getattr(knobs, name) < least:
+            raise ValueError(f"--{name} {getattr(knobs, name)}: must be at least {least}")
+
+
+class Row:
+    """What the program asks of every row; iTool's is in itool.py."""
+
+    defaults: ClassVar[Defaults] = {}  # of common knobs
+    logprobs_mode: ClassVar[str] = "processed_logprobs"  # of the engine
+
+    def check(self, config: Any) -> None:
+        """ValueError where these knobs and the common ones do not go together."""
+
+    def check_examples(self, examples: list, config: Any) -> None:
+        """ValueError where the training examples are too few."""
+
+    def flags_without_effect(self) -> dict[str, str]:
+        """Knobs that the values of others switch off, and why."""
+        return {}
+
+    def question_length(self, tokenizer: Any, max_length: int) -> int:
+        """Tokens of the longest prompt for the engine that is not one of the data."""
+        return 0
+
+
+@dataclass
+class Rollouts(Row):
+    """What the rows with rollouts share."""
+
+    max_steps: int = knob(600, "optimiser steps; ToolUPT Table 7")
+    num_generations: int = knob(8, "sampled responses per prompt; ToolUPT Table 7")
+    entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
+    learns_from_expert: ClassVar[bool] = False
+    generation_batches: ClassVar[int] = 1
+    keep: ClassVar[Any] = None  # every group is trained on
+
+    def check(self, config: Any) -> None:
+        at_least(self, 1, "max_steps", "generation_batches")
+        if self.num_generations < 2:
+            raise ValueError("--num_generations: an advantage compares responses; take at least 2")
+
+    def reward(self, outcome: Any, length: int, max_length: int) -> float:
+        """The outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
+        return outcome.total
+
+    def advantages(self, group: Group) -> Tensor:
+        """Rewards relative to their group, one for all tokens of a response (below Eq. 2)."""
+        scores = torch.tensor(group.rewards)
+        return _on_tokens(grpo.group_advantages(scores, len(scores)), group)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """What changes from step to step, by the name of its metric."""
+        return {}
+
+    def loss(
+        self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict[str, int], step: int
+    ) -> tuple[Tensor, Stats]:
+        """The row's objective minus the entropy bonus, a scalar with gradient; and stats.
+
+        rows     a micro-batch of R responses, at most T tokens long
+        logps    (R, T) log-probs, with grad
+        entropy  (R, T) entropy of the policy at each token, nat, with grad
+        totals   tokens, responses and expert_tokens of the whole step, the denominators; max_length
+                 of a response and tag_length of "<answer>", tokens
+        step     optimiser step, from 0
+
+        The bonus is the entropy of the rollouts, reduced like the policy loss. It stands outside
+        the mix of Eq. 23.
+        """
+        loss, stats = self.objective(rows, logps, entropy, totals, step)
+        rollouts = rows.mask & ~rows.is_expert[:, None]
+        entropy = torch.where(rollouts, entropy, 0.0)
+        loss = loss - self.entropy_coef * self.reduced(entropy, rollouts, totals)
+        mean = entropy.detach().sum() / totals["tokens"]
+        return loss, {**stats, "loss": loss.detach(), "entropy": mean}
+
+    def reduced(self, entropy: Tensor, mask: Tensor, totals: dict[str, int]) -> Tensor:
+        """Mean over all tokens of the step."""
+        return entropy.sum() / totals["tokens"]
+
+
+def _on_tokens(advantages: Tensor, group: Group) -> Tensor:
+    """(K,) -> (K, T): one advantage for all tokens of a response."""
+    return advantages[:, None].expand(-1, group.width)
+
+
+# ----------------------------------------------------------------------------------------- Table 1
+
+
+@dataclass
+class Sft(Row):
+    """Imitates the expert responses (Eq. 1); the checkpoint of lowest validation loss counts."""
+
+    max_steps: int = knob(3000, "optimiser steps; ToolUPT Table 7")
+    defaults: ClassVar[Defaults] = {
+        "learning_rate": (1e-5, "ToolUPT Table 7"),
+        "lr_scheduler_type": ("cosine", "ToolUPT Table 7"),
+        "warmup_ratio": (0.1, "veRL's SFT trainer, whose defaults Table 7 repeats"),
+        "adam_beta2": (0.95, "veRL's SFT trainer"),
+    }
+
+    def check(self, config: Any) -> None:
+        at_least(self, 1, "max_steps")
+
+    def loss(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        """Negative log-likelihood, mean over the expert tokens of the step (Eq. 1)."""
+        loss, stats = spo.sft_loss(logps, rows.mask, num_tokens=totals["expert_tokens"])
+        return loss, {**stats, "loss": loss.detach()}
+
+
+@dataclass
+class Grpo(Rollouts):
+    """Binary reward, group advantages, mean over responses of token means (Eq. 2)."""
+
+    def reward(self, outcome, length, max_length) -> float:
+        """1 where the response is completely right, else 0 (ToolUPT section 4.3)."""
+        return float(outcome.total == BEST)
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        A, N = rows.advantages[:, 0], totals["responses"]  # veRL's mean is over tokens
+        return grpo.grpo_loss(logps, logps, A, rows.mask, num_responses=N)[0], {}
+
+    def reduced(self, entropy, mask, totals) -> Tensor:
+        return (entropy.sum(1) / mask.sum(1).clamp(min=1)).sum() / totals["responses"]
+
+
+@dataclass
+class Dapo(Rollouts):
+    """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO)."""
+
+    generation_batches: int = knob(1, "per round of dynamic sampling; DAPO's script: 3")
+    overlong: float = knob(
+        0.25, "last share of a response in which a penalty rises to -1; ours; DAPO section 3.4: 0.2"
+    )
+    tis_cap: float = knob(0.0, "truncated importance sampling, 2 is usual; 0: off, as in DAPO")
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        at_least(self, 0, "tis_cap")
+        tokens = round(self.overlong * config.max_completion_length)
+        if not 0 <= self.overlong <= 1 or (self.overlong and tokens < 1):
+            raise ValueError(
+                f"--overlong {self.overlong}: take a share of --max_completion_length, 0 .. 1, "
+                "of a token or more"
+            )
+
+    def reward(self, outcome, length, max_length) -> float:
+        """The outcome reward, less up to 1 where the response runs to its limit."""
+        if not self.overlong:
+            return outcome.total
+        ramp = round(self.overlong * max_length)
+        penalty = grpo.overlong_penalty(torch.tensor([length]), max_length, ramp)
+        return outcome.total + float(penalty)
+
+    def keep(self, group: Group) -> bool:
+        """Whether the outcomes differ: else every advantage is 0 (DAPO section 3.2)."""
+        totals = torch.tensor([outcome.total for outcome in group.outcomes])
+        return bool(grpo.informative_groups(totals, len(totals)))
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        on, N, weights, stats = ~rows.is_expert, totals["tokens"], None, {}
+        logps, A, mask = logps[on], rows.advantages[on], rows.mask[on]
+        if self.tis_cap:
+            sampler, name = rows.sampler_logps[on], "sampling/importance_sampling_ratio"
+            weights = grpo.truncated_importance_weights(logps, sampler, mask, self.tis_cap)
+            stats[f"{name}/mean"] = weights.sum() / N
+            stats[f"{name}/max"] = weights.max() if weights.numel() else 0.0
+        loss, _ = grpo.dapo_loss(logps, logps, A, mask, num_tokens=N, weights=weights)
+        return loss, stats
+
+
+@dataclass
+class DapoStar(Dapo):
+    """DAPO without dynamic sampling and without the overlong penalty (ToolUPT section 4.3)."""
+
+    generation_batches: int = unread(1)
+    overlong: float = unread(0.0)
+    keep = None
+
+
+@dataclass
+class FgDapoStar(DapoStar):
+    """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
+
+    alignment: Literal["positional", "lcs"] = knob("positional", "with the expert (fgae.py)")
+
+    def advantages(self, group: Group) -> Tensor:
+        """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
+        K = len(group.samples)
+        ids, mask = _padded([sample.token_ids for sample in group.samples])
+        expert_ids, expert_mask = _padded([group.target] * K)
+        # answers have no process rewards: "for tool_call responses"
+        expert_mask = expert_mask & (group.example.kind == "tool_call")
+        if self.alignment == "lcs":
+            expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
+        matched = fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=self.alignment)
+        group.token_rewards = fgae.token_rewards(torch.tensor(group.rewards), matched)
+        return fgae.token_advantages(group.token_rewards, mask, K)
+
+
+def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids right-padded to (R, T), T at least 1, and their mask."""
+    lengths = torch.tensor([len(ids) for ids in lists])
+    mask = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    padded = torch.zeros(mask.shape, dtype=torch.long)
+    padded[mask] = torch.tensor([i for ids in lists for i in ids], dtype=torch.long)
+    return padded, mask
+
+
+@dataclass
+class AfterSft:
+    """A row whose first stage is SFT; its own starts from the best checkpoint (ToolUPT 4.3)."""
+
+    sft_max_steps: int = knob(3000, "optimiser steps of SFT; ToolUPT Table 7")
+    sft_learning_rate: float = knob(1e-5, "of SFT; ToolUPT Table 7; its schedule is that of sft")
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        at_least(self, 1, "sft_max_steps")
+
+    def first_stage(self) -> tuple[Sft, dict[str, Any]]:
+        """SFT, and its values of common knobs."""
+        common = {name: value for name, (value, _) in Sft.defaults.items()}
+        return Sft(self.sft_max_steps), {**common, "learning_rate": self.sft_learning_rate}
+
+
+@dataclass
+class SftDapoStar(AfterSft, DapoStar):
+    """SFT, then DAPO* from its best checkpoint."""
+
+
+@dataclass
+class SftFgDapoStar(AfterSft, FgDapoStar):
+    """SFT, then FG-DAPO* from its best checkpoint."""
+
+
+@dataclass
+class Luffy(Rollouts):
+    """Rollouts and an expert response in one group, p/(p+0.1) on expert tokens (LUFFY Eq. 5)."""
+
+    num_generations: int = knob(7, "sampled responses per prompt; with the expert a group of 8")
+    learns_from_expert = True
+
+    def advantages(self, group: Group) -> Tensor:
+        """R - mean over rollouts and expert; no std, as in LUFFY's script (its Eq. 4 has one)."""
+        scores = _with_expert(self, group)
+        return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
+        return baselines.luffy_loss(logps, logps, A, rows.mask, rows.is_expert, num_tokens=Z)
+
+
+def _with_expert(method: Rollouts, group: Group) -> Tensor:
+    """Rewards of the group, (K + 1,): the demonstration is scored like every other response."""
+    own = method.reward(group.expert_outcome, len(group.target), group.max_length)
+    return torch.tensor([*group.rewards, own])
+
+
+@dataclass
+class Srft(Rollouts):
+    """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13)."""
+
+    num_generations: int = knob(7, "sampled responses per prompt; as LUFFY's, SRFT's own run: 8")
+    srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
+    srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
+    learns_from_expert = True
+    reward = Grpo.reward  # 1 where right, else 0
+
+    def advantages(self, group: Group) -> Tensor:
+        """Over rollouts and expert, with std as printed; both public codes have none."""
+        scores, std = _with_expert(self, group), self.srft_variant == "paper"
+        return _on_tokens(grpo.group_advantages(scores, len(scores), std=std), group)
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        own = (rows.advantages[:, 0], rows.correct, rows.mask, rows.is_expert)
+        kind = {"variant": self.srft_variant, "shaped": self.srft_shaped}
+        counts = _both(totals)
+        counts["num_tokens"] += counts["num_expert_tokens"]
+        return baselines.srft_loss(logps, entropy, *own, **kind, **counts)
+
+
+def _both(totals: dict[str, int]) -> dict[str, int]:
+    """The denominators of rollouts and experts."""
+    return {"num_tokens": totals["tokens"], "num_expert_tokens": totals["expert_tokens"]}
+
+
+@dataclass
+class Chord(Rollouts):
+    """0.9 GRPO + 0.1 SFT weighted by p(1-p): CHORD-phi (CHORD Eq. 2)."""
+
+    chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; give it a decaying mu")
+    chord_mu: float = knob(0.1, "weight mu of the SFT term; with a schedule, its end")
+    chord_mu_peak: float = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
+    chord_mu_warmup: int = knob(0, "steps from 0 to the peak")
+    chord_mu_decay: int = knob(0, "steps of the cosine from peak to --chord_mu; CHORD-mu: 30")
+    learns_from_expert = True
+    reward = Grpo.reward  # as in CHORD's ToolACE example
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        at_least(self, 0, "chord_mu_warmup", "chord_mu_decay")
+        for name in ("chord_mu", "chord_mu_peak"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: take a weight, 0 .. 1")
+
+    def schedule(self, step: int) -> dict[str, float]:
+        steps = {"warmup": self.chord_mu_warmup, "decay": self.chord_mu_decay}
+        ends = {"peak": self.chord_mu_peak, "valley": self.chord_mu}
+        return {"balance": baselines.chord_mu_at(step, **steps, **ends)}
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        on, off, mu = ~rows.is_expert, rows.is_expert, self.schedule(step)["balance"]
+        rollouts = (logps[on], logps[on], rows.advantages[on, 0], rows.mask[on])
+        kind = {"mu": mu, "phi": self.chord_phi}
+        experts = (logps[off], rows.mask[off])
+        loss, stats = baselines.chord_loss(*rollouts, *experts, **kind, **_both(totals))
+        return loss, {name: stats[name] for name in ("chord/grpo", "chord/sft", "expert_prob")}
+
+
+@dataclass
+class ToolUpt(FgDapoStar):
+    """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23)."""
+
+    spo_beta: float = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
+    balance_low: float = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
+    balance_high: float = knob(0.3, "its highest weight; equal to the lowest: a constant")
+    balance_up: int = knob(100, "steps from low to high")
+    balance_down: int = knob(200, "steps from high to low")
+    learns_from_expert = True
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        at_least(self, 1, "balance_up", "balance_down")
+        if not 0 <= self.balance_low <= self.balance_high <= 1:
+            raise ValueError("--balance_low and --balance_high: take 0 <= low <= high <= 1")
+        if self.spo_beta <= 0:
+            raise ValueError(f"--spo_beta {self.spo_beta}: must be positive")
+
+    def schedule(self, step: int) -> dict[str, float]:
+        low, high, up, down = (getattr(self, f"balance_{x}") for x in ("low", "high", "up", "down"))
+        return {"balance": spo.balance_at(step, low=low, high=high, up=up, down=down)}
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        policy, stats = super().objective(rows, logps, entropy, totals, step)  # Eq. 18
+        preference, parts = self.expert_loss(rows, logps, totals)  # Eq. 22
+        loss = spo.toolupt_loss(preference, policy, self.schedule(step)["balance"])
+        return loss, {**stats, **parts}
+
+    def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
+        """Expert tokens as chosen, rollout tokens of negative advantage as rejected (Eq. 22)."""
+        on, off = ~rows.is_expert, rows.is_expert
+        keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])  # Eq. 19
+        experts = (logps[off], rows.mask[off], keep)
+        rollouts = (logps[on], rows.advantages[on], rows.mask[on])
+        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **_both(totals))
+
+
+# ---------------------------------------------------------------------------------------- Figure 4
+
+
+@dataclass
+class ToolUptNoFgae(ToolUpt):
+    """ToolUPT with sequence-level advantages and the outcome reward (Figure 4, left)."""
+
+    alignment: str = unread("positional")
+    advantages = Rollouts.advantages
+
+
+@dataclass
+class ToolUptNoSpo(ToolUpt):
+    """ToolUPT with a plain SFT loss in place of SPO (Figure 4, right)."""
+
+    spo_beta: float = unread(1.0)
+
+    def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
+        off = rows.is_expert
+        return spo.sft_loss(logps[off], rows.mask[off], num_tokens=totals["expert_tokens"])
+
+
+# ------------------------------------------------------------------------ not in the paper's table
+
+
+@dataclass
+class DrGrpo(Grpo):
+    """GRPO without std, over the constant denominator N * max_length (Dr.GRPO)."""
+
+    def advantages(self, group: Group) -> Tensor:
+        """R - mean."""
+        scores = torch.tensor(group.rewards)
+        return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
+
+    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+        A, N = rows.advantages[:, 0], totals["responses"]
+        limit = {"max_length": totals["max_length"], "num_responses": N}
+        return grpo.drgrpo_loss(logps, logps, A, rows.mask, **limit)[0], {}
+
+    def reduced(self, entropy, mask, totals) -> Tensor:
+        return entropy.sum() / (totals["responses"] * totals["max_length"])
+
+
+METHODS = {
+    "sft": Sft,
+    "grpo": Grpo,
+    "dapo": Dapo,
+    "dapo_star": DapoStar,
+    "fg_dapo_star": FgDapoStar,
+    "sft_dapo_star": SftDapoStar,
+    "sft_fg_dapo_star": SftFgDapoStar,
+    "luffy": Luffy,
+    "srft": Srft,
+    "chord": Chord,
+    "toolupt": ToolUpt,
+    "toolupt_no_fgae": ToolUptNoFgae,
+    "toolupt_no_spo": ToolUptNoSpo,
+    "dr_grpo": DrGrpo,
+}

@@ -1,0 +1,344 @@
+"""Around the loops: the command line, the data, what cannot work, and how a run ends.
+
+    parse          flags -> the common knobs (Config of train.py) and the row that --algo names
+    table          the methods, and what differs (train.py --list)
+    announce       what is about to happen
+    load_examples  training examples and the evaluation subset
+
+    leave          how a rank ends that cannot go on, and the exit codes
+
+A mistake is found before anything heavy is loaded, and named with its remedy.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from transformers import AutoConfig, HfArgumentParser
+
+import checkpoint
+import data
+import model as modeling
+from bench import plan
+
+PROGRAM = {
+    "prog": "train.py",
+    "usage": "train.py --algo NAME [--FLAG VALUE ...] [@FILE ...]",
+    "allow_abbrev": False,
+}
+
+
+ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
+    """An instance of `common` and one of the row that --algo names, from the command line.
+
+    Order of precedence: a default, the row's own default, the command line. @FILE reads flags from
+    a file, # starts a comment there. Since a file may serve all rows, flags in it that belong to
+    another row are ignored and listed; a typed one is an error.
+    """
+    words = list(_unfolded(argv))
+    peek = ArgumentParser(add_help=False, **PROGRAM)
+    peek.add_argument("--algo", choices=rows, default=common.algo)
+    algo = peek.parse_known_args([word for word, _ in words])[0].algo
+    row = rows[algo]
+    parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
+    _shorten_help(parser)
+    parser.set_defaults(output_dir=f"runs/{algo}")
+    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    kept, ignored = [], []
+    for flag, is_typed in _flags(words):
+        name = _name(flag)
+        owners = [other for other in rows if name in _names(rows[other])]
+        if name in _names(common) | _names(row) or not flag[0].startswith("--") or name == "help":
+            kept += flag
+        elif not owners:
+            parser.error(f"unknown flag --{name}; --help lists those of --algo {algo}")
+        elif is_typed:
+            parser.error(
+                f"--{name} is not a flag of --algo {algo}; it is one of {', '.join(owners)}"
+            )
+        else:
+            ignored.append(f"--{name}")
+    try:
+        config, method, rest = parser.parse_args_into_dataclasses(
+            kept, look_for_args_file=False, return_remaining_strings=True
+        )
+        if config.learning_rate is None:  # the row's own, which another of its flags decides
+            config.learning_rate = method.learning_rate
+        method.check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
+    for name, why in method.flags_without_effect().items():
+        if name in typed:
+            parser.error(f"--{name} has no effect here: {why}")
+    if ignored and os.environ.get("RANK", "0") == "0":
+        print(f"not flags of --algo {algo}, ignored: {' '.join(ignored)}")
+    return config, method
+
+
+def own_flags(words: list[str], common: type, row: type) -> list[str]:
+    """The flags among `words` that a row reads, with their values."""
+    own = _names(common) | _names(row)
+    flags = [flag for flag, _ in _flags([(word, True) for word in words])]
+    return [word for flag in flags if _name(flag) in own for word in flag]
+
+
+def _shorten_help(parser: ArgumentParser) -> None:
+    """--help without --max-steps beside --max_steps, types for values, --no_x in a word."""
+    for action in parser._actions:
+        action.option_strings = [x for x in action.option_strings if "-" not in x.strip("-")]
+        if action.option_strings[0].startswith("--no_"):
+            action.help, action.default = f"turn off --{action.dest}", SUPPRESS
+        elif action.type and not action.choices:
+            action.metavar = action.type.__name__.removeprefix("string_to_")
+
+
+def _unfolded(argv: list[str]):
+    """(word, whether it was typed) of a command line, files in the place of their @FILE."""
+    for word in argv:
+        if not word.startswith("@"):
+            yield word, True
+            continue
+        try:
+            lines = Path(word[1:]).read_text().splitlines()
+        except OSError as error:
+            ArgumentParser(**PROGRAM).error(f"{word}: {error}")
+        nested = [part for line in lines for part in line.split("#")[0].split()]
+        yield from ((part, False) for part, _ in _unfolded(nested))
+
+
+def _flags(words: list[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
+    """Each flag with its values, and whether it was typed."""
+    flags = []
+    for word, is_typed in words:
+        if word.startswith("--") or not flags:
+            flags.append(([], is_typed))
+        flags[-1][0].append(word)
+    return flags
+
+
+def _name(flag: list[str]) -> str:
+    return flag[0].partition("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _names(knobs: type) -> set[str]:
+    """The flags of a dataclass, --no_x included."""
+    own = {f.name: f for f in fields(knobs) if f.init}
+    return {*own, *(f"no_{name}" for name, f in own.items() if f.default is True)}
+
+
+def table(rows: dict[str, type], shared: type) -> str:
+    """The methods: name and docstring, then the knobs that a row adds to those it inherits."""
+    width, lines = max(map(len, rows)), []
+    for name, row in {**rows, "(rollouts)": shared}.items():
+        lines.append(f"{name:{width}}  {row.__doc__.partition(chr(10))[0]}")
+        changed = {knob: (value, source) for knob, (value, source) in row.defaults.items()}
+        for f in fields(row):
+            if f.init and f.name in row.__dict__.get("__annotations__", {}):
+                default = f.default_factory() if f.default is MISSING else f.default
+                changed[f.name] = default, f.metadata["help"].replace("%%", "%")
+        for knob, (value, about) in changed.items():
+            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{'':{width}}    --{knob} {text}".ljust(width + 36) + f"  {about}")
+    return "\n".join([*lines, "", "Every other flag is common to all rows: train.py --help."])
+
+
+def settings(config, method) -> dict:
+    """Every knob of a run by name: the first line of metrics.jsonl."""
+    return asdict(config) | {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+
+
+def announce(config, method, world: int) -> str:
+    """What is about to happen: every knob, the method in a sentence, tokens per step, folder."""
+    prompts, K = config.train_batch_size, getattr(method, "num_generations", 0)
+    knobs = "\n".join(f"  {name} = {value}" for name, value in settings(config, method).items())
+    step = f"{prompts} examples, prompts of up to {config.max_prompt_length} tokens"
+    if K:
+        longest = config.max_prompt_length + K * config.max_completion_length
+        step = (
+            f"{prompts} prompts of up to {config.max_prompt_length} tokens, {prompts * K} "
+            f"responses of up to {config.max_completion_length}, "
+            f"at most {prompts * longest:,} tokens"
+        )
+    if hasattr(method, "sft_max_steps"):
+        step += f"\n{method.sft_max_steps} steps of SFT, then {method.max_steps} of RL"
+    return (
+        f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\n"
+        f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
+    )
+
+
+def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | None:
+    """A function of (metrics, step), or None for "none"; ImportError with the remedy."""
+    if kind == "none":
+        return None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out / "tensorboard")
+
+            def log(metrics: dict, step: int) -> None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            return log
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
+    wandb.init(project="toolupt", dir=str(out), config=knobs)
+    return lambda metrics, step: wandb.log(metrics, step=step)
+
+
+# ------------------------------------------------------------------------------ data and bad input
+
+
+def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
+    """Training examples and the evaluation subset; what is too long is dropped and counted."""
+    load = lambda sources: [
+        e for source in sources for e in data.load_source(source, seed=config.seed)
+    ]
+    examples = load(config.train_file)
+    if config.eval_file:
+        held_out = load(config.eval_file)
+    elif all(source.partition(":")[0] == "toy" for source in config.train_file):
+        level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
+        held_out = data.load("toy", level)
+    else:
+        held_out, examples = data.split(examples, config.eval_fraction, config.seed)
+    parts = []
+    for name, examples_of in (("train", examples), ("eval", held_out)):
+        fitting, drops = data.fit(
+            examples_of, tokenizer, config.max_prompt_length, config.max_completion_length
+        )
+        dropped = "".join(f", {n} dropped: {why}" for why, n in drops.items())
+        if not quiet:
+            print(f"{name}: {len(fitting)} examples{dropped}")
+        if not fitting:
+            raise ValueError(
+                f"no {name} example fits{dropped}; raise --max_prompt_length (prompt) or "
+                "--max_completion_length (target); python data.py stats FILE --tokenizer MODEL "
+                "shows lengths"
+            )
+        parts.append(fitting)
+    train, held_out = parts
+    if len(train) < config.train_batch_size:
+        raise ValueError(
+            f"{len(train)} training examples are fewer than --train_batch_size "
+            f"{config.train_batch_size}; lower it"
+        )
+    return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+
+
+def check_machine(config, world: int) -> None:
+    """ValueError or ImportError where ranks, GPU or packages do not suit the settings."""
+    modeling.check_gpu()
+    if config.train_batch_size % world:
+        raise ValueError(
+            f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
+            f"take {config.train_batch_size // world * world or world}"
+        )
+    if config.quant != "none" and not find_spec("bitsandbytes"):
+        raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
+    if config.torch_compile and not compiler:
+        raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
+
+
+def check_room(config, method, out: Path) -> tuple[float, str]:
+    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk are too small."""
+    skeleton = modeling.skeleton(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    knobs = SimpleNamespace(**{"num_generations": 1, **settings(config, method)})
+    room = plan.check_room(knobs, skeleton)
+    count = max(1, config.save_total_limit + 1 - len(checkpoint.saved_steps(out)))
+    modeling.check_checkpoints(out / "checkpoint", skeleton, count, lora_rank=config.lora_rank)
+    return room
+
+
+def longest(config, method, tokenizer) -> int:
+    """Tokens of the longest sequence that the engine will see; ValueError beyond the model's."""
+    wanted = config.max_prompt_length + config.max_completion_length
+    question = method.question_length(tokenizer, config.max_completion_length)
+    room = AutoConfig.from_pretrained(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    ).max_position_embeddings
+    if max(wanted, question) > room:
+        raise ValueError(
+            f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "
+            f"{config.max_prompt_length} and --max_completion_length "
+            f"{config.max_completion_length} need {max(wanted, question)}: lower them"
+            + " (iTool's question to grade a response, twice the latter: or --self_evaluation none)"
+            * (question > wanted)
+        )
+    return max(wanted, question)
+
+
+# ----------------------------------------------------------------------------------------- the end
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came and the run left at a safe point; `signal` is its number."""
+
+    def __init__(self, number: int, text: str):
+        super().__init__(text)
+        self.signal = number
+
+
+def end() -> None:
+    """End this process at once, all done: taking vLLM down may fail by itself (pytorch#145168)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def leave(error: BaseException) -> None:
+    """Say why this rank ends and end it, at once: its peers may be waiting for it in a collective.
+
+    Exit code 2: a user's mistake or a failed check, one line; 143 after SIGTERM and 130 after
+    Ctrl-C, when all is saved; 1: anything else, with a traceback. torchrun prints the first failure
+    last, from the file that is written here.
+    """
+    rank = dist.get_rank()
+    plain, code = f"error: {error}", 2
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        number = getattr(error, "signal", signal.SIGINT)
+        plain, code = str(error) or "interrupted before the first step", 128 + number
+    elif not isinstance(error, (ValueError, OSError, ImportError)):
+        plain, code = "".join(traceback.format_exception(error)), 1
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ECHO)  # a peer ended first; torchrun tells, and ends this rank meanwhile
+    else:
+        error = error.with_traceback(None)  # torchrun prints one line, too
+        error.__cause__, error.__suppress_context__ = None, True
+    if code in (1, 2) or rank == 0:
+        print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)
+    if code in (1, 2):
+        get_error_handler().record_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

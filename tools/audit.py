@@ -1,0 +1,150 @@
+"""Recompute what a run was trained on from its rollouts.jsonl, and compare.
+
+python -m tools.audit RUN
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import data
+import model as modeling
+import rollout
+from checkpoint import checksum, records
+from methods import METHODS, Group, Rollouts
+from train import Config, score
+
+
+def audit(out: Path) -> str:
+    """Recompute rewards, token rewards and advantages and compare with what was trained on.
+
+    Also that texts and targets are what the run's tokenizer reads and writes, that the means of
+    each step are those of metrics.jsonl, and that each line is as it was written (CRC-32).
+    Returns one line that says what was checked; ValueError naming the first line that differs.
+    """
+    config, method, logged = _audited_run(out)
+    tokenizer = modeling.load_tokenizer(
+        config.model_name_or_path, trust_remote_code=config.trust_remote_code
+    )
+    checked, pending, seen = 0, [], defaultdict(list)
+    with open(out / "rollouts.jsonl") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                pending.append((number, json.loads(line)))
+                if len(pending) == method.num_generations:
+                    _audit_group(config, method, pending, tokenizer, out)
+            except (json.JSONDecodeError, LookupError, TypeError, OverflowError) as error:
+                raise ValueError(f"{out}/rollouts.jsonl line {number}: {error!r}") from None
+            if len(pending) == method.num_generations:
+                for _, row in pending:
+                    seen[row["step"]].append((row["reward"], len(row["token_ids"])))
+                checked, pending = checked + len(pending), []
+    if pending:
+        raise ValueError(
+            f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of "
+            f"{method.num_generations} lines"
+        )
+    for step in sorted({*seen, *logged} - {0}):
+        there, due = len(seen[step]), config.train_batch_size * method.num_generations
+        if step not in logged or there != due:
+            raise ValueError(
+                f"{out}/rollouts.jsonl has {there} lines of step {step}, "
+                + (f"of {due}" if step in logged else "which metrics.jsonl does not have")
+            )
+    for step, pairs in seen.items():
+        means = [sum(column) / len(pairs) for column in zip(*pairs)]
+        for name, mean in zip(("reward", "completions/mean_length"), means):
+            if not math.isclose(logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9):
+                raise ValueError(
+                    f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has "
+                    f"{logged[step][name]}"
+                )
+    return f"{checked} responses agree with their text, rewards, token rewards and advantages"
+
+
+def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict]]:
+    """A run's settings and its metrics by step; ValueError where there is nothing to audit."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not (out / name).exists():
+            raise ValueError(
+                f"{out}/{name} does not exist: only RL runs with their rollouts (not "
+                "--no_log_rollouts) can be audited"
+            )
+    rows = []
+    with open(out / "metrics.jsonl") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{out}/metrics.jsonl line {number} is not JSON ({error.msg}): resume the run, "
+                    "which drops a torn line"
+                ) from None
+    try:
+        own = {f.name for f in fields(Config)}
+        config = Config(**{name: rows[0].pop(name) for name in own})
+        return config, METHODS[config.algo](**rows[0]), {row["step"]: row for row in rows[1:]}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{out}/metrics.jsonl is not of this version: {error!r}") from None
+
+
+def _audit_group(
+    config: Config, method: Rollouts, lines: list[tuple[int, dict]], tokenizer, out: Path
+) -> None:
+    rows = [row for _, row in lines]
+    first = rows[0]
+    example = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
+    group = Group(
+        example,
+        [],
+        first["target_ids"],
+        max_length=config.max_completion_length,
+        with_expert=method.learns_from_expert,
+        seed=first["seed"],
+    )
+    group.samples = [
+        rollout.Sample(r["token_ids"], r["sampler_logps"], r["text"], r["finish_reason"])
+        for r in rows
+    ]
+    target_ids = data.target_ids(example, tokenizer)
+    score(method, group)
+    group.advantages = method.advantages(group)
+    group.logps = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(r["logps"]) for r in rows], batch_first=True
+    )
+    for (number, row), again in zip(lines, records(first["step"], group)):
+        for name, value in again.items():
+            if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
+                raise ValueError(
+                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]}, recomputed {value}"
+                )
+        text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
+        for name, again in (("text", text), ("target_ids", target_ids)):
+            if again != row[name]:
+                raise ValueError(
+                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]!r}, "
+                    f"by the tokenizer {again!r}"
+                )
+        if row["crc32"] != checksum(row):
+            raise ValueError(f"{out}/rollouts.jsonl line {number} was changed: crc32 differs")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m tools.audit RUN`."""
+    parser = argparse.ArgumentParser(prog="python -m tools.audit", description="Audit a run.")
+    parser.add_argument("run", type=Path, help="output folder of a run")
+    args = parser.parse_args(argv)
+    try:
+        print(audit(args.run))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
