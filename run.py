@@ -110,6 +110,8 @@ class Run:
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
+        self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
+        data.check_turn_end(self.tokenizer, self.stop_ids)
         check_context(config, self.longest())
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
@@ -208,7 +210,7 @@ class Run:
         return [item for i, item in enumerate(items) if ranks[i] == self.rank]
 
     def ids(self, example: data.Example) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt, as eval.py renders it, and of the expert response with EOS."""
+        """Token ids of the prompt, as eval.py renders it, and of the expert response with the turn's end."""
         return data.render(example, self.tokenizer), data.target_ids(example, self.tokenizer)
 
     # ranks

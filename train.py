@@ -716,7 +716,7 @@ def roll_out(config: Config, run: Run, batch: list[tuple[int, data.Example]]) ->
     )
     for group in samples:
         for sample in group:
-            check_sample(run.tokenizer, sample)
+            check_sample(run.tokenizer, run.stop_ids, sample)
     use_expert = config.expert != "none"
     return [
         Group(example, prompt, target, target if use_expert else [], seed, answers, place=place)
@@ -910,11 +910,11 @@ def tis_weights(config: Config, rows: Rows, logps: Tensor) -> Tensor:
     )
 
 
-def check_sample(tokenizer, sample: rollout.Sample) -> None:
+def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
     """Stop the run when the engine reads its tokens otherwise than the trainer, or has no log-probs for them."""
     ids, stopped = sample.token_ids, sample.finish_reason == "stop"
     text = rollout.text_of(tokenizer, ids, sample.finish_reason)
-    if text != sample.text or (stopped and ids[-1] != tokenizer.eos_token_id):
+    if text != sample.text or (stopped and ids[-1] not in stop_ids):
         raise ValueError(
             f"the engine reads its tokens {ids[-20:]} as {sample.text[-60:]!r} ({sample.finish_reason}), the trainer's "
             f"tokenizer as {text[-60:]!r}: give both the same tokenizer files"
