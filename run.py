@@ -55,6 +55,7 @@ import itool
 import model as modeling
 import report
 import rollout
+import serving
 
 MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
     "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
@@ -116,6 +117,8 @@ class Run:
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
+        # the tokenizer is saved with every checkpoint
+        serving.add_tool_template(self.tokenizer, serving.system_prompt_of(self.examples))
         if self.searches_follow:  # a pool too small is refused before the warm-up
             self.pool = itool.pool_of(
                 self.examples, config.pool_fraction, config.buffer_fraction, config.seed

@@ -23,7 +23,10 @@ in the form that converters.py gives them. How such a checkpoint is served: docs
 
 import json
 import re
+import shlex
+import subprocess
 from collections import Counter
+from pathlib import Path
 
 import data
 
@@ -144,6 +147,78 @@ def system_prompt_of(examples: list[data.Example]) -> str:
     is_figure = lambda system: system.startswith(head) and system.endswith(tail)
     systems = Counter(data.SYSTEM_PROMPT if is_figure(e.system) else e.system for e in examples)
     return systems.most_common(1)[0][0]
+
+
+def model_card(
+    settings: dict,
+    examples: list[data.Example],
+    scores: list[tuple[str, float]],
+    *,
+    method: str,
+    step: int,
+    command: list[str],
+    commit: str,
+) -> str:
+    """Return the README.md of a checkpoint, with the header that the Hugging Face Hub reads.
+
+    settings  first line of metrics.jsonl
+    examples  that the run trained on
+    scores    (name, accuracy in 0..1) on the held-out examples, in the order of training
+    method    one sentence; step  of the checkpoint; command, commit  that made it
+    """
+    base, algo = settings["model_name_or_path"], settings["algo"]
+    kinds = Counter((example.id.partition("/")[0], example.kind) for example in examples)
+    on_hub = not Path(base).exists()
+    header = ["pipeline_tag: text-generation", "library_name: transformers", "tags: [tool-use]"]
+    header += [f"base_model: {base}"] * on_hub
+    rows = [
+        f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
+        for source in dict.fromkeys(source for source, _ in kinds)
+    ]
+    results = [f"| {name} | {accuracy:.1%} |" for name, accuracy in scores]
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            f"# {base if on_hub else Path(base).name}, post-trained for tool use with {algo}",
+            "",
+            f"- Base model: {base}",
+            f"- Method: {algo}: {method}",
+            f"- Step {step} of {settings['max_steps']}, seed {settings['seed']}",
+            f"- Commit: {commit}",
+            "",
+            "| training data | tool calls | answers |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "| accuracy on held-out examples | |",
+            "|---|---|",
+            *results,
+            "",
+            "Trained by",
+            "",
+            f"    {shlex.join(command)}",
+            "",
+            "The response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat template",
+            f"`{TEMPLATE}`, which transformers and vLLM take when a request has tools, writes the prompt",
+            "that the model was trained on:",
+            "",
+            "    tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)",
+            "",
+        ]
+    )
+
+
+def this_commit() -> str:
+    """Return the commit of this repository, "-dirty" behind it if files differ; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _concatenation(template: str) -> str:

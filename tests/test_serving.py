@@ -1,15 +1,27 @@
 """serving.py and tools/vllm_tool_parser.py: what a served checkpoint reads and writes is what training read and wrote."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 import data
+import rewards
 import serving
 
 REPO = Path(__file__).resolve().parent.parent
@@ -68,7 +80,10 @@ def conversation(rng) -> tuple[list[dict], list[dict]]:
             chat.append({"role": "user", "content": raw[-1]["value"]})
         for _ in range(rng.randint(0, 3)):
             calls = [
-                {"name": rng.choice("fg"), "arguments": {"city": say(), "n": rng.choice([1, 2.5, None])}}
+                {
+                    "name": rng.choice("fg"),
+                    "arguments": {"city": say(), "n": rng.choice([1, 2.5, None])},
+                }
                 for _ in range(rng.choice([1, 1, 2, 3]))
             ]
             value = calls[0] if len(calls) == 1 else calls
@@ -148,7 +163,9 @@ def test_both_templates_are_saved(tmp_path):
     serving.add_tool_template(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template
-    assert (tmp_path / "chat_template.jinja").read_text() == (TOY / "chat_template.jinja").read_text()
+    assert (tmp_path / "chat_template.jinja").read_text() == (
+        TOY / "chat_template.jinja"
+    ).read_text()
 
 
 def test_the_forms_in_which_clients_write_the_same():
@@ -159,7 +176,11 @@ def test_the_forms_in_which_clients_write_the_same():
     example = data.Example("x/0/0", [full, {**bare, "description": "", "parameters": EMPTY}], [],
                            "a\nb", [('{"name": "g", "params": {}}', "done")], "", "answer",
                            data.with_policy("One.\n\nTwo."))  # fmt: skip
-    call = {"role": "assistant", "content": "Let me see.", "tool_calls": [{"function": {"name": "g"}}]}
+    call = {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": [{"function": {"name": "g"}}],
+    }
     part = lambda text: {"type": "text", "text": text}
     messages = [
         {"role": "system", "content": "One."},
@@ -178,7 +199,9 @@ def test_the_forms_in_which_clients_write_the_same():
 EMPTY = {"type": "object", "properties": {}, "required": []}
 
 
-@pytest.mark.parametrize("roles", ["user call", "user call user", "user tool", "user call tool user tool"])
+@pytest.mark.parametrize(
+    "roles", ["user call", "user call user", "user tool", "user call tool user tool"]
+)
 def test_calls_and_results_that_do_not_match_are_errors(roles):
     tokenizer = toy_tokenizer()
     serving.add_tool_template(tokenizer)
@@ -197,6 +220,42 @@ def test_the_system_prompt_that_a_run_trained_with():
     assert serving.system_prompt_of(toys) == toys[0].system
     assert serving.system_prompt_of(figure) == data.SYSTEM_PROMPT
     assert serving.system_prompt_of([*toys, *figure, toys[0]]) == toys[0].system
+
+
+# ---- the model card ----
+
+
+def test_model_card():
+    rows = data.load("toy", "valid")[:20]
+    calls = sum(row.kind == "tool_call" for row in rows)
+    settings = {"model_name_or_path": "Org/Base-1B", "algo": "toolupt", "max_steps": 600, "seed": 3}
+    made = {
+        "scores": [("before", 0.25), ("after", 0.75)],
+        "method": "mixes two losses.",
+        "step": 400,
+        "command": ["torchrun", "train.py", "--output_dir", "my runs"],
+        "commit": "abc123",
+    }
+    card = serving.model_card(settings, rows, **made)
+    _, header, body = card.split("---\n", 2)
+    assert "base_model: Org/Base-1B\n" in header
+    for text in (
+        "# Org/Base-1B, post-trained for tool use with toolupt",
+        "- Method: toolupt: mixes two losses.",
+        "- Step 400 of 600, seed 3",
+        "- Commit: abc123",
+        f"| toy-valid-0 | {calls} | {20 - calls} |",
+        "| before | 25.0% |\n| after | 75.0% |",
+        "    torchrun train.py --output_dir 'my runs'",
+    ):
+        assert text in body, card
+    local = serving.model_card(settings | {"model_name_or_path": str(TOY)}, rows, **made)
+    assert "base_model" not in local and "# toy_model, post-trained" in local
+
+
+def test_the_commit_is_named():
+    commit = serving.this_commit()
+    assert commit == "unknown" or re.fullmatch(r"[0-9a-f]{12,40}(-dirty)?", commit)
 
 
 # ---- the tool parser ----
@@ -236,8 +295,8 @@ CASES = [  # response, content, calls
     ("<answer>\ndone\n</answe", "done", []),
     ("one <", "one <", []),
     ("<answer>1 <answer>2</answer> 3</answer></tool_call>", "1 2 3", []),
-    ("<ans<answer>wer>x</<tool_call</answer>>answer>", "x</<tool_call>answer>", []),
-    ("<ans<answer>wer>y<<</answer>/answer>z", "yz"[:1] + "<z", []),
+    ("<ans<answer>wer>x</<tool_call</answer>>answer>", "x", []),
+    ("<ans<answer>wer>y<<</answer>/answer>z", "y<z", []),
     ('<tool_call>\n{"name": "f", "params"\n</tool_call>', '{"name": "f", "params"', []),
     ('<tool_call>\n{"name": "f"}\n</tool_call>', '{"name": "f"}', []),
     ('<tool_call>\n{"name": "f", "par', '{"name": "f", "par', []),
@@ -275,7 +334,13 @@ def test_no_tag_in_any_text(parsers):
     rng = random.Random(0)
     halves = [tag[:i] for tag in parsers.TAGS for i in range(1, len(tag))]
     halves += [tag[i:] for tag in parsers.TAGS for i in range(1, len(tag))]
-    atoms = [*parsers.TAGS * 6, *halves, *[" ", "\n", "x", "<"] * 4, json.dumps(F), json.dumps([F, G])]
+    atoms = [
+        *parsers.TAGS * 6,
+        *halves,
+        *[" ", "\n", "x", "<"] * 4,
+        json.dumps(F),
+        json.dumps([F, G]),
+    ]
     for _ in range(3000):
         text = "".join(rng.choices(atoms, k=rng.randint(1, 12)))
         content, calls = read_in_pieces(parsers, [text])
@@ -320,3 +385,199 @@ def test_the_parser_as_vllm_drives_it(parsers, response, content, calls):
                 one[1] += call.function.arguments or ""
         assert text == content
         assert [(name, json.loads(arguments)) for name, arguments in found.values()] == kept
+
+
+# ---- stops ----
+
+
+def test_a_model_whose_texts_end_otherwise_than_its_turns_learns_as_well(tmp_path):
+    """The toy model, and its copy whose EOS is <|endoftext|> and whose turns end with <|im_end|>, as in Gemma or
+    Phi-3: the same accuracy before and after, the same steps. A copy that never stops at <|im_end|> is rejected."""
+    copy, never = tmp_path / "copy", tmp_path / "never"
+    for folder, ids in ((copy, [0, 2]), (never, 0)):
+        shutil.copytree(TOY, folder)
+        change(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+        change(folder / "generation_config.json", eos_token_id=ids)
+        change(folder / "config.json", eos_token_id=0)
+    flags = """--algo grpo --train_file toy --eval_file toy:valid --max_steps 2 --learning_rate 1e-4
+    --train_batch_size 2 --num_generations 4 --eval_steps 2 --eval_size 16 --save_steps 2"""
+    logs = [train(model, tmp_path / f"out-{i}", flags) for i, model in enumerate((TOY, copy))]
+    assert len(logs[0]) == 4
+    for name in ("eval/accuracy", "reward", "completions/mean_length", "loss"):
+        values = [[line[name] for line in log[1:] if name in line] for log in logs]
+        assert values[0] and values[0] == pytest.approx(values[1]), name
+    assert logs[0][1]["eval/accuracy"] > 0.3
+    saved = json.loads((tmp_path / "out-1" / "checkpoint-2" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [0, 2]
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        train(never, tmp_path / "out-never", flags)
+    assert "closes a turn with <|im_end|> (id 2)" in failure.value.stderr
+    assert '"eos_token_id": [0, 2]' in failure.value.stderr
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def train(model: Path, out: Path, flags: str) -> list[dict]:
+    """A run of train.py in a process of its own; the lines of its metrics.jsonl."""
+    flags += f""" --model_name_or_path {model} --output_dir {out} --engine transformers
+    --max_prompt_length 1024 --max_completion_length 128 --no_gradient_checkpointing"""
+    command = [sys.executable, "train.py", *flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the server ----
+
+TASKS = ("single", "parallel", "second_step", "done")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
+
+    Returns an OpenAI client, the examples by task, and the checkpoint's folder.
+    """
+    pytest.importorskip("vllm")
+    openai, folder = pytest.importorskip("openai"), tmp_path_factory.mktemp("served")
+    rows = data.load("toy", "valid")
+    examples = {task: next(row for row in rows if row.id.endswith(task)) for task in TASKS}
+    data.write_jsonl(list(examples.values()), folder / "four.jsonl")
+    file = f"jsonl:{folder / 'four.jsonl'}"
+    flags = f"""--algo sft --train_file {file} --eval_file {file} --max_steps 20
+    --train_batch_size 4 --learning_rate 1e-3 --eval_steps 20 --save_steps 20"""
+    log = train(TOY, folder / "out", flags)
+    assert log[-1]["eval/accuracy"] == 1
+    checkpoint = folder / "out" / "checkpoint-20"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"""{sys.executable} -m vllm.entrypoints.openai.api_server --model {checkpoint}
+    --served-model-name toy --host 127.0.0.1 --port {port} --generation-config vllm
+    --enable-auto-tool-choice --tool-parser-plugin tools/vllm_tool_parser.py
+    --tool-call-parser toolupt --max-model-len 2048 --max-num-seqs 4 --dtype float32"""
+    limits = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    words = [*command.split(), *([] if torch.cuda.is_available() else ["--enforce-eager"])]
+    with open(folder / "server.log", "w") as said:
+        server = subprocess.Popen(
+            words,
+            cwd=REPO,
+            env=os.environ | limits,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    try:
+        for _ in range(900):
+            assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            time.sleep(1)
+        yield client, examples, checkpoint
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+
+
+def request(example: data.Example) -> dict:
+    """What a chat client sends to be where the example is."""
+    messages = [{"role": role, "content": text} for role, text in example.history]
+    messages.append({"role": "user", "content": example.query})
+    for step, (call, observation) in enumerate(example.steps):
+        calls = json.loads(call)
+        calls = calls if isinstance(calls, list) else [calls]
+        asked = [
+            {"id": f"call-{step}-{i}", "type": "function",
+             "function": {"name": one["name"], "arguments": json.dumps(one["params"])}}
+            for i, one in enumerate(calls)
+        ]  # fmt: skip
+        messages.append({"role": "assistant", "content": None, "tool_calls": asked})
+        messages.append({"role": "tool", "tool_call_id": asked[-1]["id"], "content": observation})
+    tools = [{"type": "function", "function": one} for one in example.tools]
+    return {"model": "toy", "messages": messages, "tools": tools}
+
+
+def ask(client, example, **fields):
+    """The client's first choice, greedy."""
+    asked = request(example) | {"temperature": 0, "max_tokens": 100} | fields
+    return client.chat.completions.create(**asked).choices[0]
+
+
+def told(calls) -> list[dict]:
+    return [
+        {"name": call.function.name, "params": json.loads(call.function.arguments)}
+        for call in calls or []
+    ]
+
+
+def expected(example) -> tuple[str, list[dict]]:
+    """Content and calls of an example's target."""
+    calls = rewards.parse(example.target).calls
+    text = example.target.removeprefix("<answer>").removesuffix("</answer>").strip()
+    return ("", calls) if calls else (text, [])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", TASKS)
+def test_the_server_reads_the_training_prompt(served, task):
+    client, examples, checkpoint = served
+    fields = request(examples[task]) | {"add_generation_prompt": True}
+    address = str(client.base_url).replace("/v1/", "/tokenize")
+    ids = httpx.post(address, json=fields, timeout=60).json()["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    assert ids == data.render(examples[task], tokenizer)
+    assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, choice):
+    client, examples, _ = served
+    answer = ask(client, examples[task], tool_choice=choice)
+    content, calls = expected(examples[task])
+    assert (answer.message.content or "", told(answer.message.tool_calls)) == (content, calls)
+    assert len(calls) == {"single": 1, "second_step": 1, "done": 0}.get(task, len(calls))
+    assert (len(calls) > 1) == (task == "parallel")
+    if choice == "auto":  # vLLM reports "tool_calls" for whatever was required
+        assert answer.finish_reason == ("tool_calls" if calls else "stop")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", TASKS)
+def test_streaming(served, task):
+    client, examples, _ = served
+    asked = request(examples[task]) | {"temperature": 0, "max_tokens": 100, "stream": True}
+    content, found, pieces = "", {}, 0
+    for chunk in client.chat.completions.create(**asked):
+        delta = chunk.choices[0].delta
+        content, pieces = content + (delta.content or ""), pieces + bool(delta.content)
+        for call in delta.tool_calls or []:
+            name, arguments = found.get(call.index, ("", ""))
+            name, arguments = name + (call.function.name or ""), arguments + call.function.arguments
+            found[call.index] = name, arguments
+    calls = [{"name": name, "params": json.loads(params)} for name, params in found.values()]
+    assert (content, calls) == expected(examples[task])
+    assert pieces > 2 or calls  # an answer comes as it is written
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", TASKS)
+def test_no_tag_reaches_the_client(served, task):
+    """Without a choice, without tools, and where a response is cut off anywhere."""
+    client, examples, _ = served
+    whole, calls = expected(examples[task])
+    unchosen = ask(client, examples[task], tool_choice="none").message
+    assert (unchosen.content or "", unchosen.tool_calls) == (whole, None)
+    plain = ask(client, examples[task], tools=None, messages=[{"role": "user", "content": "hello"}])
+    assert not plain.message.tool_calls
+    texts = [plain.message.content]
+    for length in range(1, 20):
+        cut = ask(client, examples[task], max_tokens=length)
+        texts.append(cut.message.content)
+        assert not calls or not told(cut.message.tool_calls) or cut.finish_reason == "tool_calls"
+    assert not any(tag[:-1] in (text or "") for tag in data.TAGS[:4] for text in texts), texts
