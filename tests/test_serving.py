@@ -301,6 +301,11 @@ CASES = [  # response, content, calls
     ('<tool_call>\n{"name": "f"}\n</tool_call>', '{"name": "f"}', []),
     ('<tool_call>\n{"name": "f", "par', '{"name": "f", "par', []),
     ("<tool_call>\n[]\n</tool_call>", "[]", []),
+    (
+        '<tool_call>{"name": "f", "params": {"a": "\\ud83d"}}</tool_call>',
+        '{"name": "f", "params": {"a": "\\ud83d"}}',
+        [],
+    ),
     ('<tool_call>\n{"name": "f", "params": {"a": NaN}}\n</tool_call>',
      '{"name": "f", "params": {"a": NaN}}', []),
     ('<tool_call>\n{"name": "f", "params": {"a": 1e999}}\n</tool_call>',

@@ -106,7 +106,9 @@ def read_calls(block: str) -> list[dict] | None:
     """Return the calls of a block, each with name and params; None if it is no JSON of that form."""
     try:
         calls = json.loads(block)
-        json.dumps(calls, allow_nan=False)
+        json.dumps(
+            calls, ensure_ascii=False, allow_nan=False
+        ).encode()  # no half of a surrogate pair
     except (ValueError, RecursionError):
         return None
     calls = calls if isinstance(calls, list) else [calls]
