@@ -312,9 +312,10 @@ def target_ids(example: Example, tokenizer) -> list[int]:
 def turn_end(tokenizer) -> list[int]:
     """Return the ids with which the chat template closes an assistant turn.
 
-    What it writes between a response and the next user message, up to and including the first
-    special token: <|im_end|>, <|eot_id|>, <end_of_turn>, and <|user|> where a turn has no end of
-    its own (GLM). Without a special token there, the EOS; ValueError if there is none either.
+    What it writes between a response and the next user message, up to and including the EOS, or
+    else the first special token: <|im_end|>, <|eot_id|>, <end_of_turn>, and <|user|> where a turn
+    has no end of its own (GLM). Without a special token there, the EOS; ValueError if there is none
+    either.
     """
     _check_template(tokenizer)
     turns = [("user", "Turn-1"), ("assistant", "Turn-2"), ("user", "Turn-3")]
@@ -324,15 +325,16 @@ def turn_end(tokenizer) -> list[int]:
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
     ids = tokenizer(between, add_special_tokens=False)["input_ids"]
-    places = [place for place, token in enumerate(ids) if token in special]
-    if places:
-        return ids[: places[0] + 1]
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    for place, token in enumerate(ids):
+        if token == eos or (token in special and eos not in ids):
+            return ids[: place + 1]
+    if eos is None:
         raise ValueError(
             "the chat template closes a turn with no special token and the tokenizer has no EOS; "
             "set eos_token to the token that ends a turn"
         )
-    return [tokenizer.eos_token_id]
+    return [eos]
 
 
 def check_turn_end(tokenizer, stop_ids: list[int]) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import jinja2
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -146,6 +147,37 @@ def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
             seen["parallel"] += any(call.startswith("[") for call, _ in example.steps)
             seen["later"] += len(example.steps) > 1 and bool(example.history)
     assert min(seen.values()) > 10, seen
+
+
+def published() -> dict[str, str]:
+    """Name -> chat template, of those that TRL collects."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec else Path()
+    files = sorted(folder.glob("*.jinja")) if spec else []
+    return {file.stem: file.read_text() for file in files if "training" not in file.stem}
+
+
+@pytest.mark.parametrize("name", published())
+def test_on_published_templates(name):
+    """The same on the templates of Qwen, Llama, Gemma, Phi, GLM, DeepSeek, Command and others, as text."""
+    tokenizer, rng = toy_tokenizer(), random.Random(0)
+    tokenizer.chat_template = published()[name]
+    say = lambda *chat, **more: tokenizer.apply_chat_template(
+        [*chat], add_generation_prompt=True, tokenize=False, **more
+    )
+    try:
+        say({"role": "system", "content": "s"}, {"role": "user", "content": "u"})
+    except jinja2.TemplateError as error:  # no system message in Gemma 1, no plain text in LLaVA
+        pytest.skip(f"cannot be trained on our prompt: {error}")
+    serving.add_tool_template(tokenizer)
+    tools = [tool("f"), tool("g")]
+    raw, chat = conversation(rng)
+    row = {"conversations": raw, "tools": json.dumps(tools), "system": "P."}
+    examples, _ = data.convert("apigen-mt", [row])
+    for example in examples:
+        end = int(example.id.rpartition("/")[2])
+        asked = say({"role": "system", "content": "P."}, *parsed(chat[:end]), tools=tools)
+        assert asked == say(*data.messages(example))
 
 
 def test_the_default_template_stays():
