@@ -126,9 +126,10 @@ def tool_use_template(base_template: str, system_prompt: str, user_prompt: str) 
     place = data.with_policy(POLICY, system_prompt).replace(f"{POLICY}\n\n", POLICY)
     if POLICY not in place:
         place = POLICY + system_prompt
-    preamble = PREAMBLE.replace("%SYSTEM%", _concatenation(place))
-    # The block before the model's own template ends without a dash: it takes one line break, its own.
-    return preamble.replace("%USER%", _concatenation(user_prompt)) + base_template
+    prompts = {"%SYSTEM%": _concatenation(place), "%USER%": _concatenation(user_prompt)}
+    preamble = re.sub("|".join(prompts), lambda match: prompts[match[0]], PREAMBLE)
+    # The preamble's last block ends without a dash: it takes its own line break and no other.
+    return preamble + base_template
 
 
 def add_tool_template(

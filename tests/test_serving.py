@@ -48,7 +48,7 @@ LLAMA = (  # in the manner of Llama 3's
 )
 WHITE = "\n\n  {% for m in messages %}\n<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n  {% endfor %}\n"
 OWN = {  # prompts of a user's own, with what might upset a template
-    "system_prompt": 'Say {{ "no" }} {% raw %} \\ \' "to"\r\ntools:\t😀 é\n__TOOL_DESCS__\n__OTHER__ %}',
+    "system_prompt": 'Say {{ "no" }} {% raw %} \\ \' "to"\r\ntools:\t😀 é\n__TOOL_DESCS__\n__OTHER__ %} %USER%',
     "user_prompt": "__STEPS__|__HISTORY__|__QUERY__\n\n{# {{ __QUERY__ }} #}\n",
 }
 FIGURES = {"system_prompt": data.SYSTEM_PROMPT, "user_prompt": data.USER_PROMPT}
