@@ -18,15 +18,16 @@ std=False)` of grpo.py for LUFFY and `(rewards, 8)` for SRFT. CHORD's groups hol
 The expert's behaviour probability is taken as 1: its importance ratio is p, and nothing clips it.
 
 Departures from the papers:
-1. LUFFY has no std in A and no clip on rollouts, as in its script (its equations have both; on
-   strictly on-policy data a clip does nothing).
-2. LUFFY takes the token mean of its Eq. 5; its script divides by the constant 8192 instead, without
-   a row count: pass num_tokens=8192 for that.
-3. SRFT keeps the printed signs of H (the official code has exp(+H) in w_sft) with H per row, as in
-   the HPT re-implementation. variant="hpt" is the latter: always shaped; its script also takes A
-   without std and num_tokens=8192.
-4. SRFT's log p of wrong rows is unbounded below, as printed: unstable when most rows are wrong.
-5. CHORD's phi is detached, as in both public codes; the paper is silent. Undetached it would drive
+1. LUFFY has neither std in A nor a clip on rollouts, as in its script. Its equations have both; on
+   strictly on-policy data a clip does nothing.
+2. LUFFY takes the token mean of its Eq. 5. Its script divides by the constant 8192 instead,
+   whatever the number of rows: pass num_tokens=8192 for that.
+3. SRFT keeps the printed signs of H, with H per row as in the HPT re-implementation. The official
+   code, known second-hand, has exp(+H) in w_sft where the paper argues for exp(-H). variant="hpt"
+   is the re-implementation: always shaped. Its script also takes A without std and
+   num_tokens=8192; we keep the paper's denominators.
+4. SRFT's log p of wrong rows is unbounded below, as printed: it is unstable when most are wrong.
+5. CHORD's phi is detached, as in both public codes; the paper is silent. Undetached it would push
    p to 0 or 1.
 
 Shapes: B responses (for LUFFY and SRFT the expert rows are among them), T response tokens

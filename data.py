@@ -1,19 +1,21 @@
-"""Raw tool-use datasets -> single-step Examples, ToolUPT's prompt, splits, iTool's choice of data.
+"""Raw tool-use data -> single-step Examples, ToolUPT's prompt, splits, iTool's choice of data.
 
-    load("xlam", FILE)              one Example per assistant turn, call or text (ToolUPT App. A)
+    load_source("xlam:FILE@10000")  one Example per assistant turn, call or text (ToolUPT App. A)
     render(example, tokenizer)      system prompt (Figure 5) and user prompt (Figure 6) as token ids
     target_ids(example, tokenizer)  <tool_call>..</tool_call> or <answer>..</answer>, and the end of
                                     the assistant's turn
     difficulty, select_complex      iTool's warm-up stages (Sec. 3.1) and replay buffer (Eq. 4)
 
-    python data.py stats FILE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
-    python data.py convert FILE OUT.jsonl [--name NAME]                one Example per line
+    python data.py stats SOURCE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
+    python data.py convert SOURCE OUT.jsonl [--name NAME]                one Example per line
 
-converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
+A source is [NAME:]PATH[@ROWS]: a file (.json, .jsonl, their .gz, .parquet) or a folder of such, the
+layout of its rows (guessed row by row where it is not named), and how many of them to sample.
+tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
 
-Where the papers are silent, or we depart from them (converters.py has the datasets' own points):
+Where the papers are silent, or we depart from them (the datasets' own points: tasks/converters.py):
  1. Tool steps of earlier rounds stay in the prompt, numbered on. Figure 6 shows the current query's
     only, but then up to 28 % of the calls have an argument that the prompt holds nowhere.
  2. APIGen-MT's policy, without which targets cannot be inferred, precedes the tool descriptions.
@@ -25,20 +27,33 @@ Where the papers are silent, or we depart from them (converters.py has the datas
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import math
 import random
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import rewards
-from converters import CONVERTERS, Conversation, Drop, guess, json_object
+from tasks.converters import (
+    CONVERTERS,
+    Conversation,
+    Drop,
+    bare,
+    guess,
+    holds_call,
+    json_object,
+    looks_like_call,
+    unpadded,
+)
 
 # ToolUPT Figure 5, verbatim.
 SYSTEM_PROMPT = """## Role
@@ -132,6 +147,12 @@ SOURCES = {
     "hammer": ("MadeAgents/xlam-irrelevance-7.5k", "xlam-7.5k-irrelevancek.json"),
 }
 TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
+UNREAD = "turn: call in a markup that is not read"
+HARMLESS = {
+    "turn: exact repetition",
+    "turn: think call",
+}  # no call that should have been read is lost
+DATA_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TAGS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "[Response]"]
 
 
@@ -149,113 +170,88 @@ class Example:
     system: str = SYSTEM_PROMPT  # template that holds __TOOL_DESCS__
 
 
-def load(name: str, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
+class Loaded(NamedTuple):
+    """What a source holds: Table 6's three sizes, and what became of the rows."""
+
+    examples: list[Example]  # processed size: their number
+    drops: Counter  # what was left out, by reason
+    layouts: Counter  # rows by layout
+    original: int  # rows of the files
+    sampled: int  # rows taken from them
+    lost_calls: list[str]  # files of which no row with a call could be read
+
+
+def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
     """Return the examples of a dataset; one line on stderr says what was left out.
 
-    name  a key of converters.CONVERTERS (hermes, toolace, xlam, ...), "jsonl" (ours), "toy" or "bfcl_half"
-    path  .json or .jsonl file or folder; toy: "train" | "valid" | "test" | "hard-train" ...;
+    name  a key of tasks.converters.CONVERTERS (hermes, toolace, openai, ...), "jsonl" (ours), "toy" or
+          "bfcl_half"; None: the layout of each row is guessed
+    path  file or folder, FILE@ROWS to sample rows; toy: "train" | "valid" | "test" | "hard-train" ...;
           bfcl_half: "train" | "test"
-    seed  of the toy world, of the halves, and of the choice among the answers of "hammer"
+    seed  of the toy world, of the halves, of the rows sampled, and of the choice among the answers
+          of "hammer"
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
     examples, drops = load_with_drops(name, path, seed=seed)
-    listing = ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
+    listing = _listing(drops)
     if not examples:
-        remedy = "`python data.py stats FILE` guesses its layout"
-        raise ValueError(f"no example of {path} could be read as {name!r} ({listing}); {remedy}")
+        form = f" as {name!r}" if name else ""
+        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
+        raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
     if drops:
-        print(f"data: {name}: {len(examples)} examples; left out: {listing}", file=sys.stderr)
+        count = f"{len(examples)} examples"
+        print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
     return examples
 
 
 def load_source(source: str, *, seed: int = 0) -> list[Example]:
-    """Return the examples of NAME, NAME:PATH, or PATH (its layout is guessed from the first row).
+    """Return the examples of NAME, NAME:PATH or PATH, of PATH@ROWS a sample of rows.
 
-    "toy", "toy:hard-train", "bfcl_half:test", "xlam:xlam_function_calling_60k.json", "my_examples.jsonl"
+    "toy", "toy:hard-train", "bfcl_half:test", "my_chats.jsonl", "xlam:xlam_function_calling_60k.json@10000"
     """
-    name, _, path = source.partition(":")
-    if name in [*CONVERTERS, "jsonl", "toy", "bfcl_half"]:
-        return load(name, path or None, seed=seed)
-    if not Path(source).exists():
-        raise FileNotFoundError(
-            f"{source} does not exist; give a file, NAME or NAME:FILE (data.py)"
-        )
-    try:
-        layout = guess(read_rows(source)[0])
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return load(layout, source, seed=seed)
+    return load(*_named(source), seed=seed)
 
 
 def load_with_drops(
-    name: str, path: str | Path | None = None, *, seed: int = 0
+    name: str | None, path: str | Path | None = None, *, seed: int = 0
 ) -> tuple[list[Example], Counter]:
     """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
-    if name == "toy":
-        return _toy(str(path or "train"), seed), Counter()
-    if name == "bfcl_half":
-        return _bfcl_half(str(path or "train"), seed)
-    if name not in [*CONVERTERS, "jsonl"]:
-        names = ", ".join([*CONVERTERS, "jsonl", "toy", "bfcl_half"])
-        raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
-    repo, file = SOURCES.get(name, (None, None))
-    remedy = "give a .json or .jsonl file"
-    if repo:
-        remedy = f"get {file} and pass its path: huggingface-cli download {repo} {file}"
-        remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
-    if path is None:
-        raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist; {remedy}")
-    rows = read_rows(path, file)
-    try:
-        return convert(name, rows, seed=seed)
-    except ValueError as error:  # of "jsonl": a file of ours is right, or refused
-        raise ValueError(f"{path}: {error}") from None
+    loaded = _load(name, path, seed)
+    _refuse_lost_calls(loaded)
+    return loaded.examples, loaded.drops
 
 
 def read_rows(path: str | Path, expected: str | None = None) -> list:
-    """Return the rows of a .json array, a .jsonl file, or all such files of a folder.
+    """Return the rows of a data file, or of all data files of a folder and its subfolders.
 
     expected  name of the one file to take from a folder that holds it
     """
-    files = [Path(path)]
-    if files[0].is_dir():
-        files = sorted(f for f in files[0].iterdir() if f.suffix in (".json", ".jsonl"))
-        files = [f for f in files if f.name == expected] or files
-    rows = [row for file in files for row in _read(file)]
-    if not rows:
-        raise ValueError(f"{path} holds no rows; give a .json or .jsonl file that does")
-    return rows
+    return [row for _, rows in _read_files(path, expected) for row in rows]
 
 
-def convert(name: str, rows: list, *, seed: int = 0) -> tuple[list[Example], Counter]:
+def read_jsonl(path: str | Path) -> Iterator:
+    """Yield the value of each line of a .jsonl or .jsonl.gz file; ValueError names a broken line.
+
+    Lines end with a line feed alone: str.splitlines would also cut at U+2028, which JSON texts hold.
+    """
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line, object_pairs_hook=json_object)
+            except (ValueError, RecursionError) as error:
+                remedy = "each line must be one whole JSON value"
+                raise ValueError(
+                    f"line {number} of {path} is not JSON ({error}); {remedy}"
+                ) from None
+
+
+def convert(name: str | None, rows: list, *, seed: int = 0) -> tuple[list[Example], Counter]:
     """Return the examples of raw rows and what was left out, by reason.
 
-    name  a key of CONVERTERS; or "jsonl", where a bad row is a ValueError and not a drop
+    name  a key of CONVERTERS; "jsonl", where a bad row is a ValueError and not a drop; None: guessed
     """
-    if name == "jsonl":
-        return [_own(row, number) for number, row in enumerate(rows, 1)], Counter()
-    examples, drops, seen = [], Counter(), set()
-    for index, row in enumerate(rows):
-        try:
-            conversation = CONVERTERS[name](row)
-            steps = _steps(f"{name}/{index}", conversation, seed)
-            if not steps:
-                raise Drop("no assistant turn")
-            common = _digest([conversation.tools, conversation.policy])
-            digests = [_digest([common, e.history, e.query, e.steps, e.target]) for e, _ in steps]
-        except (Drop, RecursionError) as error:
-            drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
-            continue
-        for (example, refusal), digest in zip(steps, digests, strict=True):
-            if not refusal and digest in seen:
-                refusal = "turn: exact repetition"
-            if refusal:
-                drops[refusal] += 1
-            else:
-                seen.add(digest)
-                examples.append(example)
+    examples, drops, *_ = _convert(name, enumerate(rows), seed, set())
     return examples, drops
 
 
@@ -392,6 +388,38 @@ def fit(
     return kept, drops
 
 
+def subset(examples: list[Example], fraction: float, seed: int = 0) -> list[Example]:
+    """Return a share of the examples, whole conversations, in their order: iTool's Figures 1(b), 8, 9.
+
+    fraction  in (0, 1]; the smaller of two shares with one seed is part of the larger
+    ValueError where nothing would be left.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a share of {fraction} of the training data; choose one in (0, 1]")
+    rows = defaultdict(list)
+    for index, example in enumerate(examples):
+        rows[_row(example)].append(index)
+    order, taken = sorted(rows), []
+    random.Random(seed).shuffle(order)
+    for row in order:
+        if len(taken) + len(rows[row]) > fraction * len(examples) + 1e-9:
+            break
+        taken += rows[row]
+    if not taken:
+        raise ValueError(
+            f"a share of {fraction} of {len(examples)} examples holds no conversation; raise it"
+        )
+    return [examples[index] for index in sorted(taken)]
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """Return a hash of what was read, 16 hexadecimal digits: equal for the same examples in the same order."""
+    total = hashlib.sha256()
+    for example in examples:
+        total.update(json.dumps(vars(example)).encode())
+    return total.hexdigest()[:16]
+
+
 def split(
     examples: list[Example],
     fraction: float,
@@ -415,7 +443,9 @@ def split(
             first.update(group)
     if not 0 < len(first) < len(examples):
         sizes = f"{len(examples)} examples in {len(groups)} groups"
-        remedy = "add data, raise the share (--eval_fraction), or give a file of its own (--eval_file)"
+        remedy = (
+            "add data, raise the share (--eval_fraction), or give a file of its own (--eval_file)"
+        )
         raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; {remedy}")
     if len(first) < 0.9 * room:
         print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
@@ -432,7 +462,7 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
     "" where BFCL accepts none (4 defects of its data, and relevance, which has no answers).
     ImportError with the remedy where bfcl-eval is missing.
     """
-    import bfcl
+    from tasks import bfcl
 
     examples = []
     for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
@@ -506,8 +536,18 @@ def select_complex(
     return sorted(chosen)
 
 
-def statistics(rows: int, examples: list[Example], drops: Counter, tokenizer=None) -> str:
-    """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
+def statistics(
+    rows: int,
+    examples: list[Example],
+    drops: Counter,
+    tokenizer=None,
+    *,
+    original: int | None = None,
+) -> str:
+    """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths.
+
+    rows      number of rows converted, of the `original` rows there were (all, where it is None)
+    """
     kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
     for example in examples:
         tools, chars, calls = sizes(example)
@@ -519,7 +559,9 @@ def statistics(rows: int, examples: list[Example], drops: Counter, tokenizer=Non
             prompt, target = "".join(m["content"] for m in messages(example)), example.target
         lengths["prompt"].append(len(prompt))
         lengths["target"].append(len(target))
-    lines = [f"rows {rows}  examples {len(examples)}  per row {len(examples) / rows:.2f}"]
+    original = rows if original is None else original
+    per_row = f"per row {len(examples) / rows:.2f}"
+    lines = [f"original {original}  sampled {rows}  processed {len(examples)}  {per_row}"]
     lines += [f"left out {count:6d}  {reason}" for reason, count in drops.most_common()]
     for title, counts in (("shares", kinds), ("difficulty", stages)):
         shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
@@ -539,26 +581,163 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     stats = commands.add_parser("stats", help="counts, drops and lengths of raw files")
-    stats.add_argument("files", nargs="+", metavar="FILE")
+    stats.add_argument("sources", nargs="+", metavar="SOURCE", help="[NAME:]PATH[@ROWS]")
     stats.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
     to_jsonl = commands.add_parser("convert", help="raw file -> one Example per line")
-    to_jsonl.add_argument("files", nargs=1, metavar="FILE")
+    to_jsonl.add_argument("sources", nargs=1, metavar="SOURCE", help="[NAME:]PATH[@ROWS]")
     to_jsonl.add_argument("out", metavar="OUT.jsonl")
     for command in (stats, to_jsonl):
         command.add_argument("--name", choices=[*CONVERTERS, "jsonl"], help="guessed if absent")
-        command.add_argument("--seed", type=int, default=0)
-    options, tokenizer = parser.parse_args(arguments), None
+        command.add_argument("--seed", type=int, default=0, help="of the rows sampled")
+    options, tokenizer, totals = parser.parse_args(arguments), None, Counter()
     if options.command == "stats" and options.tokenizer:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    for file in options.files:
-        rows = read_rows(file)
-        name = options.name or guess(rows[0])
-        examples, drops = convert(name, rows, seed=options.seed)
-        print(f"{file}  ({name})\n{statistics(len(rows), examples, drops, tokenizer)}")
+    for source in options.sources:
+        name, path = (options.name, source) if options.name else _named(source)
+        loaded = _load(name, path, options.seed)
+        examples, drops, layouts, original, sampled, _ = loaded
+        mixed = [f"{layout} {count}" for layout, count in layouts.items()]
+        print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else layouts)})")
+        print(statistics(sampled, examples, drops, tokenizer, original=original))
+        _refuse_lost_calls(loaded)
+        totals += Counter(original=original, sampled=sampled, processed=len(examples))
         if options.command == "convert":
             write_jsonl(examples, options.out)
+    if len(options.sources) > 1:
+        print("together\n" + "  ".join(f"{size} {count}" for size, count in totals.items()))
+
+
+def _named(source: str) -> tuple[str | None, str | None]:
+    """Return the NAME and PATH of a source; either may be absent."""
+    name, _, path = source.partition(":")
+    if name in [*CONVERTERS, "jsonl", "toy", "bfcl_half"]:
+        return name, path or None
+    return None, source
+
+
+def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
+    """Return what a source holds; `lost_calls` names each file that lost all its calls."""
+    if name in ("toy", "bfcl_half"):
+        part = str(path or "train")
+        examples, drops = (_toy(part, seed), {}) if name == "toy" else _bfcl_half(part, seed)
+        rows = len(examples) + sum(drops.values())
+        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows, [])
+    if name not in [*CONVERTERS, "jsonl", None]:
+        names = ", ".join([*CONVERTERS, "jsonl", "toy", "bfcl_half"])
+        raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
+    path, wanted, expected = _find(name, path)
+    files = _read_files(path, expected)
+    original, start, seen = sum(len(rows) for _, rows in files), 0, set()
+    sampled = original if wanted is None else wanted
+    if not 0 < sampled <= original:
+        raise ValueError(
+            f"{path} holds {original} rows; sample 1 to {original} of them, not @{wanted}"
+        )
+    chosen = {*random.Random(seed).sample(range(original), sampled)} if wanted else range(original)
+    examples, drops, layouts, lost_calls = [], Counter(), Counter(), []
+    for file, rows in files:
+        numbered = ((n, row) for n, row in enumerate(rows, start) if n in chosen)
+        try:
+            found, lost, named, silent = _convert(name, numbered, seed, seen, start)
+        except ValueError as error:  # of "jsonl": a row of ours is right, or refused
+            raise ValueError(f"{file}: {error}") from None
+        examples += found
+        drops += lost
+        layouts += named
+        lost_calls += [f"{file} ({_listing(lost)})"] if silent else []
+        start += len(rows)
+    if not layouts:
+        try:
+            guess(files[0][1][0])
+        except ValueError as error:
+            raise ValueError(f"{files[0][0]}: {error}") from None
+    return Loaded(examples, drops, layouts, original, sampled, lost_calls)
+
+
+def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:
+    """Return an existing path, the rows to sample (None: all), and the file that NAME expects."""
+    repo, expected = SOURCES.get(name, (None, None))
+    remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE (data.py)"
+    if repo:
+        remedy = f"get {expected} and pass its path: huggingface-cli download {repo} {expected}"
+        remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
+    if path is None:
+        raise ValueError(f"dataset {name!r} needs the path of its file; {remedy}")
+    path, wanted = str(path), None
+    if not Path(path).exists() and (sample := re.fullmatch(r"(.+)@(\d+)", path)):
+        path, wanted = sample[1], int(sample[2])
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist; {remedy}")
+    return path, wanted, expected
+
+
+def _convert(
+    name: str | None,
+    numbered: Iterable[tuple[int, object]],
+    seed: int,
+    seen: set[str],
+    start: int = 0,
+) -> tuple[list[Example], Counter, Counter, bool]:
+    """Return the examples of rows, what was left out, the layouts, and whether all calls were lost.
+
+    numbered  (number, row): the number stands in ids, and less `start` it is the row's in its file
+    seen      hashes of the examples kept before; changed in place
+    """
+    examples, drops, layouts, dropped, calls = [], Counter(), Counter(), [], Counter()
+    for number, row in numbered:
+        try:
+            layout = name or guess(row)
+        except (ValueError, RecursionError):
+            drops["row: unknown layout"] += 1
+            dropped.append(row)
+            continue
+        layouts[layout] += 1
+        if layout == "jsonl":
+            examples.append(_own(row, number - start + 1))
+            calls["read"] += examples[-1].kind == "tool_call"
+            continue
+        try:
+            conversation = CONVERTERS[layout](row)
+            steps = _steps(f"{layout}/{number}", conversation, seed)
+            if not steps:
+                raise Drop("no assistant turn")
+            common = _hash([conversation.tools, conversation.policy])
+            hashes = [
+                e and _hash([common, e.history, e.query, e.steps, e.target]) for e, _ in steps
+            ]
+        except (Drop, RecursionError) as error:
+            drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
+            dropped.append(row)
+            continue
+        for (example, refusal), mark in zip(steps, hashes, strict=True):
+            if not refusal and mark in seen:
+                refusal = "turn: exact repetition"
+            if example is None or example.kind == "tool_call":
+                calls["lost" if refusal and refusal not in HARMLESS else "read"] += 1
+            if refusal:
+                drops[refusal] += 1
+            else:
+                seen.add(mark)
+                examples.append(example)
+    lost = not calls["read"] and bool(calls["lost"] or any(map(holds_call, dropped)))
+    return examples, drops, layouts, lost
+
+
+def _listing(drops: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
+
+
+def _refuse_lost_calls(loaded: Loaded) -> None:
+    """Raise ValueError where a file lost all its calls: a model trained on the rest would never call."""
+    if loaded.lost_calls:
+        remedy = (
+            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
+        )
+        raise ValueError(
+            f"no row with a call could be read in {', '.join(loaded.lost_calls)}; {remedy}"
+        )
 
 
 def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
@@ -576,13 +755,17 @@ def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
     return fits
 
 
-def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Example, str | None]]:
+def _steps(
+    row: str, conversation: Conversation, seed: int
+) -> list[tuple[Example | None, str | None]]:
     """Return one (example, why it is refused or None) per assistant turn.
 
     A turn, once made, is context of the next one; lists are replaced and never changed, for
-    examples share them.
+    examples share them. A call in a markup that is not read ends the conversation: no later prompt
+    could show it.
     """
     tools, turns, policy, only_last = conversation
+    names = [tool["name"] for tool in tools]
     history, steps, query, call, found = [], [], "", None, []
     for turn, (role, content) in enumerate(turns):
         before = turns[turn - 1][0] if turn else None
@@ -601,6 +784,10 @@ def _steps(row: str, conversation: Conversation, seed: int) -> list[tuple[Exampl
         else:
             kind = "tool_call" if role in ("call", "think") else "answer"
             beside = kind == "answer" and after in ("call", "think")
+            if role == "assistant" and not beside and looks_like_call(content, names):
+                later = sum(role in ("assistant", "call", "think") for role, _ in turns[turn + 1 :])
+                found += [(None, UNREAD)] + [(None, "turn: after a call that is not read")] * later
+                break
             if kind == "tool_call":
                 text = call = _dumps(content[0] if len(content) == 1 else content)
             else:
@@ -634,7 +821,7 @@ def _refusal(example: Example, text: str, role: str, beside: bool) -> str | None
     return None
 
 
-def _digest(value) -> str:
+def _hash(value) -> str:
     """Return a hash of a JSON value; Drop for text that no tokenizer can read."""
     try:
         return hashlib.sha256(_dumps(value).encode()).hexdigest()
@@ -651,7 +838,7 @@ def _no_tool(query: str, seed: str) -> str:
 
 
 def _toy(split_name: str, seed: int) -> list[Example]:
-    import toy
+    from tasks import toy
 
     name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
     if name not in TOY_SIZES:
@@ -677,11 +864,11 @@ def _own(row, number: int) -> Example:
         raise ValueError(f"row {number} has no target, the expert response; {remedy}")
     try:
         pairs = {key: [_pair(key, item) for item in row[key]] for key in ("history", "steps")}
-        example = Example(**{**row, **pairs})
+        wrapped = row["tools"] if type(row["tools"]) is list else [None]
+        example = Example(**{**row, **pairs, "tools": [bare(tool) for tool in wrapped]})
         texts = [example.id, example.query, example.target, example.kind, example.system]
         texts += [text for pair in example.history + example.steps for text in pair]
-        tools = example.tools if type(example.tools) is list else [None]
-        if {*map(type, texts)} != {str} or not all(isinstance(tool, dict) for tool in tools):
+        if {*map(type, texts)} != {str} or not all(isinstance(t, dict) for t in example.tools):
             raise ValueError("a field of the wrong type")
         if roles := {role for role, _ in example.history} - {"user", "assistant"}:
             raise ValueError(f"history with the role {min(roles)!r}, not user or assistant")
@@ -693,10 +880,10 @@ def _own(row, number: int) -> Example:
         if not (example.target.startswith(tag[0]) and example.target.endswith(tag[1])):
             raise ValueError("target without the tags of its kind")
         rewards.binary(example.target, example.target)  # refuses what no response could match
-        _digest(row), _num_calls(example)
+        _hash(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        remedy = "README's section \"Your data\" shows rows; data.write_jsonl writes them"
+        remedy = "docs/data.md shows rows; data.write_jsonl writes them"
         raise ValueError(f"row {number} is no Example ({reason}); {remedy}") from None
     return example
 
@@ -747,31 +934,83 @@ def _row(example: Example) -> str:
     return example.id.rpartition("/")[0] if example.id.count("/") > 1 else example.id
 
 
-def _read(file: Path) -> list:
-    """Return the rows of one file; ValueError names the file, the line and the remedy."""
-    where = str(file)
+def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Path, list]]:
+    """Return (file, rows) of a data file, or of those of a folder, and say what was passed over there."""
+    path = Path(path)
+    if path.is_dir():
+        inside = [file for file in path.rglob("*") if file.is_file()]
+        inside = sorted(f for f in inside if "/." not in f"/{f.relative_to(path).as_posix()}")
+        files = [file for file in inside if file.name.removesuffix(".gz") == expected]
+        files = files or [file for file in inside if file.name.lower().endswith(DATA_FILES)]
+        # a repository of data also holds JSON files that are no rows
+        found = [(file, rows) for file in files if type(rows := _read(file)) is list]
+        read = {file for file, _ in found}
+        passed = [str(file.relative_to(path)) for file in inside if file not in read]
+        more = f" and {len(passed) - 8} more" if len(passed) > 8 else ""
+        if passed:
+            print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
+    else:
+        found = [(path, _read(path))]
+        if type(found[0][1]) is not list:
+            form = f"a JSON {type(found[0][1]).__name__}, not a list of rows"
+            raise ValueError(f"{path} is {form}; name it .jsonl if it is one row")
+    if not any(rows for _, rows in found):
+        raise ValueError(
+            f"{path} holds no rows; give a file or folder that does ({', '.join(DATA_FILES)})"
+        )
+    return found
+
+
+def _read(file: Path):
+    """Return the JSON value of a file, the rows of one in lines; ValueError names file and remedy."""
+    name = file.name.lower()
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist")
-    if file.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{file} is neither .json nor .jsonl; convert it first")
+    if not name.endswith(DATA_FILES):
+        raise ValueError(f"{file} is none of {', '.join(DATA_FILES)}; convert it first")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        rows = []
-        for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else (), 1):
-            where = f"line {number} of {file}"
-            rows += [json.loads(line, object_pairs_hook=json_object)] if line.strip() else []
-        if file.suffix == ".json":
-            rows = json.loads(text, object_pairs_hook=json_object)
+        if name.endswith(".parquet"):
+            return _read_parquet(file)
+        if ".jsonl" in name[-9:]:
+            return list(read_jsonl(file))
+        with _open(file) as opened:
+            text = opened.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 ({error}); download it again") from None
+        coding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS_ENCODING"
+        remedy = f"convert it: iconv -f {coding} -t UTF-8 OLD > NEW"
+        raise ValueError(f"{file} is not UTF-8 ({error}); {remedy}") from None
+    except (EOFError, OSError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error  # without the path
+        raise ValueError(f"{file} cannot be read ({reason}); is it whole?") from None
+    try:
+        return json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
-        hint = "name it .jsonl if each line is an object, else download it again"
-        if file.suffix == ".jsonl":
-            hint = "each line must be one whole JSON value"
-        raise ValueError(f"{where} is not JSON ({error}); {hint}") from None
-    if type(rows) is not list:
-        raise ValueError(f"{file} is a JSON {type(rows).__name__}, not a list; is it the dataset?")
-    return rows
+        remedy = "name it .jsonl if each line is an object; else, is it whole?"
+        raise ValueError(f"{file} is not JSON ({error}); {remedy}") from None
+
+
+def _open(file: str | Path):
+    """Return a text file, open for reading, compressed or not."""
+    opener = gzip.open if str(file).lower().endswith(".gz") else open
+    return opener(file, "rt", encoding="utf-8-sig")
+
+
+def _read_parquet(file: Path) -> list[dict]:
+    """Return the rows of a Parquet file, without the nulls that pad its nested objects."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"{file} is Parquet; to read it: pip install pyarrow") from None
+    try:
+        batches = parquet.ParquetFile(file).iter_batches()
+        rows = [row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict")]
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{file} is not Parquet that can be read ({reason}); is it whole?"
+        ) from None
+    return [{key: unpadded(value) for key, value in row.items()} for row in rows]
 
 
 def _check_template(tokenizer) -> None:
@@ -792,6 +1031,8 @@ def _dumps(value) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise Drop("NaN or Infinity") from None
+    except TypeError:  # dates and bytes, which Parquet holds
+        raise Drop("a value that is not JSON") from None
 
 
 if __name__ == "__main__":

@@ -1,27 +1,28 @@
-"""Measure a model on BFCL-v3, on API-Bank or on a file of our examples; compare results; count error types.
+"""Measure a model on BFCL-v3, API-Bank or a file of examples; compare results; count error types.
 
-    python eval.py MODEL                                      BFCL: the columns of the papers' tables
-    python eval.py MODEL --categories single_turn --limit 50  some categories, their first cases
-    python eval.py MODEL --bench api_bank --api_bank DIR      API-Bank levels 1 and 2
-    python eval.py MODEL --bench file --file FILE             any data that data.py reads (NAME:FILE too)
-    torchrun --nproc_per_node=8 eval.py MODEL                 cases split over ranks, one engine each
-    python eval.py --rescore RUN                              judge the recorded responses again, no model
-    python eval.py --compare RUN RUN ...                      side by side, with bootstrap intervals
-    python eval.py --errors FILE.jsonl                        error types of response/target pairs
+    python eval.py MODEL                                    BFCL: the columns of the papers' tables
+    python eval.py MODEL --categories single_turn --limit 50      some categories, first cases
+    python eval.py MODEL --bench api_bank --api_bank DIR          API-Bank levels 1 and 2
+    python eval.py MODEL --bench file --file FILE           any data that data.py reads
+    torchrun --nproc_per_node=8 eval.py MODEL               cases split over ranks, one engine each
+    python eval.py --rescore RUN                            judge recorded responses again
+    python eval.py --compare RUN RUN ...                    side by side, with bootstrap intervals
+    python eval.py --errors FILE.jsonl                      error types of response/target pairs
 
 MODEL is a folder or hub name: a checkpoint, or the base model for the zero-shot row. The prompt is
 rendered by the function that training uses (Figures 5 and 6; --format python: iTool's calls).
 Greedy, 1,024 tokens. On BFCL and API-Bank a response's first tag decides: a call inside or after an
-<answer> is none. On our examples the verdict is training's (rewards.py): tags of both kinds are wrong.
+<answer> does not count. On our examples the verdict is training's (rewards.py): tags of both kinds
+are wrong.
 
-A case is a generator that yields an Example and is sent the response; `answer` advances all of them in
-lock step, one batched generate per round, so that one turn and forty steps are the same loop. A prompt
-that leaves no room for --max_tokens below --max_model_len is counted wrong and reported (officially
-the response is shortened instead, and only prompts beyond the context fail).
+A case is a generator that yields an Example and is sent the response. `answer` advances all of them
+in lock step, one batched generate per round, so that one turn and forty steps are the same loop. A
+prompt that leaves no room for --max_tokens below --max_model_len is counted wrong and reported
+(officially the response is shortened instead, and only prompts beyond the context fail).
 
-output_dir/settings.json   model, versions, data, prompt, sampling: a run goes on where it stopped if they agree
-output_dir/results.jsonl   a line per case: prompt, responses, decoded calls, verdict, error
-output_dir/report.md, .png columns with 95 % intervals, categories, error types, counts of what went wrong
+output_dir/settings.json    model, versions, data, prompt, sampling; a run resumes if they agree
+output_dir/results.jsonl    a line per case: prompt, responses, decoded calls, verdict, error
+output_dir/report.md, .png  columns with 95 % intervals, categories, error types, what went wrong
 """
 
 import argparse
@@ -44,21 +45,22 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
-import api_bank
-import bfcl
 import data
 import model as modeling
 import rewards
 import rollout
-import scores
-from bfcl import columns  # noqa: F401  the aggregator is part of this program's face
+from tasks import api_bank, bfcl, scores
+from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
-ONLY = {  # flags of one benchmark, and their value where they are not given
-    "categories": ("bfcl", None), "half": ("bfcl", None), "keep_steps": ("bfcl", True),
-    "api_bank": ("api_bank", None), "file": ("file", None),
-}  # fmt: skip
-NEIGHBOURS = 16  # cases in a row that one rank gets: many share their tools, which the prefix cache then holds
-# What must agree for a run to go on: another value would mix two measurements in one file.
+ONLY = {  # flags of one benchmark, and their defaults
+    "categories": ("bfcl", None),
+    "half": ("bfcl", None),
+    "keep_steps": ("bfcl", True),
+    "api_bank": ("api_bank", None),
+    "file": ("file", None),
+}
+NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
+# What must agree for a run to resume: otherwise one file would mix two measurements.
 SAME = ("model", "weights", "bench", "seed", *scores.SETTINGS)
 
 
@@ -97,12 +99,12 @@ def answer(
     anyone: Callable[[int], int] = int,
     quiet: bool = False,
 ) -> None:
-    """Play all cases in lock step, at most options.batch at a time; judge and write each when it is over.
+    """Play all cases in lock step, at most options.batch at a time; judge and write each when done.
 
     engine   a rollout engine, or anything with its tokenizer, max_model_len and generate
     options  batch, max_tokens, temperature, seed
     write    takes the row of a case
-    anyone   this rank's open cases -> whether any rank has some (ranks that share a model go together)
+    anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
     """
     waiting, talks = deque(cases), []
     with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
@@ -147,13 +149,13 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
     """What a response is: a call, an answer or malformed. The one place where responses are read.
 
     form       "toolupt": JSON between tags, the first tag decides; "python": [name(key="v")]
-    as_source  BFCL wants Java's and JavaScript's arguments as source text. In Python form the argument is
-               that source, and literals become JSON text; in JSON it must be a string, and a list where
-               text is due is wrong, as with the official handlers
+    as_source  BFCL wants Java's and JavaScript's arguments as source text. In Python form the
+               argument is that source, and literals become JSON text; in JSON it must be a string,
+               and a list where text is due is wrong, as with the official handlers
 
-    Malformed, too: a <tool_call> that opens first and never closes, and arguments that are not JSON
-    (sets, tuples as keys, more digits than Python prints). In Python form a text without brackets is an
-    answer unless it looks like a call: a tool tag, a code fence, name( at its start.
+    Malformed are also a <tool_call> that opens first and never closes, and arguments that are not
+    JSON (sets, tuples as keys, more digits than Python prints). In Python form a text without
+    brackets is an answer unless it looks like a call: a tool tag, a code fence, name( at its start.
     """
     if form == "python":
         parsed = rewards.parse_python(response)
@@ -190,7 +192,7 @@ def _is_json(value):
 
 
 def bfcl_cases(options: argparse.Namespace) -> list[Case]:
-    """BFCL's cases in the order of the tables; with options.half the live ones outside the training half."""
+    """BFCL's cases in the tables' order; with options.half those outside the training half."""
     hidden = set()
     if options.half is not None:
         train, _ = data.bfcl_halves(options.half)
@@ -235,7 +237,7 @@ def file_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def example_case(example: data.Example, form: str = "toolupt") -> Case:
-    """A case of ours, of --bench file and of the evaluations during training; its row holds the target, too."""
+    """A case for --bench file and for evaluations during training; its row has the target."""
     score = partial(_file_score, example.target, form)
     return Case(example.id, example.kind, partial(_single, example), score)
 
@@ -259,7 +261,7 @@ def _bfcl_talk(entry, read, options, record):
 
 
 def _as_shown(read, form, response):
-    """Calls, and the text that later prompts hold: calls as in the training data, else the answer."""
+    """Calls, and the text for later prompts: calls as in the training data, else the answer."""
     parsed = read(response)
     if not parsed.calls:
         inside = re.search("<answer>(.*)</answer>", response, re.DOTALL)
@@ -348,8 +350,8 @@ def _python_calls(text, id):
     calls = rewards.parse(f"<tool_call>{text}</tool_call>").calls
     if calls is None:
         raise ValueError(
-            f'{id}: the tool step {text[:80]!r} is no call, neither {{"name", "params"}} in JSON nor '
-            "[name(key=value)]; mend its steps, or take --format toolupt, which shows them as they are"
+            f'{id}: the tool step {text[:80]!r} is neither {{"name", "params"}} in JSON nor '
+            "[name(key=value)]; correct its steps, or take --format toolupt, which shows them as is"
         )
     written = [
         f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['params'].items())})"
@@ -359,7 +361,7 @@ def _python_calls(text, id):
 
 
 def _python_system(system):
-    """The template for Python calls with the policy of one for JSON calls; another template stays."""
+    """The template for Python calls, with the policy of the one for JSON calls."""
     before, heading = data.SYSTEM_PROMPT.split("## Available Tools Description")[0], "## Available"
     if not system.startswith(before):
         return system
@@ -401,7 +403,7 @@ def evaluate(options: argparse.Namespace) -> Path:
 
 
 def _prepare(options):
-    """Load cases and open the folder: what a user's mistake may stop. Returns all cases, chosen ones, settings."""
+    """Load cases and open the folder, which find a user's mistakes; all cases, chosen, settings."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         _init_distributed()
@@ -435,7 +437,7 @@ def _answer_rest(options, cases, chosen, settings):
             tensor_parallel_size=options.tensor_parallel_size,
             dtype=options.dtype,
             seed=options.seed,
-            cpu_kv_bytes=2 << 30,  # nothing else needs the memory
+            kv_cache_bytes=2 << 30,  # nothing else needs the memory
             cpu_block=128,  # few responses share a prompt
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
@@ -459,7 +461,7 @@ def rescore(out: Path) -> Path:
 
 
 def _recorded(out):
-    """A run's settings, with the versions of data and package in use now, its rows and their cases by id."""
+    """A run's settings, with the current versions of data and package; its rows; cases by id."""
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
@@ -502,8 +504,9 @@ def describe(options: argparse.Namespace) -> dict:
     settings["max_model_len"] = min(options.max_model_len, room)
     if settings["max_model_len"] <= options.max_tokens:
         raise ValueError(
-            f"--max_tokens {options.max_tokens} leaves no room for a prompt in {settings['max_model_len']} tokens "
-            f"(--max_model_len {options.max_model_len}, the model's own limit {room}): lower it"
+            f"--max_tokens {options.max_tokens} leaves no room for a prompt in "
+            f"{settings['max_model_len']} tokens (--max_model_len {options.max_model_len}, the "
+            f"model's own limit {room}): lower it"
         )
     settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
     settings["data"] = _data_hash(options)
@@ -531,7 +534,7 @@ def _data_hash(options):
 
 
 def _open(out, settings, sizes):
-    """Write settings.json, and results.jsonl with all that earlier runs left; ValueError if they differ."""
+    """Write settings.json, and results.jsonl with earlier results; ValueError if they differ."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.json"
     old = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
@@ -632,8 +635,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         default="toolupt",
         help="prompt and form of the calls",
     )
-    add("--no_keep_steps", dest="keep_steps", action="store_false", help="Figure 6 to the letter: a turn "
-        "does not see earlier turns' tool steps")  # fmt: skip
+    add(
+        "--no_keep_steps",
+        dest="keep_steps",
+        action="store_false",
+        help="Figure 6 to the letter: a turn does not see earlier turns' tool steps",
+    )
     add("--temperature", type=float, default=0.0)
     add("--seed", type=int, default=0)
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
@@ -645,7 +652,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
     add("--engine", choices=("vllm", "transformers"), default="vllm")
-    add("--batch", type=int, default=512, help="cases under way at a time, per rank")
+    add("--batch", type=int, default=512, help="cases played at a time, per rank")
     add("--max_num_seqs", type=int, default=256, help="responses decoded at a time, per rank")
     add("--gpu_memory_utilization", type=float, default=0.9)
     add("--tensor_parallel_size", type=int, default=1)
@@ -660,7 +667,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name, (bench, off) in ONLY.items():
         if options.model and options.bench != bench and getattr(options, name) != off:
             flag = f"--no_{name}" if off is True else f"--{name}"
-            parser.error(f"{flag} is of --bench {bench}, not of {options.bench}")
+            parser.error(f"{flag} belongs to --bench {bench}, not to {options.bench}")
     for name in ("limit", "max_tokens", "batch", "max_num_seqs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
@@ -678,7 +685,7 @@ def _refuse(error):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; a user's mistake or a missing package is one line and exit code 2, a later error keeps its traceback."""
+    """The command line. A user's mistake or a missing package ends it with one line and code 2."""
     options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         if options.errors:

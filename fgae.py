@@ -5,18 +5,20 @@
     token_advantages  A_t = (R_t - mean) / (std + eps)                              Eqs. 15, 16, 17
                       mean and population std over all tokens of the K responses
 
-Train on them with dapo_loss of grpo.py (Eq. 18). A token of a wrong response that is right earns
-`upper`; every other token earns its response's outcome reward (lower is a bound of that reward).
+Train on them with dapo_loss of grpo.py (Eq. 18). A correct token of a wrong response earns
+`upper`; every other token earns its response's outcome reward, of which `lower` is a bound.
 
-Departures from the paper:
+Where the paper is silent:
 1. "The t-th token is correct" (Eq. 13) leaves the alignment open. "positional" compares token t
    with expert token t; "lcs" takes a longest common subsequence, so that one inserted token does
-   not spoil all that follow.
-2. Answers have no process reward ("for tool_call responses"): the caller passes an empty
-   expert_mask there. With "lcs" the caller clears the EOS column too, else the EOS of any garbage
-   would match.
-3. Where all tokens of a group have one reward, advantages are exactly 0. In float32 mean and std
-   carry round-off of the same size, and eps does not hide it.
+   not spoil all that follow. Either reading depends on how the expert writes its JSON: where the
+   policy puts blanks and the expert does not, few positions agree.
+2. Answers have no process reward, since the text speaks of tool_call responses and an answer may be
+   worded in many ways: the caller passes an empty expert_mask. With "lcs" the caller clears the EOS
+   column too, or else the EOS of any garbage would match.
+3. The std is that of the population, as printed in Eq. 16. Where all tokens of a group have the
+   same reward, advantages are exactly 0: in float32 mean and std carry round-off of the same
+   size, and (R - mean) / (std + eps) would give advantages up to 0.5.
 
 P prompts, K responses per prompt, B = P*K responses, T response tokens, S expert tokens (both
 right-padded). Rows p*K .. p*K+K-1 answer prompt p. Masks are bool; padding may hold anything.

@@ -15,16 +15,22 @@ With r = exp(logps - old_logps) and one prompt's K rewards R_1 .. R_K:
 Equation numbers are those of the ToolUPT paper.
 
 Departures from the ToolUPT paper:
-1. Eq. 2 uses one epsilon for the clip range and for the std guard; here 0.2 and 1e-6.
-2. "standard deviation" is Bessel's (ddof 1), as in veRL, TRL and oat; the text does not say.
-3. Equal rewards give exactly 0: in float32 mean and std carry round-off of the same size, so that
-   eight rewards of 3.98647 would otherwise get |A| = 0.3.
-4. Eq. 18 prints a symmetric clip; dapo_loss has DAPO's 0.2 / 0.28 (no effect when on-policy).
-5. The log-ratio is clamped to [-20, 20] before exp; beyond, a token has no gradient.
+1. Eq. 2 uses one epsilon for the clip range and for the std guard; we take 0.2 and 1e-6.
+2. "Standard deviation" is Bessel's (ddof 1), as in veRL, TRL and oat; the text does not say.
+3. Equal rewards give exactly 0: in float32 mean and std carry round-off of the same size, and eight
+   rewards of 3.98647 would otherwise get |A| = 0.3.
+4. Eq. 18 prints a symmetric clip; dapo_loss has DAPO's 0.2 / 0.28. Neither acts when training is
+   strictly on-policy (Table 7), with one update per batch: the ratio is then 1.
+5. The log-ratio is clamped to [-20, 20] before exp; beyond that a token has no gradient.
 
-Denominators (num_tokens, num_responses) default to the local count. With micro-batches or several
-ranks pass the count of the whole optimiser step: then losses, gradients and stats of the parts add
-up to those of the whole. Stats carry the loss's own denominator:
+GRPO takes the sequence mean of Eq. 2, although veRL's default is the token mean, which the paper
+presents as DAPO's change.
+
+Denominators (num_tokens, num_responses) are meant to be those of the whole optimiser step, as
+Eqs. 2 and 18 print them; veRL averages over micro-batches instead. They default to the local
+count: with micro-batches or several ranks pass the count of the whole step. Then losses,
+gradients and stats of the parts add up to those of the whole. Stats carry the loss's own
+denominator:
     clip_ratio   share of tokens (GSPO: responses) whose gradient the clip removed
     approx_kl    mean of old_logps - logps, nats per token
 In Dr.GRPO both are shares of N * max_length tokens, like its loss.

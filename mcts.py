@@ -12,18 +12,21 @@ call, or one sentence. The model is two functions, `propose` (samples) and `eval
 everything here runs without one.
 
 Departures from the paper, and choices where it is silent:
- 1. Fragments end at the commas and brackets that separate calls or arguments, not at every
-    `' , .)`: one of , . ) stands inside an argument value of every third call.
+ 1. Fragments end at the commas and brackets that separate calls or arguments, quotes and nesting
+    respected, not at every `' , .)`: a third of all calls have a , . or ) inside an argument value.
  2. The last level is free: at `depth` the action is the whole rest of the response, so that every
     path has an outcome.
  3. r is R(s') - R(s), the benefit of the action; the other order would reward harm.
- 4. C uses the exact, normalised probabilities of the four options: the expectation of what the
-    paper averages over four samples.
- 5. p(a|s) = exp(mean log-prob): a product would make long fragments vanish from Eq. 5. Its tokens
-    are at temperature 1 although sampling is at 1.5.
- 6. "simulation" counts the roll-out steps after the leaf's own expansion (1 + 2 = depth 3); their
+ 4. C is the exact expectation over the normalised probabilities of the four options, of which the
+    paper's average over four samples is an estimate.
+ 5. C conditions on ground truth and response only: Eq. 7 also names the query and the tools, but
+    the prompt of Table 10, which we use, shows neither.
+ 6. p(a|s) = exp(mean log-prob): a product would make long fragments vanish from Eq. 5. It is taken
+    at temperature 1, although samples are drawn at 1.5.
+ 7. "simulation" counts the roll-out steps after the leaf's own expansion (1 + 2 = depth 3); their
     nodes stay in the tree.
- 7. discount 1.0 (Xie et al. 2024) and the similarity measure (the authors' code) are not in it.
+ 8. The discount of Eq. 9 is 1.0, as in Xie et al. 2024. "Similarity above 95 %" is word overlap, as
+    in the authors' code: common words over the words of the shorter step.
 
 Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line; also trees.svg)
 Standard library only, no sibling imported: copy this file on its own.
@@ -105,9 +108,7 @@ class Proposal:
     logps: list[float]  # (n,) nat, at temperature 1, whatever the sampling temperature
     finished: bool  # the response ends here
     reason: str | None = None  # why it ends: "eos" | "length"
-    tail: Any = (
-        None  # unused rest of the sample, in any form `propose` likes; it comes back as node.tail
-    )
+    tail: Any = None  # unused rest of the sample, in any form; it comes back as node.tail
 
 
 @dataclass(eq=False)
@@ -175,8 +176,9 @@ def split_fragments(text: str) -> list[str]:
                               the `]` that follows a call
     {"name": ., ".": {.}}     the same in JSON, one call or a list; none before the first argument
     anything else             cut after a newline, and after . ! ? before white space
-    Calls may stand in <tool_call> tags; the closing tag belongs to the last fragment. Broken syntax
-    is cut by the same rules. A blank fragment joins the one before it, at the start the next one.
+    Calls may be wrapped in <tool_call> tags; the closing tag belongs to the last fragment. Broken
+    syntax is cut by the same rules. A blank fragment joins the one before it, or the next one at
+    the start.
     """
     return [text[start:end] for start, end in itertools.pairwise([0, *_fragment_ends(text)])]
 
@@ -184,11 +186,11 @@ def split_fragments(text: str) -> list[str]:
 def split_tokens(pieces: list[str]) -> list[list[str]]:
     """The tokens of a response grouped into actions; each ends with its last character's token.
 
-    pieces   decoded text of each token; special tokens as "" (else the end-of-sequence token would
-             be an action of its own)
+    pieces   decoded text of each token; special tokens as "", or the end-of-sequence token would
+             become a separate action
     """
     text = "".join(pieces)
-    totals = list(itertools.accumulate(map(len, pieces)))  # characters up to and with each token
+    totals = list(itertools.accumulate(map(len, pieces)))  # characters up to the end of each token
     groups, start = [], 0
     for end in _fragment_ends(text):
         token = bisect.bisect_left(totals, end)
@@ -200,7 +202,7 @@ def split_tokens(pieces: list[str]) -> list[list[str]]:
 
 
 def first_fragment(prefix: list[str], pieces: list[str]) -> int:
-    """How many tokens of a new sample make its first action, len(pieces) where nothing cuts it.
+    """Number of tokens in the first action of a new sample, len(pieces) where nothing cuts it.
 
     prefix   decoded tokens of the state's response so far; brackets and quotes count from its start
     pieces   decoded tokens of the sample that continues it, special tokens as ""
@@ -230,7 +232,7 @@ def puct(node: Node, c: float, revisit: bool = True) -> Node:
 
 
 def backup(path: list[Node], discount: float, visit_floor: int = 0) -> None:
-    """Counts a visit of every node of the path, then updates V (Eq. 8) and Q (Eq. 9) upwards.
+    """Count a visit to every node of the path, then update V (Eq. 8) and Q (Eq. 9) upwards.
 
     path          nodes from the root to the end of the iteration
     visit_floor   least weight of a child in Eq. 8; 0 leaves unvisited children out
@@ -263,7 +265,7 @@ def search(
     All trees advance in lock step: a wave is one call of each for all of them. Within a tree the
     order is sequential, so its result does not depend on the other trees.
     """
-    assert len({id(root) for root in roots}) == len(roots), "a root stands twice in roots"
+    assert len({id(root) for root in roots}) == len(roots), "a root occurs twice in roots"
     running = [_iterations(root, config) for root in roots]
     while wave := [(tree, leaf) for tree in running if (leaf := next(tree, None)) is not None]:
         running = [tree for tree, _ in wave]
@@ -327,7 +329,7 @@ def similarity(a: str, b: str) -> float:
 def tree_to_dict(root: Node, config: SearchConfig = SearchConfig(), **about: Any) -> dict:
     """The tree as JSON data: {**about, "config", "nodes"}, nodes in preorder with parent indices.
 
-    about   what else to keep beside it, such as id, target or step
+    about   what else to keep with it, such as id, target or step
     Tails are left out.
     """
     nodes = list(_preorder(root))
@@ -380,7 +382,7 @@ def svg(trees: list[tuple[Node, SearchConfig]]) -> str:
     """A self-contained picture of the trees (Figure 11), root left, one action per box.
 
     Frame: green chosen, red rejected, dashed where the pair was dropped. Fill: the outcome.
-    Long fragments are cut with an ellipsis; the pointer shows them whole.
+    Long fragments end in an ellipsis; hovering over them shows the whole text.
     """
     parts, top, width = [], _ROW, 0
     for root, config in trees:
@@ -407,13 +409,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     show.add_argument("--svg", type=Path, help="picture of all trees; default: FILE with .svg")
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a model writes what the locale may not know
+    sys.stdout.reconfigure(errors="backslashreplace")  # the locale may lack what a model writes
     try:
         found = _read(args.file)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     trees = [(tree_from_dict(data), SearchConfig(**data["config"])) for data in found]
-    picture = args.svg or args.file.with_suffix(".svg")  # first: `show` may end in a pipe to head
+    picture = args.svg or args.file.with_suffix(
+        ".svg"
+    )  # first, since the text may go to a pipe that closes
     picture.write_text(svg(trees), encoding="utf-8")
     for data, (root, config) in zip(found, trees):
         for key, value in data.items():
@@ -428,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
 
 # ---- private ----
 
-# a string with escapes; an open one runs to the end of the text
+# A string with escapes; an unclosed one runs to the end of the text.
 _DOUBLE = r'"[^"\\]*(?:\\.[^"\\]*)*"?'
 _SINGLE = _DOUBLE.replace('"', "'")
 _JSON_TOKEN = re.compile(rf"{_DOUBLE}|\S", re.DOTALL)
@@ -454,7 +458,7 @@ def _fragment_ends(text: str) -> list[int]:
 
 
 def _cuts(text: str) -> list[int]:
-    """Ends of the fragments as character offsets, the end of the text not always among them."""
+    """Ends of the fragments as character offsets, with or without the end of the text."""
     head = text.lstrip().removeprefix("<tool_call>").lstrip()
     if head.startswith("{") or (head.startswith("[") and head[1:].lstrip().startswith("{")):
         brackets, commas = {"[": "]", "{": "}"}, (["["], ["{", "{"], ["[", "{", "{"])
@@ -479,7 +483,7 @@ def _call_cuts(
         after_call = False
         if mark in brackets:
             stack.append(mark)
-        elif stack and mark == brackets[stack[-1]]:  # a closer that fits nothing is passed over
+        elif stack and mark == brackets[stack[-1]]:  # others are ignored
             stack.pop()
             after_call = mark == call_end and stack == ["["]
     return cuts
@@ -505,7 +509,7 @@ def _iterations(root: Node, config: SearchConfig) -> Iterator[Node]:
 def _expand(
     leaves: list[Node], propose: Callable, evaluate: Callable, config: SearchConfig
 ) -> None:
-    """Gives each leaf its evaluated children, or marks it dead where no sample gave one."""
+    """Give each leaf its evaluated children, or mark it dead where no sample gave one."""
     for leaf, proposals in zip(leaves, propose(leaves, config.width), strict=True):
         leaf.children = _children(leaf, proposals, config)
         if not leaf.children:
@@ -541,7 +545,7 @@ def _children(leaf: Node, proposals: list[Proposal], config: SearchConfig) -> li
 
 
 def _closed(node: Node) -> bool:
-    """Nothing is left to explore at or below the node."""
+    """Whether nothing is left to explore at or below the node."""
     return node.terminal or (bool(node.children) and all(map(_closed, node.children)))
 
 
@@ -622,10 +626,8 @@ def _read(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8")
     try:
         data = json.loads(text)
-    except (
-        json.JSONDecodeError
-    ):  # several lines; not splitlines(), which also splits inside strings
-        data = []
+    except json.JSONDecodeError:
+        data = []  # one tree per line; splitlines() would also split inside strings
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 data += [json.loads(line)] if line.strip() else []
@@ -633,7 +635,7 @@ def _read(path: Path) -> list[dict]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
     trees = [data] if isinstance(data, dict) else data
     if not trees:
-        raise ValueError(f"{path}: no tree in it")
+        raise ValueError(f"{path} holds no tree")
     for tree in trees:
         if not isinstance(tree, dict) or not tree.get("nodes") or "config" not in tree:
             raise ValueError(

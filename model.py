@@ -1,6 +1,7 @@
 """A causal language model and its tokenizer: load, LoRA, shard, hand over, clip, optimise, save.
 
-    load          fp32 master weights: at learning rate 1e-6 a bf16 master loses the update
+    load          fp32 master weights: at learning rate 1e-6 a bf16 master loses the update.
+                  Each rank reads its own part of every weight: none ever holds the whole model
     shard         FSDP2: bf16 compute on a GPU (fp32 on a CPU), fp32 reduction. Gradients are the
                   SUM over ranks, not FSDP2's mean: every loss divides by a count of all ranks
     full_tensors  the weights as the sampler wants them, one at a time, LoRA merged
@@ -8,16 +9,18 @@
     optimizer     AdamW. Weight decay acts on matrices (weights and embeddings), not on biases and
                   norms; veRL and LLaMA-Factory decay everything, at 0.01 hardly a difference
 
-Log-probs are in packing.py. Where a process group exists, all ranks call `shard`, `full_tensors`,
+Log-probs are in packing.py. Where a process group exists, all ranks call `load`, `full_tensors`,
 `clip_grad_norm` and `save` together.
 """
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
 import socket
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,24 +31,28 @@ from urllib.request import getproxies
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import (
-    snapshot_download,
-    split_torch_state_dict_into_shards,
-    try_to_load_from_cache,
-)
+from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.initialization import meta_device_safe_creation_ops
+from transformers.utils import cached_file
 
 
 def load(
@@ -57,10 +64,15 @@ def load(
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
     trust_remote_code: bool = False,
+    seed: int = 0,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """A model with fp32 weights on the CPU, without dropout, and its tokenizer.
+    """A model with fp32 weights, without dropout, and its tokenizer.
 
-    Weights that adapters freeze are bfloat16 where there is a GPU, or NF4 (QLoRA).
+    Where a process group exists the model is sharded over its ranks and lies on their devices;
+    without one it is whole, on the CPU. Weights that adapters freeze are bfloat16 where there is
+    a GPU, or NF4 (QLoRA). Checkpoints that transformers converts as it reads them, and those to be
+    quantised, are first read whole by every rank; rank 0 says so.
 
     model_name_or_path      folder written by save_pretrained, or a name on the Hugging Face Hub
     lora_rank               0: all weights are trained; r > 0: adapters of rank r on every linear
@@ -72,42 +84,58 @@ def load(
     torch_compile           decoder layers are compiled: for the first length that they meet, then
                             once more for any length, and once without gradients. A deepcopy of the
                             model would run the original's layers: load it again instead
+    seed                    of the adapters, which are the same on any number of ranks
+    compute_dtype           see `shard`
 
     ValueError where the folder, its weights, its tokenizer or the chat template are missing.
     """
     tokenizer = load_tokenizer(model_name_or_path, trust_remote_code=trust_remote_code)
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if lora_rank > 0 and on_gpu else torch.float32
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,  # never a pickle
-            trust_remote_code=trust_remote_code,
-            **_quantised(quant, lora_rank, dtype),
-        )
-    except OSError as error:
-        raise _not_loaded(model_name_or_path, error) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{model_name_or_path}: {len(missing)} weights are missing, {missing[0]} first; "
-            "download or save the model again"
-        )
+    frozen_in_bf16 = lora_rank > 0 and torch.cuda.is_available()
+    dtype = torch.bfloat16 if frozen_in_bf16 else torch.float32
+    quantised = _quantised(quant, lora_rank, dtype)
+    base = skeleton(model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    generation_config = _generation_config(model_name_or_path, base)
+    reader = _reader(model_name_or_path)
+    whole = "--quant 4bit" if quantised else _obstacle(base, reader)
+    if whole:
+        if _is_first():
+            print(f"{model_name_or_path}: each rank reads all the weights ({whole})", flush=True)
+        base = _from_pretrained(base, dtype, trust_remote_code, quantised)
+    base.generation_config = generation_config
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora_rank > 0:
-        model = _with_lora(model, lora_rank, lora_alpha)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _with_lora(base, lora_rank, lora_alpha) if lora_rank > 0 else base
     if torch_compile:
-        for layer in _transformer(model).get_decoder().layers:
+        for layer in base.get_decoder().layers:
             layer.forward = torch.compile(layer.forward)  # FSDP2's hooks stay outside
-    for module in model.modules():  # training mode turns checkpointing on, and dropout with it
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    if dist.is_initialized():
+        model = shard(model, compute_dtype=compute_dtype)
+    if not whole:
+        _fill(model, reader)
+    _draw_adapters(model, seed)
     return model.train(), tokenizer
+
+
+def skeleton(
+    model_name_or_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model without dropout and without storage (meta device): its names, shapes and layers."""
+    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    for part in (config, config.get_text_config()):
+        for name, value in [*vars(part).items()]:
+            if "drop" in name and isinstance(value, float):  # training mode would turn it on
+                setattr(part, name, 0.0)
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # a rate written in the model's code
+            module.p = 0.0
+    return model
 
 
 def load_tokenizer(
@@ -137,8 +165,10 @@ def shard(
     mesh           one-dimensional; None: all ranks of the process group, GPUs where there are any
     compute_dtype  of matrix products; None: bfloat16 on a GPU, float32 on a CPU
 
-    The unit of gathering is the decoder layer. Gradients are summed over ranks, in float32. Each
-    backward pass is a collective: all ranks need equally many (packing: a row without responses).
+    The unit of gathering is the decoder layer; also the embedding, unless the LM head shares it.
+    Gradients are summed over ranks, in float32. Each backward pass is a collective: all ranks need
+    equally many (packing: a row without responses). A quantised model stays whole on every rank:
+    clip_grad_norm adds up the adapters' gradients.
     """
     assert dist.is_initialized(), "shard needs torch.distributed.init_process_group, also on 1 rank"
     if mesh is None:
@@ -146,10 +176,13 @@ def shard(
         mesh = init_device_mesh(device, (dist.get_world_size(),))
     if compute_dtype is None:
         compute_dtype = torch.float32 if mesh.device_type == "cpu" else torch.bfloat16
-    if _is_quantised(model):  # whole on every rank; clip_grad_norm adds the adapters' gradients
-        return _replicated(model)
+    if _is_quantised(model):
+        return model
+    base = _transformer(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    own = [] if embedding.weight is head.weight else [embedding]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for module in (*_transformer(model).get_decoder().layers, model):
+    for module in (*own, *base.get_decoder().layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # sum, not mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
@@ -158,7 +191,7 @@ def shard(
 
 @torch.no_grad()
 def adapter_norm(model: nn.Module) -> float:
-    """Norm of the adapters' B matrices, 0 as they start and without adapters; all ranks together."""
+    """Norm of the adapters' B matrices, 0 at their start and without adapters; all ranks call."""
     parts = [_full(p) for name, p in model.named_parameters() if ".lora_B." in name]
     return float(sum((part.float() ** 2).sum() for part in parts)) ** 0.5
 
@@ -167,13 +200,16 @@ def adapter_norm(model: nn.Module) -> float:
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole weight of the plain transformers model, one at a time, all ranks together.
 
-    Adapters are merged in fp32 and have no names of their own. Tied embeddings come under both of
-    their names: a sampler that is sent the embedding alone keeps its old LM head. Never a second
-    copy of the model: a rank holds one whole weight more, unless the caller keeps them.
+    Trained and merged weights are fp32; frozen ones come in their own dtype. Adapters have no names
+    of their own. Tied embeddings come under both of their names: a sampler that is sent the
+    embedding alone keeps its old LM head. Never a second copy of the model: a rank holds one whole
+    weight more, unless the caller keeps them.
     """
     base = _transformer(model)
     modules = dict(base.named_modules())
-    originals = _originals(base) if _is_quantised(model) else {}
+    originals = {}
+    if _is_quantised(model):  # merging into NF4 would keep its error
+        originals = _tensors(base.name_or_path, str(next(base.parameters()).device))
     for name, tensor in base.state_dict().items():  # FSDP2 reshards first: fp32, not the bf16 copy
         if ".lora_" in name or ".base_layer.weight." in name:  # adapters; bitsandbytes' constants
             continue
@@ -182,7 +218,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             whole = originals[owner + ".weight"]() if originals else _full(tensor)
             yield owner + ".weight", whole.float() + _lora_update(modules[owner])
         else:
-            yield name.replace(".base_layer.", "."), _full(tensor).float()
+            yield name.replace(".base_layer.", "."), _full(tensor)
 
 
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
@@ -201,11 +237,14 @@ def optimizer(
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.01,
+    *,
+    offload: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over the trained parameters; make it after `shard`. Two groups: matrices, the rest.
 
     lr, betas     as in torch.optim.AdamW
     weight_decay  of the matrices (ndim >= 2); biases and norms are not decayed
+    offload       the moments, 8 bytes per parameter, stay in the host's memory: see HostAdamW
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -213,7 +252,68 @@ def optimizer(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)  # one pass over each shard
+    kind = HostAdamW if offload else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=betas, fused=True)  # one pass over each shard
+
+
+class HostAdamW(torch.optim.AdamW):
+    """AdamW, to the bit, with its moments in pinned host memory outside the step.
+
+    The step takes one parameter's moments to the GPU at a time and back: 16 bytes per parameter
+    cross the bus, and the GPU holds one parameter's moments beside weights and gradients.
+    """
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self._host, self._block = {}, torch.empty(0)
+
+    def step(self, closure=None):
+        assert closure is None, "the step is taken parameter by parameter: no closure"
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    for _, moment in self._moments(parameter):
+                        moment.data = moment.to(parameter.device, non_blocking=True)
+                    self.param_groups = [group | {"params": [parameter]}]
+                    super().step()
+                    self._leave(parameter)
+        finally:
+            self.param_groups = groups
+        self._wait()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)  # it moves them to the GPU
+        for parameter in self.state:
+            self._leave(parameter)
+        self._wait()
+
+    @torch.no_grad()
+    def _moments(self, parameter):
+        """(Key, this rank's part) of both moments, where they exist."""
+        state = self.state.get(parameter, {})
+        found = [(name, state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
+        return [((parameter, n), m.to_local() if isinstance(m, DTensor) else m) for n, m in found]
+
+    def _leave(self, parameter):
+        """Copies the moments to their place on the host and frees the GPU's copy."""
+        for key, moment in self._moments(parameter):
+            if moment.is_cuda:
+                if key not in self._host:
+                    self._host[key] = self._pinned(moment)
+                moment.data = self._host[key].copy_(moment, non_blocking=True)
+
+    def _pinned(self, moment):
+        """Room on the host, out of blocks: torch rounds each pinned tensor up to a power of two."""
+        n = moment.numel()
+        if n > self._block.numel():
+            self._block = torch.empty(max(n, 2**26), dtype=moment.dtype, pin_memory=True)
+        room, self._block = self._block[:n], self._block[n:]
+        return room.view(moment.shape)
+
+    def _wait(self):
+        if self._host:
+            torch.cuda.synchronize()  # before anyone on the host reads them
 
 
 def save(
@@ -245,7 +345,7 @@ def save(
         if not first or name not in plan.tensor_to_filename:  # the second name of tied weights
             continue
         file = plan.tensor_to_filename[name]
-        files[file][name] = tensor.cpu().contiguous()
+        files[file][name] = tensor.float().cpu().contiguous()
         if len(files[file]) == len(plan.filename_to_tensors[file]):
             save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
     if first:
@@ -274,19 +374,21 @@ def check_folder(name: str) -> None:
         return _check_hub(name)
     for what, patterns in {
         "config.json": ["config.json"],
-        "*.safetensors": ["*.safetensors"],
+        "model.safetensors": ["model.safetensors", "model.safetensors.index.json"],
         "tokenizer": ["tokenizer*", "vocab.*"],
     }.items():
         if not any(True for pattern in patterns for _ in path.glob(pattern)):
             latest = sorted(path.glob("checkpoint-*[0-9]"), key=os.path.getmtime)[-1:]  # of a run
             beside = Path(name.rstrip("/").removesuffix("-state"))
-            saved = [str(folder) for folder in (*latest, beside) if folder.is_dir() and folder != path]
+            saved = [
+                str(folder) for folder in (*latest, beside) if folder.is_dir() and folder != path
+            ]
             remedy = f"take {saved[0]}" if saved else "write it with save_pretrained"
             raise ValueError(f"{name}: no {what} in this folder; {remedy}")
 
 
 def _check_hub(name: str) -> None:
-    """ValueError where a Hub name is neither cached nor within reach; transformers would retry for a minute."""
+    """ValueError where a Hub name is neither cached nor within reach: no minute of retries."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str) or getproxies():
         return
     url = urlsplit(hub_constants.ENDPOINT)
@@ -305,6 +407,124 @@ def _not_loaded(name: str | Path, error: OSError) -> ValueError:
     return ValueError(
         f"{name}: {why} Give a folder on this machine, e.g. toy_model, or check the name"
     )
+
+
+def weight_files(model_name_or_path: str | Path) -> list[str]:
+    """Paths of the safetensors that are the model; others in its folder are adapters or copies."""
+    found = partial(cached_file, model_name_or_path, _raise_exceptions_for_missing_entries=False)
+    if single := found("model.safetensors"):
+        return [single]
+    index = found("model.safetensors.index.json")
+    try:
+        if not index:
+            raise OSError("no model.safetensors and no model.safetensors.index.json.")
+        files = sorted({*json.loads(Path(index).read_text())["weight_map"].values()})
+        return [cached_file(model_name_or_path, file) for file in files]
+    except OSError as error:
+        raise _not_loaded(model_name_or_path, error) from error
+
+
+def _reader(model_name_or_path: str | Path) -> HuggingFaceStorageReader:
+    files = weight_files(model_name_or_path)
+    reader = HuggingFaceStorageReader(str(Path(files[0]).parent))
+    reader.fs.ls = lambda folder: files  # its own would take every safetensors file there
+    return reader
+
+
+def _obstacle(base: PreTrainedModel, reader: HuggingFaceStorageReader) -> str:
+    """Why the files cannot be read slice by slice into the model; "" where they can."""
+    weights, on_disk = _weights(base), reader.read_metadata().state_dict_metadata
+    if getattr(base.config, "quantization_config", None):
+        return "they are quantised"
+    if any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(base)):
+        return f"transformers converts those of {base.config.model_type}"
+    if base.dtype != torch.float32 and base._keep_in_fp32_modules_strict:
+        return "some stay in float32"
+    for name, weight in weights.items():
+        if name not in on_disk or on_disk[name].size != weight.shape:
+            return f"transformers renames or reshapes {name}"
+    read = _tensors(base.name_or_path)
+    for name in (base.state_dict().keys() & read.keys()) - weights.keys():  # a second, tied name
+        source = base.all_tied_weights_keys.get(name)
+        if source not in read or not torch.equal(read[name](), read[source]()):
+            return f"{name} is tied in config.json only"
+    return ""
+
+
+def _from_pretrained(
+    base: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool, quantised: dict
+) -> PreTrainedModel:
+    """A skeleton's model as transformers reads it: whole, on the CPU unless `quantised` differs."""
+    name = base.name_or_path
+    try:
+        model, info = type(base).from_pretrained(
+            name,
+            config=base.config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=trust_remote_code,
+            **quantised,
+        )
+    except OSError as error:
+        raise _not_loaded(name, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name}: {len(missing)} weights are missing, {missing[0]} first; "
+            "download or save the model again"
+        )
+    return model
+
+
+def _generation_config(model_name_or_path: str | Path, base: PreTrainedModel) -> GenerationConfig:
+    """The model's own, valid: temperature without do_sample could be read, but not saved again."""
+    try:
+        config = GenerationConfig.from_pretrained(model_name_or_path)
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.do_sample = True
+            config.validate(strict=True)
+    except OSError:
+        return base.generation_config
+    except ValueError as error:
+        raise ValueError(
+            f"{model_name_or_path}: correct or delete its generation_config.json: {error}"
+        ) from error
+    return config
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, reader: HuggingFaceStorageReader) -> None:
+    """Gives a skeleton, sharded or whole, its storage, weights and non-persistent buffers."""
+    base, sharded = _transformer(model), dist.is_initialized()
+    model.to_empty(device="cuda" if sharded and torch.cuda.is_available() else "cpu")
+    base.tie_weights()
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming ... single"
+        checkpoint.load(_weights(base), storage_reader=reader, no_dist=not sharded)
+    for tensor in (*base.parameters(), *base.buffers()):
+        tensor._is_hf_initialized = True  # transformers' mark of what it must not draw again
+    for name, buffer in base.named_non_persistent_buffers():  # rotary frequencies: not on disk
+        buffer._is_hf_initialized = False
+    for module in base.modules():
+        module._is_hf_initialized = False
+    base.initialize_weights()
+
+
+@torch.no_grad()
+def _draw_adapters(model: nn.Module, seed: int) -> None:
+    """As peft starts them, A uniform and B zero, drawn whole: the number of ranks has no part in it."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            A = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                A = distribute_tensor(A, mesh, placements, src_data_rank=None)  # without a message
+            parameter.copy_(A)
+        elif ".lora_B." in name:
+            parameter.zero_()
 
 
 def _with_lora(model: PreTrainedModel, rank: int, alpha: int) -> nn.Module:
@@ -344,23 +564,11 @@ def _is_quantised(model: nn.Module) -> bool:
     return getattr(_transformer(model), "is_quantized", False)
 
 
-def _replicated(model: nn.Module) -> nn.Module:
-    """The model, its adapters equal on all ranks."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            dist.broadcast(parameter.data, src=0)
-    return model
-
-
-def _originals(base: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
-    """Name -> reader of the un-quantised weights on disk: merging into NF4 would keep its error."""
-    folder = Path(base.name_or_path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base.name_or_path, local_files_only=True))
-    device = next(base.parameters()).device
+def _tensors(model_name_or_path: str, device: str = "cpu") -> dict[str, Callable[[], Tensor]]:
+    """Name -> reader of the weights on disk."""
     readers = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = safe_open(file, "pt", device=str(device))
+    for file in weight_files(model_name_or_path):
+        tensors = safe_open(file, "pt", device=device)
         readers |= {name: partial(tensors.get_tensor, name) for name in tensors.keys()}  # noqa: SIM118
     return readers
 
@@ -395,41 +603,73 @@ def _lora_update(layer: nn.Module, adapter: str = "default") -> Tensor:
     return B @ A * layer.scaling[adapter]
 
 
-def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save` writes, without data: tied weights once, no adapters, nothing quantised."""
+def _weights(base: PreTrainedModel) -> dict[str, Tensor]:
+    """Name on disk -> what the model stores: tied weights once, no adapters, persistent buffers."""
     once = {name for name, _ in (*base.named_parameters(), *base.named_buffers())}
-    shapes = {}
-    for name, tensor in base.state_dict().items():
-        if name not in once or ".lora_" in name:
-            continue
-        owner, shape = name.removesuffix(".base_layer.weight"), tensor.shape
-        if owner != name:  # NF4 packs two weights in a byte
-            layer = base.get_submodule(owner)
-            shape = (layer.out_features, layer.in_features)
-        name = name.replace(".base_layer.", ".")
-        shapes[name] = torch.empty(shape, dtype=torch.float32, device="meta")
-    return shapes
+    state = {name: tensor for name, tensor in base.state_dict().items() if name in once}
+    return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
+
+
+def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save` writes, without data: `_weights`, nothing quantised."""
+    shapes = {name: tensor.shape for name, tensor in _weights(base).items()}
+    for name, layer in base.named_modules():
+        if hasattr(layer, "lora_A"):  # NF4 packs two weights in a byte
+            shapes[name + ".weight"] = (layer.out_features, layer.in_features)
+    return {n: torch.empty(s, dtype=torch.float32, device="meta") for n, s in shapes.items()}
 
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def check_disk(path: Path, needed: int) -> None:
+def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_rank: int = 0) -> None:
+    """ValueError on all ranks where `count` checkpoints do not fit beside `path`.
+
+    base  from `skeleton`; adapters are added to it
+
+    A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
+    trained one for resuming; adapters lie there once more, as peft reads them.
+    """
+    size = sum(tensor.nbytes for tensor in _shapes(base).values())
+    model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size += (16 if lora_rank > 0 else 12) * trained
+    check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
+
+
+def check_disk(path: Path, needed: int, what: str = "the model") -> None:
     """ValueError on all ranks where rank 0 has not `needed` bytes and 5 % more free at `path`."""
-    folder = next(parent for parent in path.parents if parent.exists())
+    folder = next(parent for parent in path.resolve().parents if parent.exists())
     free = [shutil.disk_usage(folder).free]
     if dist.is_initialized():
         dist.broadcast_object_list(free, src=0)
     if free[0] < 1.05 * needed:
         raise ValueError(
-            f"{path}: the model needs {needed / 1e9:.1f} GB, {free[0] / 1e9:.1f} GB are free; "
-            "make room or choose another --output_dir"
+            f"{path}: {what} and 5 % of slack need {1.05 * needed / 1e9:.1f} GB, "
+            f"{free[0] / 1e9:.1f} GB are free; make room, choose another --output_dir, "
+            "or keep fewer checkpoints (--save_total_limit)"
         )
 
 
+def check_gpu(devices: Path = Path("/dev")) -> None:
+    """ValueError where the machine has a GPU that this PyTorch cannot use: no silent CPU run."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(devices.glob("nvidia[0-9]*")):
+        return
+    why = "none is visible"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a driver too old; a build for the CPU
+        why = str(error).splitlines()[0].rstrip(".")
+    raise ValueError(
+        f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({why}): update the "
+        'driver, or install the PyTorch that suits it; CUDA_VISIBLE_DEVICES="" trains on the CPU'
+    )
+
+
 def replace_folder(path: Path, new: Path) -> None:
-    """Renames `new` to `path`; an older folder of that name goes when its successor is whole and on disk."""
+    """Renames `new` to `path`; an older folder of that name goes when its successor is on disk."""
     for file in filter(Path.is_file, new.iterdir()):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

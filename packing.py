@@ -14,27 +14,34 @@ the tests hold `response_logps` in values and gradients.
 Two substitutions inside one ordinary call `model(...)` of an unmodified transformers model, so
 that everything around that call (FSDP2 gathering, mixed precision, LoRA, gradient checkpointing)
 does its work:
-    attention  `shared_prefix_attention`, registered through AttentionInterface, piece by piece
+    attention  `shared_prefix_attention`, registered through AttentionInterface: the kernels of
+               attention.py, where that file lies beside this one and they take the device and the
+               dtype; else SDPA with the (L, L) mask
     LM head    returns (logp_t, H_t) instead of logits, in chunks that the backward pass computes
                again: of the N x V logits only `chunk_size` x V exist, forward or backward
 
 Dimension key: G groups in the row, P tokens of a prompt, R responses of the whole row, T tokens of
 the longest response, N tokens of all responses, L tokens of the row, H heads, D head width, V
-vocabulary. Copy this file on its own: it needs torch, and transformers for the model.
+vocabulary. Copy this file on its own, or with attention.py, which makes it fast: it needs torch,
+and transformers for the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import attention
+except ImportError:  # copied without it: the mask
+    attention = None
 
 ATTENTION = "shared_prefix"  # our name in transformers' AttentionInterface
 
@@ -177,7 +184,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention piece by piece of a packed row, (1, L, H, D), with the face of AttentionInterface.
+    """Attention of a packed row, (1, L, H, D), with the interface of AttentionInterface.
 
     query          (1, H, L, D)
     key, value     (1, H / n, L, D): n heads share each (grouped-query attention)
@@ -196,136 +203,35 @@ def shared_prefix_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with {name}: use --no_share_prefix")
     shared_prefix.calls += 1
-    sizes = [size for size, _, _ in shared_prefix.pieces]
-    q, k, v = (x.split(sizes, 2) for x in (query, key, value))
-    out = [
-        attend(q[i], k[i], v[i], k[prompt], v[prompt], scaling)
-        for i, (_, prompt, attend) in enumerate(shared_prefix.pieces)
-    ]
-    return torch.cat(out, 2).transpose(1, 2), None
+    return shared_prefix.attend(query, key, value, scaling), None
 
 
 class _Plan:
     """How `shared_prefix_attention` walks a row; made once per forward pass, read by every layer.
 
-    pieces   what the row is cut into: (tokens, number of the piece that is its prompt, how it
-             attends). A prompt attends `_causal`, the responses of a prompt `_merged` on a CPU, in
-             `_masked` blocks elsewhere
     longest  tokens of the longest prompt + response
     calls    layers that came by: forward passes and recomputations
     """
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
-        self.calls, self.pieces = 0, []
+        self.packed, self.device, self.calls, self.kernels = packed, device, 0, None
         self.longest = int(packed.position_ids.max()) + 1
-        for prompt, responses in _spans(packed):
-            responses = [response for response in responses if response.stop > response.start]
-            if len(responses) == 1:  # an ordinary causal sequence
-                prompt, responses = slice(prompt.start, responses[0].stop), []
-            cuts = [(prompt, _causal)]
-            if responses and device.type in _MERGING:
-                lengths = [response.stop - response.start for response in responses]
-                cuts.append((slice(prompt.stop, responses[-1].stop), partial(_merged, lengths)))
-            elif responses:
-                for block in _blocks(responses, (prompt.stop - prompt.start) // 4):
-                    attend = partial(_masked, _block_mask(prompt, block, device))
-                    cuts.append((slice(block[0].start, block[-1].stop), attend))
-            first = len(self.pieces)
-            self.pieces += [(cut.stop - cut.start, first, attend) for cut, attend in cuts]
+        if attention and device.type in attention.KERNELS:
+            self.kernels = attention.SharedPrefix(
+                packed.prompt_lengths, packed.response_lengths, device
+            )
 
+    @cached_property
+    def mask(self) -> Tensor:
+        """(L, L) bool, for what the kernels do not take."""
+        return attention_mask(self.packed).to(self.device)
 
-def _causal(q, k, v, prompt_k, prompt_v, scale):
-    """A piece that attends to itself."""
-    return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] > k.shape[1])
-
-
-def _masked(mask, q, k, v, prompt_k, prompt_v, scale):
-    """A block of neighbouring responses: keys [prompt | block], (tokens, keys) bool mask.
-
-    A block is one response, or several of together a quarter of the prompt at most: few calls,
-    hardly a key too many, and no L x L mask. The n heads that share keys become n times the rows,
-    so that no kernel repeats the keys.
-    """
-    n = q.shape[1] // k.shape[1]
-    keys, values = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
-    return _heads(sdpa(_rows(q, n), keys, values, mask.repeat(n, 1), scale=scale), n)
-
-
-def _merged(lengths, q, k, v, prompt_k, prompt_v, scale):
-    """All responses of a prompt: each token to the prompt, and to its own response; then merged.
-
-    The kernel behind sdpa, called alone, wants one dtype, one head width and dense heads.
-    """
-    width, D = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    same = [
-        (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))).to(v.dtype).contiguous()
-        for x in (q, k, v, prompt_k, prompt_v)
-    ]
-    return _Merged.apply(lengths, scale or q.shape[-1] ** -0.5, *same)[..., :D]
-
-
-_MERGING = {"cpu"}  # devices whose kernel _Merged calls
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-class _Merged(torch.autograd.Function):
-    """Attention over two sets of keys, without a mask.
-
-    With l_p and l_o the logsumexp of a token's scores on the prompt and on its own response,
-
-        l = log(e^l_p + e^l_o)      out = e^(l_p - l) out_p + e^(l_o - l) out_o
-
-    The kernel's backward pass makes weights and gradients of scores from l and out,
-
-        w = e^(score - l)           dscore = w (grad . value - grad . out)
-
-    so that either set of keys, given those of the whole, has its share of the whole's gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, lengths, scale, q, k, v, prompt_k, prompt_v):
-        n = q.shape[1] // k.shape[1]
-        to_prompt = _flash(_rows(q, n), prompt_k, prompt_v, 0.0, False, scale=scale)
-        own = (q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1))
-        to_own = [_flash(*qkv, 0.0, True, scale=scale) for qkv in _cut(own, lengths)]
-        out_p, l_p = (_heads(x, n) for x in to_prompt)
-        out_o, l_o = (torch.cat(x, 2) for x in zip(*to_own, strict=True))
-        share = (l_p - l_o).sigmoid()[..., None]  # e^(l_p - l), in float32 or float64
-        out = torch.lerp(out_o.to(share.dtype), out_p.to(share.dtype), share).to(q.dtype)
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, torch.logaddexp(l_p, l_o))
-        ctx.lengths, ctx.scale, ctx.n = lengths, scale, n
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, prompt_k, prompt_v, out, l = ctx.saved_tensors
-        n, scale = ctx.n, ctx.scale  # below: no dropout, and causal or not
-        grad_p, q_p, out_p, l_p = (_rows(x, n) for x in (grad, q, out, l))
-        dq_p, *d_prompt = _flash_backward(
-            grad_p, q_p, prompt_k, prompt_v, out_p, l_p, 0.0, False, scale=scale
-        )
-        own = (grad, q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1), out, l)
-        d_own = [_flash_backward(*x, 0.0, True, scale=scale) for x in _cut(own, ctx.lengths)]
-        dq, dk, dv = (torch.cat(x, 2) for x in zip(*d_own, strict=True))
-        dk, dv = (x.unflatten(1, (-1, n)).sum(2) for x in (dk, dv))
-        return None, None, dq + _heads(dq_p, n), dk, dv, *d_prompt
-
-
-def _rows(x: Tensor, n: int) -> Tensor:
-    """(1, H, N, ...) -> (1, H / n, n N, ...): the n heads that share keys become n times the rows."""
-    return x.unflatten(1, (-1, n)).flatten(2, 3)
-
-
-def _heads(x: Tensor, n: int) -> Tensor:
-    """The inverse of `_rows`."""
-    return x.unflatten(2, (n, -1)).flatten(1, 2)
-
-
-def _cut(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors' pieces of these lengths along the tokens, piece by piece."""
-    return zip(*(x.split(lengths, 2) for x in tensors), strict=True)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """(1, L, H, D)."""
+        if self.kernels and self.kernels.takes(q, k, v):
+            return self.kernels(q, k, v, scale)
+        shared = q.shape[1] > k.shape[1]
+        return sdpa(q, k, v, self.mask, scale=scale, enable_gqa=shared).transpose(1, 2)
 
 
 def _spans(packed: Packed) -> Iterator[tuple[slice, list[slice]]]:
@@ -335,25 +241,6 @@ def _spans(packed: Packed) -> Iterator[tuple[slice, list[slice]]]:
         ends = list(accumulate(lengths, initial=stop + P))
         yield slice(stop, ends[0]), [slice(a, b) for a, b in pairwise(ends)]
         stop = ends[-1]
-
-
-def _blocks(responses: list[slice], size: int) -> list[list[slice]]:
-    """Neighbouring responses of at most `size` tokens together, at least one to a block."""
-    blocks = []
-    for response in responses:
-        if blocks and response.stop - blocks[-1][0].start <= size:
-            blocks[-1].append(response)
-        else:
-            blocks.append([response])
-    return blocks
-
-
-def _block_mask(prompt: slice, block: list[slice], device: torch.device) -> Tensor:
-    """The prompt, and a causal triangle per response: (block tokens, P + block tokens) bool."""
-    lengths = torch.tensor([response.stop - response.start for response in block], device=device)
-    owner = torch.arange(len(block), device=device).repeat_interleave(lengths)
-    own = (owner[:, None] == owner).tril()
-    return torch.cat([own.new_ones(len(owner), prompt.stop - prompt.start), own], 1)
 
 
 def _response_rows(packed: Packed) -> tuple[list[int], list[int]]:
@@ -386,6 +273,9 @@ def _scoring_head(
             raise ValueError(
                 f"{type(model).__name__} transforms its logits ({name}): choose another model"
             )
+    # cuDNN's attention plans every shape anew and keeps each plan (pytorch #190388), and its
+    # gradients can be NaN (pytorch #196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     head = model.get_output_embeddings()
     scored = partial(_token_scores, head.forward, temperature)
     again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in there
@@ -406,11 +296,34 @@ def _token_scores(
     project: Callable[[Tensor], Tensor], temperature: float, hidden: Tensor, targets: Tensor
 ) -> Tensor:
     """(log-prob, entropy) of each target, (n, 2) fp32, from hidden states (n, width)."""
-    z = project(hidden).float() / temperature
-    logsumexp = z.logsumexp(-1)
-    logps = z.gather(-1, targets[:, None])[:, 0] - logsumexp
-    entropy = logsumexp - (z.softmax(-1) * z).sum(-1)
-    return torch.stack([logps, entropy], -1)
+    return _Scores.apply(project(hidden), targets, temperature)
+
+
+class _Scores(torch.autograd.Function):
+    """(log-prob, entropy) of targets (n,), (n, 2) fp32, from logits (n, V) of any dtype.
+
+        dlogp/dz = onehot - p        dH/dz = -p (log p + H)
+
+    Written out, because n x V is large: as few passes over it as there can be, one copy to keep.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature):
+        z = logits.float() if temperature == 1 else logits.float() / temperature
+        log_p = z.log_softmax(-1)
+        p = log_p.exp()
+        entropy = -p.mul_(log_p).sum(-1)
+        ctx.save_for_backward(log_p, targets, entropy)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return torch.stack([log_p.gather(-1, targets[:, None])[:, 0], entropy], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        log_p, targets, entropy = ctx.saved_tensors
+        g, h = (grad / ctx.temperature)[..., None].unbind(1)  # of log-prob and entropy, (n, 1)
+        dz = torch.addcmul(-(g + h * entropy[:, None]), h, log_p, value=-1).mul_(log_p.exp())
+        return dz.scatter_add_(1, targets[:, None], g).to(ctx.dtype), None, None
 
 
 def _use_shared_prefix(model: nn.Module) -> None:

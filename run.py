@@ -56,6 +56,7 @@ import model as modeling
 import report
 import rollout
 import serving
+from bench import plan
 
 MUST_AGREE = (  # between a run and what goes on with it: else its records and its audit would be of two runs
     "algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations", "generation_batches",
@@ -114,6 +115,16 @@ class Run:
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
         check_context(config, self.longest())
+        skeleton = modeling.skeleton(
+            config.model_name_or_path, trust_remote_code=config.trust_remote_code
+        )
+        self.gpu_share, arithmetic = plan.check_room(config, skeleton)
+        if arithmetic:
+            self.say(arithmetic)
+        count = max(1, config.save_total_limit + 1 - len(saved_steps(self.out)))
+        modeling.check_checkpoints(
+            self.out / "checkpoint", skeleton, count, lora_rank=config.lora_rank
+        )
         self.examples, self.eval_examples = load_examples(
             config, self.tokenizer, quiet=self.rank > 0
         )
@@ -136,14 +147,13 @@ class Run:
             config.model_name_or_path,
             max_model_len=self.longest(),
             max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+            gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
             logprobs_mode="raw_logprobs" if config.stages == "itool" else "processed_logprobs",
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
         self.engine.sleep()
-        torch.manual_seed(config.seed)  # adapters start at random, equal on all ranks
         self.model, _ = modeling.load(
             config.model_name_or_path,
             lora_rank=config.lora_rank,
@@ -152,13 +162,11 @@ class Run:
             gradient_checkpointing=config.gradient_checkpointing,
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
         )
-        self.model = modeling.shard(self.model)
         self.optimizer = modeling.optimizer(
             self.model, config.learning_rate, (0.9, config.adam_beta2), config.weight_decay
         )
-        weights = sum(4 * parameter.numel() for parameter in self.model.parameters())
-        modeling.check_disk(self.out / "checkpoint", 4 * weights)  # model, and again with 2 moments
         self.out.mkdir(parents=True, exist_ok=True)
         self.check_shared()
         if self.rank == 0:

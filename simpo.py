@@ -15,11 +15,12 @@ shared prefix; EOS where it was generated.
 Departures and choices:
 1. margin is Eq. 11's gamma. SimPO's own code stores gamma/beta, here 0.2; TRL adds an NLL term to
    its SimPO unless cpo_alpha is 0.
-2. IPO sums, as printed; average=True is what TRL and LLaMA-Factory run (nat per token, so that the
-   target 1/(2 tau) = 5 is out of reach).
+2. IPO sums over tokens, as printed. average=True is what TRL and LLaMA-Factory run: in nat per
+   token, so that the target 1/(2 tau) = 5 is out of reach.
 3. ORPO is LLaMA-Factory's, which is Table 9: the NLL is M_w of each pair, over the response only.
    In the odds M is at most -1e-6, since p = 1 has infinite odds.
-4. The reference is the policy at the start of the iteration: sum its log-probs once, before step 1.
+4. The reference is the policy at the start of the iteration: compute its log-probs once, before the
+   first step.
 
 Shapes: N pairs, T chosen and U rejected tokens (right-padded), B responses. Masks are bool; padding
 may hold anything, even nan. Arithmetic is float32 or wider. Stats are means over pairs with the

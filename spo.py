@@ -11,16 +11,21 @@ With p = exp(logp), sigm the logistic function and * for expert tokens:
     balance_at          low -> high -> low in straight lines, again and again     gamma of Eq. 23
 
 Departures from the paper:
-1. Sign. Eqs. 20 and 22 print a minus before both sums: descent would then lower expert tokens and
-   raise rejected ones. KTO, which they adapt, minimises 1 - sigm(...); so does this file.
-2. beta has no value in the paper; 1.0 here. With KTO's 0.1 (meant for whole responses) the gradient
-   of a token is 9 times smaller at p = 0.5.
-3. phi is detached: as part of the graph it would push p to 0 or 1.
-4. The schedule of gamma is given in words only; 0.02, 0.3, 100 and 200 steps are ours.
+1. Sign. Eqs. 20 and 22 print a minus before both sums; descent would then make expert tokens less
+   likely and rejected tokens more likely. KTO, which they adapt, minimises 1 - sigm(...); so do we.
+2. beta has no value in the paper; we take 1.0. With KTO's 0.1, which is meant for whole responses,
+   the gradient of a token is 9 times smaller at p = 0.5.
+3. phi is detached, as in both public codes of CHORD. Undetached it would push p to 0 or 1.
+4. The schedule of gamma is described in words only; all its numbers are ours. The ends 0.02 and 0.3
+   both occur in CHORD, but not as a pair: its mixed recipe goes from 0.02 to 0.5, and its appendix
+   has a peak of 0.3. 100 steps up and 200 down make two cycles of the paper's 600 steps.
+5. Eq. 22 averages the experts over B examples and the rollouts over B-hat prompts. Here the experts
+   are those of the step's own prompts, so B = B-hat.
+6. Eq. 19 cuts an answer after as many tokens as "<answer>" has when tokenised alone.
 
-As printed: N_exp and N_roll count all tokens, also those that are not preserved or whose advantage
-is not negative; there is no reference model; A = 0 is not rejected. The entropy bonus is the
-caller's and stands outside the mix of Eq. 23.
+As printed, and unlike KTO, there is no reference model. N_exp and N_roll count all tokens,
+including those that are not preserved or whose advantage is not negative. A = 0 is not rejected.
+The entropy bonus is left to the caller, outside the mix of Eq. 23, which does not show it.
 
 Denominators (num_tokens, num_expert_tokens) default to the local count. With micro-batches or
 several ranks pass the count of the whole optimiser step: then losses, gradients and stats of the

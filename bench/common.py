@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
 
-# Qwen2 shapes with toy_model's vocabulary of 1,024. The name counts what multiplies: all matrices of the layers.
+# Qwen2 shapes with toy_model's vocabulary of 1,024 where none is given. The name counts what multiplies: all matrices
+# of the layers.
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
              "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -34,23 +35,26 @@ SHAPES = {
             "num_attention_heads": 6, "num_key_value_heads": 2},
     "187M": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4,
              "num_attention_heads": 12, "num_key_value_heads": 2},  # four of Qwen2.5-1.5B's 28 layers
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},  # Qwen2.5-0.5B; toy_model's tokenizer knows the first 1,024
 }  # fmt: skip
 FILLER = " a"  # one token of toy_model's tokenizer, wherever it stands
 
 
-def make_model(shape: str, folder: Path, max_length: int) -> Path:
+def make_model(
+    shape: str, folder: Path, max_length: int, dtype: torch.dtype = torch.float32
+) -> Path:
     """A folder with random weights of this shape and toy_model's tokenizer; reads up to `max_length` tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        **SHAPES[shape],
-        vocab_size=1024,
+        **{"vocab_size": 1024, **SHAPES[shape]},
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
         eos_token_id=2,
         pad_token_id=0,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
     AutoTokenizer.from_pretrained(REPO / "toy_model").save_pretrained(folder)
     return folder
 
@@ -129,7 +133,8 @@ def machine() -> dict:
         except PackageNotFoundError:
             pass
     git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False)
+    commit = found.stdout.strip() if found else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads, ranks = os.environ.get("OMP_NUM_THREADS"), os.environ.get("LOCAL_WORLD_SIZE")
     command = f"OMP_NUM_THREADS={threads} " if threads else ""

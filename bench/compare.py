@@ -1,26 +1,29 @@
-"""Compare methods over seeds: runs of train.py, a record, a picture and a table in the shape of ToolUPT's Table 1.
+"""Compare methods over seeds: runs of train.py, a record, a picture, and a table like Table 1.
 
-    python bench/compare.py @recipes/compare.args                  everything; goes on where it stopped
+    python bench/compare.py @recipes/compare.args            everything; resumes if interrupted
     python bench/compare.py @recipes/compare.args --algos sft toolupt --seeds 0 1 2 3 4
-    python bench/compare.py @recipes/compare.args --draw           picture and table of what is there
+    python bench/compare.py @recipes/compare.args --draw     picture and table of what is there
 
-Flags that are not listed under --help go to train.py, which every run calls as a user would. The record OUT.jsonl gets
-a line per evaluation; OUT.png shows accuracy over updates (mean and range over seeds), OUT.md what was reached (mean and
-standard deviation over seeds).
+Flags that --help does not list go to train.py, which every run calls as a user would. The record
+OUT.jsonl gets a line per evaluation; OUT.png shows accuracy over updates (mean and range over
+seeds), OUT.md what was reached (mean and standard deviation over seeds).
 
-Budget: every method makes --max_steps optimiser updates on --train_batch_size prompts each. A method that rolls out
-samples --num_generations responses per prompt; where the expert is a row of the group (luffy, srft) it takes the place of
-one. sft samples none. Two-stage methods spend the first half of the updates on SFT, so they sample half as much;
-warm-up and cosine of an SFT stage span that stage. dapo trains on as many responses as the others and samples more
-(dynamic sampling): the table counts what was sampled. The weight of SPO (Eq. 23) goes through two cycles, as in the
-paper's 600 steps. One seed's runs share training data, test examples and, but for dapo, the order of prompts.
+Budget: every method makes --max_steps optimiser updates on --train_batch_size prompts each. A
+method that rolls out samples --num_generations responses per prompt; where the expert is a row of
+the group (luffy, srft) it takes the place of one. sft samples none. Two-stage methods spend the
+first half of the updates on SFT, so they sample half as much; warm-up and cosine of an SFT stage
+span that stage. dapo trains on as many responses as the others and samples more (dynamic sampling);
+the table counts what was sampled. The weight of SPO (Eq. 23) goes through two cycles, as its
+default does in 600 steps. Runs of one seed share training data, test examples and, except for dapo,
+the order of prompts.
 
-Learning rate: one per family (FAMILIES), since SFT, RL and RL after SFT differ by more than the methods of a family.
-Before the comparison the methods named there run at every rate of --grid (--sft_grid for sft) and are evaluated on
---valid_file, whose names and values occur neither in training nor in test; the rate of the highest mean accuracy is
-taken. An SFT stage has the rate of sft. These runs have a seed of their own and are lines of the record, "phase": "grid".
+Learning rate: one per family (FAMILIES), since SFT, RL and RL after SFT differ by more than the
+methods within a family. Before the comparison, the methods named there run at every rate of --grid
+(--sft_grid for sft) and are evaluated on --valid_file, whose names and values occur neither in
+training nor in test. The rate of the highest mean accuracy is taken; an SFT stage has the rate of
+sft. These runs have their own seed and are lines of the record with "phase": "grid".
 
-Nothing is selected on --test_file: what counts is the last update, also for SFT.
+Selection: nothing is selected on --test_file. The last update counts, also for SFT.
 """
 
 import argparse
@@ -47,18 +50,28 @@ FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo
 GRID_SEED = 1000  # of the runs that choose a learning rate
 PANELS = {  # title -> methods and their colours
     "imitation, and RL after it": {
-        "sft": "#1f77b4", "sft_dapo_star": "#ff7f0e", "sft_fg_dapo_star": "#2ca02c",
+        "sft": "#1f77b4",
+        "sft_dapo_star": "#ff7f0e",
+        "sft_fg_dapo_star": "#2ca02c",
     },
     "RL without expert responses in the loss": {
-        "grpo": "#8c564b", "dapo": "#e377c2", "dapo_star": "#bcbd22", "fg_dapo_star": "#17becf",
+        "grpo": "#8c564b",
+        "dapo": "#e377c2",
+        "dapo_star": "#bcbd22",
+        "fg_dapo_star": "#17becf",
     },
     "expert responses and rollouts in one stage": {
-        "luffy": "#9467bd", "srft": "#7f7f7f", "chord": "#e6ac00", "toolupt": "#d62728",
+        "luffy": "#9467bd",
+        "srft": "#7f7f7f",
+        "chord": "#e6ac00",
+        "toolupt": "#d62728",
     },
     "ToolUPT and its ablations": {
-        "toolupt": "#d62728", "toolupt_no_fgae": "#1b1b6b", "toolupt_no_spo": "#98df8a",
+        "toolupt": "#d62728",
+        "toolupt_no_fgae": "#1b1b6b",
+        "toolupt_no_spo": "#98df8a",
     },
-}  # fmt: skip
+}
 COLOURS = {algo: colour for panel in PANELS.values() for algo, colour in panel.items()}
 METHODS = [algo for algo in train.PRESETS if algo in COLOURS]
 COLUMNS = {
@@ -68,7 +81,7 @@ COLUMNS = {
 }  # shares, printed in percent
 
 
-# ------------------------------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------- one run
 
 
 def family(algo: str) -> str:
@@ -101,7 +114,7 @@ def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> l
 
 
 def budget(argv: list) -> dict:
-    """Updates, prompts and sampled responses that a run's flags allow for (dynamic sampling generates more)."""
+    """Updates, prompts and sampled responses that a run's flags allow (dapo generates more)."""
     config = train.parse_args(argv)
     rl = config.max_steps if "rl" in config.stages else 0
     updates = config.max_steps + (config.sft_max_steps if config.stages == "sft,rl" else 0)
@@ -111,7 +124,7 @@ def budget(argv: list) -> dict:
 
 
 def evaluations(out: Path, argv: list) -> list[dict]:
-    """What a finished run measured: step, scores and responses generated so far, both stages on one axis of steps."""
+    """What a finished run measured: step, scores, responses so far; both stages on one axis."""
     config = train.parse_args(argv)
     parts, first = [(out, 0)], 0
     if config.stages == "sft,rl":
@@ -130,7 +143,7 @@ def evaluations(out: Path, argv: list) -> list[dict]:
 
 
 def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
-    """Run train.py; return one row per evaluation, each with `key` in it. RuntimeError with the end of a failed run's log."""
+    """Run train.py; return one row per evaluation, with `key` in it. RuntimeError if it fails."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w") as log:
@@ -149,11 +162,11 @@ def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
     return [{**key, **row} for row in evaluations(folder, argv)]
 
 
-# --------------------------------------------------------------------------------------------------------- the record
+# ---------------------------------------------------------------------------------- the record
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a record; none if there is no file. A run made again replaces its earlier rows."""
+    """The rows of a record, none without a file. A repeated run replaces its earlier rows."""
     rows = [json.loads(line) for line in open(path)] if path.exists() else []
     names = ("phase", "algo", "seed", "learning_rate", "step")
     return list({tuple(row[name] for name in names): row for row in rows}.values())
@@ -184,7 +197,7 @@ def last(rows: list[dict], phase: str, steps: int) -> dict:
 
 
 def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict]:
-    """Run what of `wanted` (algo, seed, rate) the record lacks, `jobs` side by side; return the whole record."""
+    """Run those of `wanted` (algo, seed, rate) that the record lacks; return the whole record."""
     steps, version, lock = args.steps, commit(), threading.Lock()
     done = last(read(args.out), phase, steps)
     todo = [job for job in wanted if job not in done]
@@ -208,7 +221,7 @@ def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict
 
 
 def choose(rows: list[dict], kind: str, steps: int, grid: list[float]) -> float:
-    """The rate of `grid` with the highest mean validation accuracy over a family's methods; ties: the lower."""
+    """The rate of `grid` with the highest mean validation accuracy of a family; ties: the lower."""
     scores = defaultdict(list)
     for (algo, _, rate), row in last(rows, "grid", steps).items():
         if family(algo) == kind and rate in grid:
@@ -216,7 +229,7 @@ def choose(rows: list[dict], kind: str, steps: int, grid: list[float]) -> float:
     return max(sorted(scores), key=lambda rate: mean(scores[rate]))
 
 
-# ----------------------------------------------------------------------------------------------- the table, the picture
+# ---------------------------------------------------------------------- the table, the picture
 
 
 def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
@@ -227,9 +240,10 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
-    """Table 1 of the record in Markdown: a line per method after the last update, mean ± deviation over seeds.
+    """Table 1 of the record in Markdown: a line per method after the last update.
 
-    The difference to `reference` is taken seed by seed: one seed's runs share training data, their order and the test set.
+    Cells are mean ± standard deviation over seeds. Differences from `reference` are taken seed by
+    seed: runs of one seed share training data, their order and the test set.
     """
     final = defaultdict(dict)
     for (algo, seed, _), row in last(rows, "test", steps).items():
@@ -260,7 +274,7 @@ def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
 
 
 def picture(rows: list[dict], steps: int, path: Path) -> Path:
-    """Accuracy over updates in four groups of methods, and the last accuracy of every seed of all of them."""
+    """Accuracy over updates in four groups of methods, and the last accuracy of every seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -291,7 +305,7 @@ def picture(rows: list[dict], steps: int, path: Path) -> Path:
     axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
     axes["e"].set_yticks(range(len(order)), order)
     axes["e"].grid(alpha=0.3)
-    figure.suptitle("completely right on held-out examples: mean, and minimum to maximum over seeds")
+    figure.suptitle("completely right on held-out examples: mean and range over seeds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
@@ -305,15 +319,17 @@ def draw(rows: list[dict], steps: int, out: Path) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------------------- the program
+# --------------------------------------------------------------------------------- the program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Own flags, and `shared`: the flags that go to train.py; a mistake in these ends the program here."""
+    """Own flags, and `shared`, those for train.py, whose mistakes also end the program here."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@", allow_abbrev=False,
-    )  # fmt: skip
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
+    )
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
     parser.add_argument(
         "--algos",

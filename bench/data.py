@@ -1,12 +1,13 @@
 """Conversion of 60,000 xLAM-shaped rows, and how much is tokenised before training starts.
 
-    python bench/data.py                     about two minutes, 1.5 GB -> bench/data.json
-    python bench/data.py --rows 2000 --out /tmp/data.json        a few seconds
+    python bench/data.py                                     two minutes, 1.5 GB -> bench/data.json
+    python bench/data.py --rows 2000 --out /tmp/data.json    a few seconds
 
-The rows are synthetic, with the real layout and sizes (three tools, one or two calls, about 2,000 characters). One core:
-seconds of `data.read_rows` and `data.convert`, peak of resident memory per row at a quarter of the rows and at all of
-them (constant per row: nothing grows faster than the data), then seconds of `data.fit` at Table 7's lengths, which
-tokenises only texts that might be too long, against tokenising every prompt and target.
+The rows are synthetic, with the real layout and sizes (three tools, one or two calls, about 2,000
+characters). On one core this measures seconds of `data.read_rows` and `data.convert`, peak resident
+memory per row at a quarter of the rows and at all of them (constant per row: nothing grows faster
+than the data), then seconds of `data.fit` at Table 7's lengths, which tokenises only texts that
+might be too long, against tokenising every prompt and target.
 """
 
 import argparse
@@ -30,7 +31,7 @@ LIMITS = (8192, 1024)  # ToolUPT Table 7: prompt and completion, tokens
 
 
 def row(number: int) -> dict:
-    """A row as xlam_function_calling_60k.json has them: query, and answers and tools as JSON text."""
+    """A row like those of xlam_function_calling_60k.json: answers and tools are JSON text."""
     rng = random.Random(number)
     word = lambda: "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
     text = lambda n: " ".join(word() for _ in range(n))
@@ -56,7 +57,7 @@ def row(number: int) -> dict:
 
 
 def convert(path: Path, rows: int) -> dict:
-    """Seconds and bytes of reading and converting a file; then seconds until it is known what fits."""
+    """Seconds and bytes of reading and converting a file; seconds until it is known what fits."""
     before, start = common.resident("VmRSS"), time.process_time()
     examples, drops = data.convert("xlam", data.read_rows(path))
     seconds, grown = time.process_time() - start, common.resident("VmHWM") - before
@@ -69,9 +70,15 @@ def convert(path: Path, rows: int) -> dict:
         data.render(example, tokenizer), data.target_ids(example, tokenizer)
     every = (time.process_time() - start) / len(some) * len(examples)
     return {
-        "rows": rows, "examples": len(examples), "kept": len(kept), "dropped": dict(Counter(drops)),
-        "convert_s": seconds, "bytes_per_row": grown / rows, "fit_s": fit, "tokenise_all_s": every,
-    }  # fmt: skip
+        "rows": rows,
+        "examples": len(examples),
+        "kept": len(kept),
+        "dropped": dict(Counter(drops)),
+        "convert_s": seconds,
+        "bytes_per_row": grown / rows,
+        "fit_s": fit,
+        "tokenise_all_s": every,
+    }
 
 
 def main() -> None:
@@ -88,8 +95,9 @@ def main() -> None:
                 results.append(pool.submit(convert, path, rows).result())
             r = results[-1]
             print(
-                f"{rows} rows, {path.stat().st_size / rows:.0f} bytes each: converted in {r['convert_s']:.1f} s of one core, "
-                f"{r['bytes_per_row']:.0f} bytes of memory per row; what fits is known after {r['fit_s']:.1f} s "
+                f"{rows} rows, {path.stat().st_size / rows:.0f} bytes each: converted in "
+                f"{r['convert_s']:.1f} s of one core, {r['bytes_per_row']:.0f} bytes of memory per "
+                f"row; what fits is known after {r['fit_s']:.1f} s "
                 f"(tokenising everything: {r['tokenise_all_s']:.0f} s)",
                 flush=True,
             )

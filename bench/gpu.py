@@ -1,113 +1,95 @@
 """The training part on one GPU: random weights of Qwen2.5's shapes, tokens per second, MFU, peak memory.
 
-    python bench/gpu.py                                        under eight minutes -> bench/gpu.json
-    python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --ways padded sdpa kept --out /tmp/gpu.json
+    python bench/gpu.py                                    under eight minutes -> bench/gpu.json
+    python bench/gpu.py --shapes 7B --prompts 2048 --ways merged padded        about a minute
+    python bench/gpu.py --check                            each way's attention alone: error, milliseconds
+    python bench/gpu.py --shapes 7B --prompts 2048 --ways merged --profile     where the time goes
+    python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --budget 400 --out /tmp/gpu.json
 
-Needs torch and transformers, no vllm, no download. fp32 master weights and AdamW, bf16 compute through FSDP2 on one
-rank, activation checkpointing, 8 answers per prompt, forward passes of at most train.py's --max_tokens_per_row tokens.
-For each shape and prompt length:
+Needs torch and transformers, no vllm, no download. What a rank of train.py does, without the other ranks: fp32 master
+weights, bf16 compute and fp32 reduction through FSDP2, activation checkpointing, rows of at most `--budget` tokens.
+8 answers a prompt, of 100 tokens on average; prompts and answers vary in length, as in real steps. The ways:
 
+    merged    attention.py: two flash calls for a whole row
     padded    packing.padded_logps: the prompt once per answer
-    sdpa      packing.shared_prefix_attention as it stands: a causal call, then masked blocks of responses
-    varlen    varlen_attn: prompt and responses are sequences of one call; the prompt's keys go to each response
-    flex      flex_attention with the same mask as a block mask, compiled for each length
-    kept      sdpa without activation checkpointing
+    blocks    a causal call per prompt, then masked SDPA over blocks of responses
+    flex      flex_attention under the same mask as a block mask, compiled for lengths that change
+    kept      merged, without activation checkpointing
 
-Each way's attention is first held, value and gradient, against dense attention in float64 under packing.attention_mask,
-with sharp scores: `attention_apart` is the relative error, `exact` says that it is bf16's. Then it is timed: seconds of
-forward and backward per group, seconds of clipping and AdamW per update. An update has 32 groups (ToolUPT's 256 prompts
-on 8 GPUs), its seconds are the sum. What does not fit with AdamW (16 bytes per parameter) is measured without and says so.
+Each row of the result is written as soon as it is there; a way that fails (memory, a kernel that is missing) says so
+and the next one goes on. What is measured is what fits, and `weights` and `adam` say what that was: AdamW's 16 bytes
+per parameter; else fp32 weights and gradients, 8; else bf16 weights and gradients, 4. With 7B parameters, on 80 GB, it
+is 8: forward and backward pass are those of training, and only the optimiser, which 8 GPUs share, is left out.
 
-    MFU = 6 * (body * (prompt + answers) + head * answers) / seconds / matmul rate of this card, bf16, measured here
+    MFU = 6 (body (prompt + answers) + head answers) / seconds of forward and backward / matmul rate of this card
 
-so recomputation and attention count as overhead, and `padded` gets no credit for reading the prompt eight times.
+in bf16, measured here. Recomputation (activation checkpointing, 8 instead of 6) and attention count as overhead: 75 %
+is the most that `merged` can reach, and `padded` gets no credit for reading the prompt eight times. `planned_bytes` is
+the peak that bench/plan.py works out.
 """
 
 import argparse
 import gc
-import inspect
+import json
+import os
+import random
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import common
+import plan as planning
 import torch
 import torch.distributed as dist
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
+from torch.nn.functional import rms_norm
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
 import packing
-import train
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, -3B-Instruct and -7B-Instruct
 SHAPES = {
+    "7B": (152_064, 3584, 18_944, 28, 28, 4, False),
     "1.5B": (151_936, 1536, 8960, 28, 12, 2, True),
     "3B": (151_936, 2048, 11_008, 36, 16, 2, True),
-    "7B": (152_064, 3584, 18_944, 28, 28, 4, False),
     "toy": (1024, 64, 128, 2, 4, 2, True),
 }
 GROUP = 8
-BUDGET = train.Config.max_tokens_per_row  # tokens of a forward pass
-GROUPS_PER_UPDATE = 32
-ROOM = 20e9  # bytes for activations and gathered layers, beside 16 per parameter
+GROUPS_PER_UPDATE = 32  # ToolUPT's 256 prompts on 8 GPUs
+ROOM = 20e9  # bytes for activations and gathered layers, beside weights, gradients and moments
 
 
-def drawn(shape: str, device: str, length: int) -> Qwen2ForCausalLM:
+def drawn(shape: str, device: str, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
     """A model of random weights, drawn on the device."""
     V, width, inner, layers, heads, kv_heads, tied = SHAPES[shape]
     config = Qwen2Config(
         vocab_size=V, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-        max_position_embeddings=length, rope_theta=1e6,
+        max_position_embeddings=32_768, rope_theta=1e6,
     )  # fmt: skip
-    with torch.device(device):
-        torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).train()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            return Qwen2ForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-class Plan(packing._Plan):
-    """packing's plan, which also remembers the row: the other ways make theirs from it."""
-
-    def __init__(self, packed, device):
-        super().__init__(packed, device)
-        self.packed = packed
+# ------------------------------------------------------------------------------------------------- the ways to attend
 
 
-# --------------------------------------------------------------------- the other ways to attend; sdpa is packing's own
-
-
-def flex(module, query, key, value, attention_mask, shared_prefix=None, scaling=None, **kwargs):
-    """flex_attention under the packed row's mask; the face is that of AttentionInterface."""
-    shared_prefix.calls += 1
-    if not hasattr(shared_prefix, "block_mask"):
-        shared_prefix.block_mask = _block_mask(shared_prefix.packed, query.device)
-    out = _compiled_flex(query.device.type)(
-        query, key, value, block_mask=shared_prefix.block_mask, scale=scaling,
-        enable_gqa=query.shape[1] > key.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-def varlen(module, query, key, value, attention_mask, shared_prefix=None, scaling=None, **kwargs):
-    """varlen_attn: sequences [prompt], [prompt | r_1], ..., of which only the last part asks."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    shared_prefix.calls += 1
-    if not hasattr(shared_prefix, "lengths"):
-        shared_prefix.lengths = _varlen_plan(shared_prefix.packed, query.device)
-    keys, q_ends, k_ends, q_max, k_max = shared_prefix.lengths
-    n = query.shape[1] // key.shape[1]
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    k, v = (x.index_select(0, keys) for x in (k, v))
-    options = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": n > 1}  # torch 2.13's words
-    known = inspect.signature(varlen_attn).parameters
-    if "enable_gqa" not in known:
-        k, v = (x.repeat_interleave(n, 1) for x in (k, v))
-    if "window_size" not in known:
-        options["is_causal"] = True
-    options = {name: value for name, value in options.items() if name in known}
-    return varlen_attn(q, k, v, q_ends, k_ends, q_max, k_max, **options)[None], None
+def flex(plan, q, k, v, scale):
+    """flex_attention under the packed row's mask."""
+    if not hasattr(plan, "block_mask"):
+        plan.block_mask = _block_mask(plan.packed, q.device)
+    out = _compiled_flex(q.device.type)(
+        q, k, v, block_mask=plan.block_mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
+    )
+    return out.transpose(1, 2)
 
 
 def _block_mask(packed, device):
@@ -116,8 +98,7 @@ def _block_mask(packed, device):
     owner = torch.zeros_like(packed.input_ids)  # 0 for a prompt, else the number of the response
     group = torch.zeros_like(packed.input_ids)
     for g, (prompt, responses) in enumerate(packing._spans(packed)):
-        stop = responses[-1].stop if responses else prompt.stop
-        group[prompt.start : stop] = g
+        group[prompt.start : responses[-1].stop] = g
         for k, response in enumerate(responses):
             owner[response] = k + 1
     owner, group = owner.to(device), group.to(device)
@@ -126,101 +107,114 @@ def _block_mask(packed, device):
         same = (owner[i] == owner[j]) | (owner[j] == 0)
         return (i >= j) & (group[i] == group[j]) & same
 
-    L = len(owner)
-    return create_block_mask(sees, None, None, L, L, device=device)
+    return create_block_mask(sees, None, None, len(owner), len(owner), device=device)
 
 
 @lru_cache
 def _compiled_flex(device_type: str):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
-def _varlen_plan(packed, device):
-    """Which key rows each sequence reads, and where the sequences end."""
-    keys, q_lengths, k_lengths = [], [], []
-    for prompt, responses in packing._spans(packed):
-        seen = torch.arange(prompt.start, prompt.stop)
-        keys.append(seen)
-        q_lengths.append(len(seen))
-        k_lengths.append(len(seen))
-        for response in responses:
-            own = torch.arange(response.start, response.stop)
-            if len(own):
-                keys += [seen, own]
-                q_lengths.append(len(own))
-                k_lengths.append(len(seen) + len(own))
-    ends = [
-        torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-        for lengths in (q_lengths, k_lengths)
-    ]
-    return torch.cat(keys).to(device), *ends, max(q_lengths), max(k_lengths)
+def blocks(plan, q, k, v, scale):
+    """A causal call per prompt; responses, a quarter of the prompt together, to [prompt | themselves], masked."""
+    if not hasattr(plan, "cuts"):
+        plan.cuts = [
+            (prompt, [(block, _mask_of(prompt, block, q.device)) for block in _blocks_of(prompt, responses)])
+            for prompt, responses in packing._spans(plan.packed)
+        ]  # fmt: skip
+    n, out = q.shape[1] // k.shape[1], []
+    for prompt, cuts in plan.cuts:
+        own = (x[:, :, prompt] for x in (q, k, v))
+        out.append(sdpa(*own, is_causal=True, scale=scale, enable_gqa=n > 1))
+        for block, mask in cuts:  # the n heads that share keys become n times the rows
+            at = slice(block[0].start, block[-1].stop)
+            rows = q[:, :, at].unflatten(1, (-1, n)).flatten(2, 3)
+            keys, values = (torch.cat([x[:, :, prompt], x[:, :, at]], 2) for x in (k, v))
+            part = sdpa(rows, keys, values, mask.repeat(n, 1), scale=scale)
+            out.append(part.unflatten(2, (n, -1)).flatten(1, 2))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
-ATTENTION = {"sdpa": packing.shared_prefix_attention, "varlen": varlen, "flex": flex}
-ATTENTION |= {"kept": ATTENTION["sdpa"]}
-WAYS = ("padded", *ATTENTION)
+def _blocks_of(prompt, responses):
+    found = []
+    for response in responses:
+        size = (prompt.stop - prompt.start) // 4
+        if found and response.stop - found[-1][0].start <= size:
+            found[-1].append(response)
+        elif response.stop > response.start:
+            found.append([response])
+    return found
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+def _mask_of(prompt, block, device):
+    lengths = torch.tensor([response.stop - response.start for response in block], device=device)
+    owner = torch.arange(len(block), device=device).repeat_interleave(lengths)
+    own = (owner[:, None] == owner).tril()
+    return torch.cat([own.new_ones(len(owner), prompt.stop - prompt.start), own], 1)
 
 
-@lru_cache  # the same at every prompt length
-def attention_apart(attend, shape: str, device: str) -> float:
-    """Relative error of a way's attention and of its three gradients, the worst, against dense attention in float64."""
-    _, width, _, _, heads, kv_heads, _ = SHAPES[shape]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = [packing.pack(range(P), [range(n) for n in lengths]) for P, lengths in (
-        (384, (40, 1, 47, 33, 60, 8, 21, 50)), (129, (17, 90)),
-    )]  # fmt: skip
-    packed = packing.join(rows)
-    L, D = len(packed.input_ids), width // heads
-    torch.manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(1, H, L, D).to(device, dtype) for H in (heads, kv_heads, kv_heads, heads)
+def merged(plan, q, k, v, scale, attend=packing._Plan.attend):
+    """packing's own; an error where it would quietly fall back to the mask."""
+    assert plan.kernels and plan.kernels.takes(q, k, v), (
+        f"no flash for {q.dtype}, width {q.shape[-1]}"
     )
-    q *= 3  # sharp: a key more or less changes the output
-
-    def values(q, k, v, attend):
-        qkv = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*qkv)
-        out.backward(grad.to(out.dtype))
-        return [out.detach(), *(x.grad for x in qkv)]
-
-    mask = packing.attention_mask(packed).to(device)
-    dense = lambda q, k, v: scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    expected = values(q.double(), k.double(), v.double(), dense)
-    plan = Plan(packed, torch.device(device))
-
-    def way(q, k, v):
-        out, _ = attend(None, q, k, v, None, shared_prefix=plan, scaling=D**-0.5)
-        return out.transpose(1, 2)
-
-    found = values(q, k, v, way)
-    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected))
+    return attend(plan, q, k, v, scale)
 
 
-def scores(way: str, model, groups: list) -> Iterator[tuple]:
-    """Log-probs and entropies of the groups, (answers, T) per forward pass."""
-    length, answers = len(groups[0][0]), groups[0][1]
+ATTEND = {"merged": merged, "blocks": blocks, "flex": flex, "kept": merged}
+WAYS = ("merged", "padded", "blocks", "flex", "kept")
+
+
+# ------------------------------------------------------------------------------------------------------------ the work
+
+
+def lengths_of(prompt: int, answer: int, rng: random.Random) -> tuple[int, list[int]]:
+    """Tokens of a prompt and of its answers: means as given, as uneven as tool calls are."""
+    scale = [rng.lognormvariate(0, 0.6) for _ in range(GROUP)]
+    answers = [max(1, round(answer * s / 1.197)) for s in scale]  # mean of the lognormal: e^0.18
+    return round(prompt * rng.uniform(0.9, 1.1)), answers
+
+
+def rows_of(way: str, prompt: int, vocabulary: int, count: int, args) -> list[list]:
+    """Groups (prompt ids, answers' ids) of each forward and backward pass; `padded`: one group, cut to the budget."""
+    rng = random.Random(f"{prompt}/{args.answer}")
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(vocabulary, (n,), generator=generator).tolist()
+    rows, room = [], 0
+    while True:
+        P, answers = lengths_of(prompt, args.answer, rng)
+        group, tokens = (draw(P), [draw(n) for n in answers]), P + sum(answers)
+        if way == "padded":
+            n = max(1, args.budget // (P + max(answers)))
+            return [[(group[0], group[1][i : i + n])] for i in range(0, GROUP, n)]
+        if tokens > room:
+            if len(rows) == count:
+                return rows
+            rows.append([])
+            room = args.budget
+        rows[-1].append(group)
+        room -= tokens
+
+
+def work_of(rows: list) -> tuple[int, int, int]:
+    """Groups, prompt tokens (once a prompt, however often it is read) and answer tokens."""
+    prompts = {id(prompt): len(prompt) for row in rows for prompt, _ in row}
+    answers = sum(len(answer) for row in rows for _, group in row for answer in group)
+    return len(prompts), sum(prompts.values()), answers
+
+
+def forward_backward(way: str, model, row: list, args) -> None:
+    """One micro-batch: log-probs, entropies, a loss of both, gradients."""
     if way == "padded":
-        n = max(1, BUDGET // (length + len(answers[0])))  # answers per forward pass
-        for prompt, answers in groups:
-            for i in range(0, len(answers), n):
-                yield packing.padded_logps(model, prompt, answers[i : i + n])
+        [(prompt, answers)] = row
+        scores = packing.padded_logps(model, prompt, answers, chunk_size=args.chunk)
     else:
-        n = max(1, BUDGET // (length + sum(map(len, answers))))  # groups per forward pass
-        for i in range(0, len(groups), n):
-            row = packing.join([packing.pack(*group) for group in groups[i : i + n]])
-            yield packing.response_logps(model, row)
-
-
-def passes(way: str, model, groups: list) -> None:
-    """Forward and backward over the groups."""
-    tokens = sum(len(answer) for _, answers in groups for answer in answers)
-    for logps, entropy in scores(way, model, groups):
-        (-(logps.sum() + 3e-4 * entropy.sum()) / tokens).backward()
+        joined = packing.join([packing.pack(*group) for group in row])
+        scores = packing.response_logps(model, joined, chunk_size=args.chunk)
+    logps, entropy = scores
+    (-(logps.sum() + 3e-4 * entropy.sum()) / 1000).backward()
 
 
 def seconds_of(work, device: str) -> float:
@@ -232,130 +226,361 @@ def seconds_of(work, device: str) -> float:
     return time.perf_counter() - start
 
 
-def timing(way: str, shape: str, groups: list, adam: bool, args) -> dict:
-    """Median seconds of the passes per group and of the optimiser per update, and the peak of memory on a GPU."""
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model = drawn(shape, args.device, len(groups[0][0]) + args.answer)
-    if way != "kept":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = modeling.shard(model)
-    optimizer = modeling.optimizer(model, 1e-6) if adam else None
-    packing._Plan = Plan
-    packing._use_shared_prefix(model)
-    AttentionInterface.register(packing.ATTENTION, ATTENTION.get(way, ATTENTION["sdpa"]))
-
-    def finish():
-        modeling.clip_grad_norm(model, 1.0)
-        if optimizer:
-            optimizer.step()
-        model.zero_grad()
-
-    times = []
-    for _ in range(1 + args.steps):  # one warms up, compiles, and makes AdamW's moments
-        forward_backward = seconds_of(lambda: passes(way, model, groups), args.device)
-        times.append((forward_backward / len(groups), seconds_of(finish, args.device)))
-    per_group, last = (common.median(column[1:]) for column in zip(*times))
-    row = {"groups": len(groups), "seconds_per_group": per_group, "optimizer_seconds": last}
-    row |= {"adam": adam, "seconds": GROUPS_PER_UPDATE * per_group + last}
-    if args.device == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-    return row
-
-
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def matmul_rate(device: str) -> float:
-    """FLOP/s of square matrix products, back to back, after a second of them: the clocks are up."""
+    """FLOP/s of square bf16 products, back to back, after a second of them: the clocks are what a long run has."""
     if device == "cpu":
         return common.matmul_rate()
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
     def products():
-        for _ in range(50):
+        for _ in range(100):
             a @ b
 
     start = time.perf_counter()
     while time.perf_counter() - start < 1:
         seconds_of(products, device)
-    return 50 * 2 * size**3 / seconds_of(products, device)
+    return 100 * 2 * size**3 / seconds_of(products, device)
 
 
-def measure(shape: str, prompt_length: int, args, rate: float, deadline: float) -> Iterator[dict]:
-    """A row per way for one shape and prompt length."""
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(SHAPES[shape][0], (n,), generator=generator).tolist()
-    tokens = prompt_length + GROUP * args.answer
-    groups = [
-        (draw(prompt_length), [draw(args.answer) for _ in range(GROUP)])
-        for _ in range(max(1, args.tokens // tokens))
-    ]
-    meta = drawn(shape, "meta", 1)
-    (body, head), total = common.matrix_parameters(meta), sum(p.numel() for p in meta.parameters())
-    memory = torch.cuda.mem_get_info()[1] if args.device == "cuda" else float("inf")
-    padded = None
-    for way in args.ways:
-        row = {"shape": shape, "parameters": total, "prompt": prompt_length, "way": way}
-        timed = groups[:1] if way == "padded" else groups  # slow: one group tells its rate
-        for adam in (True, False) if 16 * total + ROOM < memory else (False,):
-            if time.time() > deadline:
-                row["error"] = "not measured: the time is over"
-                break
-            try:
-                if way != "padded":
-                    apart = attention_apart(ATTENTION[way], shape, args.device)
-                    row |= {
-                        "attention_apart": apart,
-                        "exact": apart < (0.02 if args.device == "cuda" else 1e-5),
-                    }
-                row |= timing(way, shape, timed, adam, args)
-                row.pop("error", None)
-            except Exception as error:  # a kernel that this card or build lacks is a result too
-                row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
-            gc.collect()
+class Session:
+    """A model and its optimiser, kept from one way to the next; drawn again after an error."""
+
+    def __init__(self, args):
+        self.args, self.key, self.model, self.optimizer = args, None, None, None
+
+    def prepare(self, shape: str, way: str, weights: str, adam: bool) -> None:
+        """The model of this shape, attending this way."""
+        args = self.args
+        if self.key != (shape, weights, adam):
+            self.drop()
+            model = drawn(
+                shape, args.device, torch.bfloat16 if weights == "bf16" else torch.float32
+            )
+            if args.compile:
+                for layer in model.model.layers:
+                    layer.forward = torch.compile(layer.forward)
+            if args.fused_norm:
+                for module in model.modules():
+                    if type(module).__name__.endswith("RMSNorm"):
+                        module.forward = _fused_norm(module)
+            self.model = model if args.no_fsdp else modeling.shard(model)
+            self.optimizer = modeling.optimizer(self.model, 1e-6) if adam else None
+            self.key = (shape, weights, adam)
+        if way == "kept" or args.no_checkpointing:
+            self.model.gradient_checkpointing_disable()
+        else:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        packing._use_shared_prefix(self.model)
+        packing._Plan.attend = ATTEND.get(way, merged)
+        attend = packing.shared_prefix_attention
+        if way != "flex":  # which is compiled itself
+            attend = torch.compiler.disable(attend)
+        AttentionInterface.register(packing.ATTENTION, attend)
+
+    def finish(self) -> None:
+        """Clipping and AdamW."""
+        modeling.clip_grad_norm(self.model, 1.0)
+        if self.optimizer:
+            self.optimizer.step()
+        self.model.zero_grad()
+
+    def drop(self) -> None:
+        """Free the memory."""
+        self.key = self.model = self.optimizer = None
+        gc.collect()
+        if self.args.device == "cuda":
             torch.cuda.empty_cache()
-            if "OutOfMemory" not in row.get("error", ""):
-                break
-        if "seconds" in row:
-            work = GROUPS_PER_UPDATE * prompt_length, GROUPS_PER_UPDATE * GROUP * args.answer
-            row["tokens_per_second"] = sum(work) / row["seconds"]
-            row["mfu"] = common.floor_flops(body, head, *work) / row["seconds"] / rate
-            padded = row["seconds_per_group"] if way == "padded" else padded
-            row["times_padded"] = padded and padded / row["seconds_per_group"]
-        print(row, flush=True)
-        yield row
+
+
+def _fused_norm(module: nn.Module):
+    return lambda x: rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def measure(session: Session, shape: str, prompt: int, way: str, rate: float) -> dict:
+    """One row of the result: the most complete state that fits."""
+    args, row = (
+        session.args,
+        {"shape": shape, "prompt": prompt, "answer": session.args.answer, "way": way},
+    )
+    meta = drawn(shape, "meta")
+    N, (body, head) = sum(p.numel() for p in meta.parameters()), common.matrix_parameters(meta)
+    row |= {
+        "parameters": N,
+        "compile": args.compile,
+        "fused_norm": args.fused_norm,
+        "fsdp": not args.no_fsdp,
+    }
+    row |= {"checkpointing": way != "kept" and not args.no_checkpointing, "chunk": args.chunk}
+    memory = torch.cuda.mem_get_info()[1] if args.device == "cuda" else float("inf")
+    states = {16: ("fp32", True), 8: ("fp32", False), 4: ("bf16", False)}
+    fits = [b for b in states if b * N + ROOM < memory and args.weights in ("auto", states[b][0])]
+    for bytes_each in (fits or [4])[:2]:
+        weights, adam = states[bytes_each]
+        row |= {"weights": weights, "adam": adam}
+        try:
+            session.prepare(shape, way, weights, adam)
+            row |= timed(session, way, prompt, SHAPES[shape][0])
+            row.pop("error", None)
+            break
+        except Exception as error:  # a kernel that this card or build lacks is a result too
+            row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        session.drop()  # FSDP2's state and the memory are in disorder
+        if "OutOfMemory" not in row["error"]:
+            break
+    if "seconds" in row:
+        flops = common.floor_flops(body, head, row["prompt_tokens"], row["answer_tokens"])
+        row["tokens_per_second"] = (row["prompt_tokens"] + row["answer_tokens"]) / row["seconds"]
+        row["mfu"] = flops / row["seconds"] / rate
+        row["seconds_per_group"] = row["seconds"] / row["groups"]
+        if row["adam"]:
+            update = GROUPS_PER_UPDATE * row["seconds_per_group"]
+            row["mfu_with_optimizer"] = row["mfu"] * update / (update + row["optimizer_seconds"])
+        if args.device == "cuda" and way != "kept" and shape != "toy":
+            row["planned_bytes"] = planned(shape, row["largest_row"], bytes_each)
+            row["peak_to_planned"] = row["peak_bytes"] / row["planned_bytes"]
+    return row
+
+
+def timed(session: Session, way: str, prompt: int, vocabulary: int) -> dict:
+    """Seconds of forward and backward over some micro-batches, of the optimiser once, and the peak of memory."""
+    args, rows = session.args, rows_of(way, prompt, vocabulary, session.args.rows, session.args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for row in rows[: 2 if args.compile or way == "flex" else 1]:  # two lengths: compiled for any
+        warm_up = seconds_of(
+            lambda row=row: forward_backward(way, session.model, row, args), args.device
+        )
+    if args.profile:
+        profile(lambda: forward_backward(way, session.model, rows[0], args))
+    session.finish()  # makes AdamW's moments
+    times = [
+        seconds_of(lambda row=row: forward_backward(way, session.model, row, args), args.device)
+        for row in rows
+    ]
+    groups, prompt_tokens, answer_tokens = work_of(rows)
+    result = {
+        "groups": groups, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens,
+        "largest_row": max(size_of(way, row) for row in rows), "warm_up_seconds": warm_up, "row_seconds": times,
+        "seconds": sum(times), "optimizer_seconds": seconds_of(session.finish, args.device),
+    }  # fmt: skip
+    if args.device == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def size_of(way: str, row: list) -> int:
+    """Tokens that go through the model together."""
+    if way == "padded":
+        return sum(len(answers) * (len(prompt) + max(map(len, answers))) for prompt, answers in row)
+    return sum(len(prompt) + sum(map(len, answers)) for prompt, answers in row)
+
+
+def planned(shape: str, tokens: int, bytes_each: int) -> float:
+    """bench/plan.py's peak of the update, on one GPU, for a row of so many tokens and this state per parameter."""
+    name = f"qwen2.5-{shape.lower()}"
+    flags = f"{name} --max_tokens_per_row {tokens} --max_prompt 1 --max_answer 1"
+    sizes, args = planning.shape_of(name), planning.parser().parse_args(flags.split())
+    found = planning.plan(sizes, 1, 1000.0, 1, args)
+    return found["update_peak"] - found["states"] + bytes_each * sizes["parameters"]
+
+
+def profile(work) -> None:
+    """The 25 kernels that take most of the time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    on_gpu = torch.cuda.is_available()
+    with record(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        work()
+        synchronize("cuda" if on_gpu else "cpu")
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in events)
+    print(f"{total / 1e3:.1f} ms in kernels")
+    for e in events[:25]:
+        print(
+            f"{getattr(e, key) / 1e3:9.2f} ms {getattr(e, key) / total:6.1%} {e.count:6d} x  {e.key[:110]}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- attention by itself
+
+
+def attention_apart(attend, shape: str, device: str) -> list[float]:
+    """Relative errors of a way's attention and of its three gradients against dense attention in float64."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = [packing.pack([0] * P, [[0] * n for n in lengths]) for P, lengths in (
+        (384, (40, 1, 47, 33, 60, 8, 21, 50)), (129, (17, 0, 90)), (64, (9,)),
+    )]  # fmt: skip
+    packed = packing.join(rows)
+    q, k, v, grad, plan, scale = _inputs(packed, shape, device, dtype)
+    q *= 3  # sharp: a key more or less changes the output
+
+    def values(q, k, v, attend):
+        qkv = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*qkv)
+        out.backward(grad.to(out.dtype))
+        return [out.detach(), *(x.grad for x in qkv)]
+
+    mask = packing.attention_mask(packed).to(device)
+
+    def dense(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    expected = values(q.double(), k.double(), v.double(), dense)
+    found = values(q, k, v, lambda q, k, v: attend(plan, q, k, v, scale))
+    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected)]
+
+
+def masked(plan, q, k, v, scale):
+    """SDPA under the whole mask: what bf16 costs without any trick."""
+    return sdpa(q, k, v, plan.mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]).transpose(1, 2)
+
+
+def attention_seconds(attend, shape: str, prompt: int, args) -> float:
+    """Seconds of one layer's attention, forward and backward, for a row of --budget tokens; mean of 20."""
+    [row] = rows_of("merged", prompt, 1000, 1, args)
+    packed = packing.join([packing.pack(*group) for group in row])
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    q, k, v, grad, plan, scale = _inputs(packed, shape, args.device, dtype)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+
+    def steps(count):
+        for _ in range(count):
+            torch.autograd.grad(attend(plan, *qkv, scale), qkv, grad)
+
+    steps(3)
+    return seconds_of(lambda: steps(20), args.device) / 20
+
+
+def _inputs(packed, shape, device, dtype):
+    _, width, _, _, heads, kv_heads, _ = SHAPES[shape]
+    L, D = len(packed.input_ids), width // heads
+    torch.manual_seed(0)
+    q, k, v, grad = (  # as they come from the layers: tokens first
+        torch.randn(1, L, H, D).to(device, dtype).transpose(1, 2)
+        for H in (heads, kv_heads, kv_heads, heads)
+    )
+    return q, k, v, grad.transpose(1, 2), packing._Plan(packed, torch.device(device)), D**-0.5
+
+
+def check(args) -> list[dict]:
+    """Each way's attention alone: relative errors, then milliseconds of a layer at each prompt length."""
+    rows = []
+    ways = {"masked": masked} | {
+        way: ATTEND[way] for way in args.ways if way in ATTEND and way != "kept"
+    }
+    for shape in args.shapes:
+        for way, attend in ways.items():
+            row = {"shape": shape, "way": way}
+            try:
+                errors = attention_apart(attend, shape, args.device)
+                row |= dict(zip(("out", "dq", "dk", "dv"), errors))
+                row["exact"] = max(errors) < (0.02 if args.device == "cuda" else 1e-5)
+                for prompt in args.prompts if way != "masked" else ():
+                    row[f"ms_{prompt}"] = 1e3 * attention_seconds(attend, shape, prompt, args)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            print(row, flush=True)
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["1.5B", "3B", "7B"], choices=SHAPES)
-    parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192], help="tokens")
-    parser.add_argument("--answer", type=int, default=100, help="tokens")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--tokens", type=int, default=36_000, help="timed together, about")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", default=["7B", "1.5B", "3B"], choices=SHAPES)
+    parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192], help="tokens, mean")
+    parser.add_argument("--answer", type=int, default=100, help="tokens, mean")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS)
+    parser.add_argument(
+        "--budget",
+        type=int,
+        default=16_384,
+        help="tokens of a row, as train.py's --max_tokens_per_row",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=3, help="forward and backward passes that are timed"
+    )
+    parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist together")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decoder layers, as --torch_compile does"
+    )
+    parser.add_argument(
+        "--fused_norm", action="store_true", help="torch's RMSNorm instead of the model's"
+    )
+    parser.add_argument("--no_checkpointing", action="store_true")
+    parser.add_argument(
+        "--no_fsdp", action="store_true", help="the plain model, with --weights bf16"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="attention alone: errors and milliseconds"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one pass")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--minutes", type=float, default=6.5, help="then nothing new starts")
+    parser.add_argument("--minutes", type=float, default=7, help="then nothing new starts")
     parser.add_argument("--out", default=str(common.BENCH / "gpu.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")
+    if args.no_fsdp and args.weights != "bf16":
+        parser.error("--no_fsdp computes in the dtype of the weights: give --weights bf16 as well")
     deadline = time.time() + 60 * args.minutes
-    train.init_distributed()
+    torch._dynamo.config.recompile_limit = 64  # lengths differ from row to row
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as packing.py does
+    result = {"machine": common.machine(), "settings": vars(args).copy(), "rows": []}
+    if args.check:
+        result["rows"] = check(args)
+        common.write(args.out, result)
+        return
+    store = dist.HashStore()
+    dist.init_process_group(
+        "nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1
+    )
     rate = matmul_rate(args.device)
-    result = {"machine": common.machine(), "matmul_tflops": [rate / 1e12], "rows": []}
+    result["matmul_tflops"] = [rate / 1e12]
     print(f"matmul rate {rate / 1e12:.1f} TFLOP/s", flush=True)
+    session = Session(args)
+    longest = 0.0
     for shape in args.shapes:
-        for prompt in args.prompts:
-            result["rows"] += measure(shape, prompt, args, rate, deadline)
-            common.write(args.out, result)
+        for way in args.ways:
+            for prompt in args.prompts:
+                row = {
+                    "shape": shape,
+                    "prompt": prompt,
+                    "way": way,
+                    "error": "not measured: the time is over",
+                }
+                if (start := time.time()) + longest < deadline:
+                    row = measure(session, shape, prompt, way, rate)
+                    longest = max(longest, time.time() - start)
+                    row["took_seconds"] = time.time() - start
+                result["rows"].append(row)
+                add_ratios(result["rows"])
+                print(json.dumps(row), flush=True)
+                common.write(args.out, result)
+    session.drop()
     result["matmul_tflops"].append(matmul_rate(args.device) / 1e12)  # first and last
     common.write(args.out, result)
     dist.destroy_process_group()
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """`times_padded`: how many times as fast as padding, by tokens per second, for the same shape and prompt."""
+    rates = {(r["shape"], r["prompt"], r["way"]): r.get("tokens_per_second") for r in rows}
+    for row in rows:
+        padded = rates.get((row["shape"], row["prompt"], "padded"))
+        if padded and "tokens_per_second" in row:
+            row["times_padded"] = row["tokens_per_second"] / padded
 
 
 if __name__ == "__main__":

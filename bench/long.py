@@ -1,12 +1,13 @@
-"""A long run: 500 steps of the demo on two ranks; does memory, open files or disk use grow?
+"""A long run: 500 steps of the demo on two ranks. Does memory, open files or disk use grow?
 
-    python bench/long.py                        about a quarter of an hour on two cores -> bench/long.json, bench/long.png
+    python bench/long.py       a quarter of an hour on two cores -> bench/long.json, bench/long.png
     python bench/long.py --steps 40 --engine transformers --out /tmp/long.json
 
-Starts `torchrun train.py` and looks at its ranks twice a second in /proc: resident memory, open file handles, threads;
-and at the size of the output folder. A row of the JSON is the last look before each fifth step. The verdict compares
-the rows after step 50 with the row of step 50: resident memory of each rank at most 10 % more, no more file handles, and
-the output folder without its records (*.jsonl, which grow by what a step writes) at most 10 % more. Exit code 1 if not.
+Starts `torchrun train.py` and reads twice a second, for each rank, resident memory, open file
+handles and threads from /proc, and the size of the output folder. A row of the JSON is the last
+reading before each fifth step. The verdict compares the rows after step 50 with that of step 50:
+resident memory of each rank at most 10 % more, no more file handles, and the output folder without
+its records (*.jsonl, which grow with every step) at most 10 % more. Otherwise the exit code is 1.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import common
 from common import BENCH, REPO
 
 FLAGS = (
-    "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 --eval_size 16 "
+    "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 "
+    "--eval_size 16 "
     "--save_steps 25 --save_total_limit 2"
 )
 VERDICTS = ("memory_is_stable", "handles_are_bounded", "disk_is_bounded")

@@ -1,18 +1,20 @@
-"""iTool's search against a naive loop on the same trees: seconds, generated and prefilled tokens per tree.
+"""iTool's search against a naive loop on the same trees: seconds and tokens per tree.
 
     python bench/mcts.py --trees 100 --naive_trees 15
     python bench/mcts.py --trees 100 --naive_trees 12 --self_evaluation cache
 
-    ours    itool.Searcher over vLLM: all trees in lock step, shared prompts cached, a sample's unused rest reused,
-            one forward pass per self-evaluation, equal states graded once
-    naive   one transformers `generate` per sample (each of a node's `width`) and four per self-evaluation
-            (four tokens each, as iTool samples them), one sequence at a time
+    ours    itool.Searcher over vLLM: all trees in lock step, shared prompts cached, the unused rest
+            of a sample reused, one forward pass per self-evaluation, equal states graded once
+    naive   one transformers `generate` per sample (each of a node's `width`) and four per
+            self-evaluation (four tokens each, as iTool samples them), one sequence at a time
 
-The naive loop replays the trees that the search has grown: the same states, as many tokens per sample, the same
-number of nodes to grade; what it samples there does not matter and has no seed. --naive_trees lets it replay the first trees
-only (it takes minutes where ours takes seconds); all figures are means per tree. Both arms run in this process, ours first and once more after the naive one; the time of ours is the
-mean of the two. Written to bench/mcts.json, under the name of --self_evaluation: "paper" asks as Table 10 does, "cache" puts what is
-the same in all questions first, so that vLLM has it in its prefix cache.
+The naive loop replays the trees that the search has grown: the same states, as many tokens per
+sample, as many nodes to grade. What it samples there does not matter and has no seed. It takes
+minutes where ours takes seconds, so --naive_trees limits it to the first trees; all figures are
+means per tree. Both arms run in this process, ours before and again after the naive one; its time
+is the mean of the two. Results go to bench/mcts.json under the name of --self_evaluation: "paper"
+asks as Table 10 does, "cache" puts what all questions share first, so that vLLM's prefix cache
+holds it.
 """
 
 import argparse
@@ -34,7 +36,7 @@ EVALUATION_SAMPLES, EVALUATION_TOKENS = 4, 4  # iTool Appendix B.1; a letter and
 
 
 class Recorder(itool.Searcher):
-    """A search that remembers the length of every draw it used, tails included, by expanded node."""
+    """A search that remembers the length of every draw it used, with tails, by expanded node."""
 
     def propose(self, nodes: list[mcts.Node], width: int) -> list[list[mcts.Proposal]]:
         groups = super().propose(nodes, width)
@@ -109,7 +111,7 @@ def naive(args, tokenizer, examples, roots, searcher) -> dict:
 
 
 def prefilled(roots: list[mcts.Node], stats: dict) -> float:
-    """Tokens per tree that ours reads: each prompt once, each expanded state's steps once, each question."""
+    """Tokens per tree that ours reads: each prompt, expanded state's steps and question once."""
     tokens = stats["evaluation_tokens"]
     for root in roots:
         stack = [root]

@@ -1,22 +1,24 @@
-"""Peak memory of the training part with a vocabulary of 152k: packed and chunked against padded with full logits.
+"""Peak memory of the training part with a vocabulary of 152k, packed against padded.
 
-    python bench/memory.py                               about three minutes, 3 GB -> bench/memory.json
-    python bench/memory.py --prompt 256 --vocabulary 8192 --out /tmp/memory.json          half a minute
+    python bench/memory.py                                     three minutes, 3 GB -> memory.json
+    python bench/memory.py --prompt 256 --vocabulary 8192 --out /tmp/memory.json    half a minute
 
-One group: --group responses of --answer tokens to one prompt, forward and backward of their log-probs and entropies in
-float32, on a model of two layers of width 64, where the vocabulary is what costs. Ways to do it:
+One group: --group responses of --answer tokens to one prompt, forward and backward of their
+log-probs and entropies in float32, on a model with two layers of width 64, where the vocabulary
+dominates. The ways to compute it:
 
     packed              packing.response_logps: the prompt once, logits in chunks
     packed, recomputed  the same with activation checkpointing
-    padded, chunked     packing.padded_logps (--no_share_prefix): the prompt per response, logits in chunks
-    padded, answers     the prompt per response, the logits of all answer positions at once
-    padded, full        the prompt per response, the logits of all positions at once
+    padded, chunked     packing.padded_logps (--no_share_prefix): a prompt per response, chunks
+    padded, answers     a prompt per response, the logits of all answer positions at once
+    padded, full        a prompt per response, the logits of all positions at once
     one row, full       the same, one response at a time
 
-Each is a process of its own. `tracked` is the peak of live tensors (torch's MemTracker: activations, gradients and
-temporaries, without the weights); what would not fit into this machine runs on fake tensors, which have sizes and no
-memory. `rss` is the growth of the process's peak resident memory, where the computation is real: the two agree within
-the allocator's slack, which is the check on the tracker.
+Each runs in its own process. `tracked` is the peak of live tensors (torch's MemTracker:
+activations, gradients and temporaries, without the weights). What would not fit into this machine
+runs on fake tensors, which have sizes and no memory. `rss` is the growth of the process's peak
+resident memory where the computation is real; the two agree within the allocator's slack, which
+checks the tracker.
 """
 
 import argparse
@@ -32,8 +34,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import packing
 
-WAYS = ("packed", "packed, recomputed", "padded, chunked", "padded, answers", "padded, full",
-        "one row, full")  # fmt: skip
+WAYS = (
+    "packed",
+    "packed, recomputed",
+    "padded, chunked",
+    "padded, answers",
+    "padded, full",
+    "one row, full",
+)
 FAKE_FROM = 4e9  # bytes of logits, above which tensors are fake
 
 
@@ -54,7 +62,7 @@ def scores(way: str, model, prompt: list[int], responses: list[list[int]]) -> to
 
 
 def in_a_process(function, *arguments) -> dict:
-    """What the function returns in a fork of this process: its memory is given back, imports are shared."""
+    """What the function returns in a fork, which frees its memory and shares the imports."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -68,11 +76,16 @@ def measure(way: str, tracked: bool, args) -> dict:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+                vocab_size=args.vocabulary,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
                 max_position_embeddings=args.prompt + args.answer,
             )
-        ).train()  # fmt: skip
+        ).train()
         if "recomputed" in way:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         prompt = [i % args.vocabulary for i in range(args.prompt)]

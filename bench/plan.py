@@ -1,36 +1,49 @@
-"""Memory and time of a training step on given GPUs, by arithmetic from the model's config.json.
+"""Memory and time of a training step on given GPUs, by arithmetic from the model's config.json; train.py's check at start.
 
     python bench/plan.py qwen2.5-7b --gpus 8 --gpu-memory 80
+    python bench/plan.py qwen2.5-7b --gpus 1 --gpu-memory 24 --lora_rank 16 --quant 4bit
     python bench/plan.py FOLDER --gpus 8 --gpu-memory 141 --nodes 2 --prompt 3000 --answer 120
-    python bench/plan.py paper                                       the paper's models on three machines, as a table
+    python bench/plan.py paper                        the paper's models on three machines, and single cards, as a table
 
-Bytes per GPU, N parameters, W GPUs in all, everything of train.py's step (run_rl):
+Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or the adapters' A = r (in + out) per matrix.
 
-    states      16 N / W           fp32 weights 4, gradients 4, Adam's moments 8; in the rollout 12, without gradients
-    gathered    2 (embedding + head) + 2 * 2 layer + 4 largest     bf16 weights of the root and of two layers, fp32
-                                   gradient of the largest unit before it is reduced
+    resident    weights and moments: (4 + 8) N / W; LoRA (2 N + 12 A) / W; 4-bit 0.516 bytes per weight of the layers'
+                matrices, 2 for the rest, 12 A, and nothing is sharded. --offload_moments takes 8 T / W of it to the host
+    states      resident + fp32 gradients 4 T / W
+    gathered    bf16 weights of the root (LM head, final norm, a tied embedding) and of two layers; while all is trained,
+                also the root's bf16 gradient, and the largest unit's in bf16 and fp32 before it is reduced. 4-bit: one
+                matrix in bf16
     activations tokens of a row * (2 h * layers + 4 (4 h + 2 q + 2 kv + 4 inner))   layer inputs, and one layer computed
                                    again with its gradients (activation checkpointing)
     logits      4 * 4 * 512 * V    a chunk of the LM head, its softmax, their product, a gradient
-    vLLM        2 N / t + KV cache bf16 weights over t GPUs, and what 12 N / W and --reserve leave; asleep in the update
+    vLLM        2 N / t + working + KV cache    bf16 weights over t GPUs, the activations of 8,192 prompt tokens and logits
+                of --max_num_seqs, and what `resident`, --graphs and --reserve leave; in the update it sleeps, but for
+                its CUDA graphs
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
+
+Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments. Disk: --save_total_limit
++ 1 checkpoints of 4 N + 12 T, with adapters 4 A more.
 
 Seconds of a step, with the rates that the flags state:
 
-    update      6 (body * tokens + head * responses) / (W * peak * MFU), or the traffic if that is longer: FSDP2 moves
-                8 N bytes per micro-batch (bf16 gathered twice, fp32 reduced) over the link
+    update      6 (body * tokens + head * responses) / (W * peak * MFU), 4 in place of 6 where the matrices are frozen, or
+                the traffic if that is longer: FSDP2 moves 8 N bytes per micro-batch (bf16 gathered twice, fp32 reduced; 4 N
+                with LoRA) over the link; offloaded moments cross the host's link twice, 16 T / W
     rollout     prefill 2 N * prompt tokens / (W * peak * 0.5), then decoding, bound by memory: (weights + KV of the
                 responses under way) / (t * bandwidth * 0.6) per token of the longest response, in waves of max_num_seqs
-    sync        4 N bytes over the link
+    sync        4 N bytes over the link, 2 N with LoRA
 
 t, vLLM's tensor parallel size, is the smallest power of two that divides the GPUs of a node and the KV heads and leaves
-room for one group of the longest prompt and responses. A plan, not a measurement: the rates are assumptions.
+room for one group of the longest prompt and responses. GPUs are counted in GiB, as sold. A plan, not a measurement.
 """
 
 import argparse
 import json
 import math
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size,
 # tie_word_embeddings, biases of q, k and v: from config.json of the models on the Hugging Face Hub
@@ -52,74 +65,234 @@ MODELS = {
     "qwen2.5-32b": (5120, 27_648, 64, 40, 8, 152_064, False, True),  # Qwen/Qwen2.5-32B-Instruct
 }
 PAPER = ("qwen2.5-7b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b")
-MACHINES = ((8, 80, 1), (8, 141, 1), (8, 80, 2))  # GPUs per node, GB each, nodes
+MACHINES = ((8, 80, 1), (8, 141, 1), (8, 80, 2))  # GPUs per node, GiB each, nodes
+SHORT = "--batch 32 --max_prompt 4096 --max_answer 512 --max_tokens_per_row 8192"  # single cards
+CARD_24 = f"{SHORT} --max_num_seqs 64 --tflops 165 --bandwidth 1008"  # RTX 4090
+CASES = (  # model, machine, flags, name
+    ("qwen2.5-32b", (8, 80, 1), "--offload_moments", "moments on host"),
+    ("qwen2.5-3b", (1, 24, 1), f"{CARD_24} --lora_rank 16", "LoRA"),
+    ("qwen2.5-7b", (1, 24, 1), f"{CARD_24} --lora_rank 16 --quant 4bit", "QLoRA"),
+    ("qwen2.5-3b", (1, 80, 1), SHORT, ""),
+    ("qwen2.5-7b", (1, 80, 1), f"{SHORT} --lora_rank 16", "LoRA"),
+)
 CHUNK = 512  # packing.response_logps
-GB = 1e9
+PREFILL = 8192  # vLLM's max_num_batched_tokens
+GB, GIB = 1e9, 2**30
+NF4 = 0.5 + 0.127 / 8  # bytes per weight, doubly quantised constants included
 
 
-def shape_of(name: str) -> dict:
-    """Sizes of a model: a key of MODELS, or a folder with config.json; ValueError where it is neither."""
-    if name in MODELS:
-        h, inner, layers, heads, kv_heads, V, tied, bias = MODELS[name]
-        D = h // heads
-    elif (Path(name) / "config.json").exists():
-        config = json.loads((Path(name) / "config.json").read_text())
-        h, inner, layers = (
-            config[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
-        )
-        heads, V = config["num_attention_heads"], config["vocab_size"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        tied = config.get("tie_word_embeddings", False)
-        bias = config.get("attention_bias", config["model_type"] == "qwen2")
-        D = config.get("head_dim") or h // heads
-    else:
-        raise ValueError(
-            f"{name}: give one of {', '.join(MODELS)}, paper, or a folder with config.json"
-        )
+def shape_of(model) -> dict:
+    """Sizes of a model: a key of MODELS, a folder with config.json, or model.skeleton's; ValueError for other names."""
+    if not isinstance(model, str):
+        s = _sizes(model.config.get_text_config())
+        exact = sum(parameter.numel() for parameter in model.parameters())
+        return s | {"parameters": exact, "layer": (exact - s["root"]) // s["layers"]}
+    if model in MODELS:
+        names = (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size", "tie_word_embeddings", "attention_bias",
+        )  # fmt: skip
+        return _sizes(SimpleNamespace(**dict(zip(names, MODELS[model]))))
+    if (Path(model) / "config.json").exists():
+        config = json.loads((Path(model) / "config.json").read_text())
+        return _sizes(SimpleNamespace(**config.get("text_config", config)))
+    raise ValueError(
+        f"{model}: give one of {', '.join(MODELS)}, paper, or a folder with config.json"
+    )
+
+
+def _sizes(config) -> dict:
+    h, layers, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    heads, inner = config.num_attention_heads, getattr(config, "intermediate_size", None) or 4 * h
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    D = getattr(config, "head_dim", None) or h // heads
+    tied = getattr(config, "tie_word_embeddings", False)
+    bias = getattr(config, "attention_bias", getattr(config, "model_type", "") == "qwen2")
     q, kv = heads * D, kv_heads * D
     matrices = 2 * h * q + 2 * h * kv + 3 * h * inner
     layer = matrices + 2 * h + (q + 2 * kv) * bias
+    embeddings = V * h * (1 if tied else 2)
     return {
         "h": h, "inner": inner, "layers": layers, "q": q, "kv": kv, "kv_heads": kv_heads, "V": V,
-        "layer": layer, "body": layers * matrices, "head": V * h, "root": V * h * (1 if tied else 2) + h,
-        "parameters": layers * layer + V * h * (1 if tied else 2) + h,
+        "layer": layer, "body": layers * matrices, "head": V * h, "root": embeddings + h, "tied": tied,
+        "rank_one": layers * (2 * (h + q) + 2 * (h + kv) + 3 * (h + inner)),
+        "parameters": layers * layer + embeddings + h,
     }  # fmt: skip
 
 
 def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Namespace) -> dict:
-    """Bytes per GPU, tensor parallel size, tokens and seconds of a step.
+    """Bytes per GPU and node, tensor parallel size, tokens and seconds of a step.
 
     s           from `shape_of`
     gpus        per node
-    gpu_memory  GB of each
+    gpu_memory  GiB of each
     """
-    W, N, memory = gpus * nodes, s["parameters"], gpu_memory * GB
-    K = args.num_generations
-    group = args.prompt + (K + 1) * args.answer  # mean tokens, the expert's response included
-    longest = args.max_prompt + (K + 1) * args.max_answer
-    row = max(args.max_tokens_per_row, longest)
-    states = 16 * N / W
-    gathered = 2 * s["root"] + 2 * 2 * s["layer"] + 4 * max(s["root"], s["layer"])
+    W, N, memory = gpus * nodes, s["parameters"], gpu_memory * GIB
+    A, quantised = args.lora_rank * s["rank_one"], args.quant == "4bit"
+    trained = (A or N) / (1 if quantised else W)  # of each GPU
+    weights = (2 * N + 4 * A if A else 4 * N) / W
+    if quantised:
+        weights = NF4 * s["body"] + 2 * (N - s["body"]) + 4 * A
+    resident = weights + 8 * trained * (not args.offload_moments)
+    states = resident + 4 * trained
+    gathered = _gathered(s, bool(A), quantised)
+    group = args.prompt + (args.num_generations + 1) * args.answer  # mean, the expert included
+    longest = args.max_prompt + (args.num_generations + 1) * args.max_answer
     per_token = 2 * s["h"] * s["layers"] + 4 * (
         4 * s["h"] + 2 * s["q"] + 2 * s["kv"] + 4 * s["inner"]
     )
-    update_bytes = gathered + row * per_token + 4 * 4 * CHUNK * s["V"]
+    activations = max(args.max_tokens_per_row, longest) * per_token
+    logits = 4 * 4 * CHUNK * s["V"]
+    graphs = 0.4 + 0.6 * min(1, args.max_num_seqs / 256) if args.graphs is None else args.graphs
+    reserve = (6 if W > 1 else 2) if args.reserve is None else args.reserve
+    kept = GB * (graphs + reserve)
     kv_token = 4 * s["layers"] * s["kv"]
-    room = memory - 12 * N / W - args.reserve * GB  # without gradients
-    t = 1
-    while t < gpus and s["kv_heads"] % (2 * t) == 0 and 2 * N + longest * kv_token > t * room:
+    working = PREFILL * (6 * s["inner"] + 8 * s["h"]) + 8 * args.max_num_seqs * s["V"]
+    room = memory - resident - kept
+    t = args.tensor_parallel or 1
+    while not args.tensor_parallel and t < gpus and s["kv_heads"] % (2 * t) == 0:
+        if 2 * N + working + longest * kv_token <= t * room:
+            break
         t *= 2
-    kv_tokens = max(0, int((t * room - 2 * N) / kv_token))
-    concurrent = min(args.max_num_seqs, int(kv_tokens * K / (args.prompt + K * args.answer)))
+    kv_tokens = max(0, int((t * room - 2 * N - working) / kv_token))
+    mean = args.prompt + args.num_generations * args.answer
+    peak = states + gathered + activations + logits
     result = {
-        "parameters": N, "gpus": gpus, "nodes": nodes, "gpu_memory": gpu_memory, "states": states,
-        "gathered": gathered, "activations": row * per_token, "logits": 4 * 4 * CHUNK * s["V"],
-        "update_peak": states + update_bytes, "tensor_parallel": t, "vllm_weights": 2 * N / t,
-        "kv_tokens": kv_tokens, "concurrent": concurrent,
-        "utilization": math.floor(100 * room / memory) / 100,
-        "fits": states + update_bytes + args.reserve * GB <= memory and kv_tokens >= longest,
+        "parameters": N, "trained": A or N, "gpus": gpus, "nodes": nodes, "gpu_memory": gpu_memory,
+        "resident": resident, "states": states, "gathered": gathered, "activations": activations,
+        "logits": logits, "update_peak": peak, "kept": kept, "tensor_parallel": t,
+        "vllm_weights": 2 * N / t, "vllm_working": working / t, "kv_tokens": kv_tokens, "kv_token": kv_token,
+        "concurrent": min(args.max_num_seqs, int(kv_tokens * args.num_generations / mean)),
+        "utilization": math.floor(100 * room / max(1, memory)) / 100,
+        "host": gpus * (3 * GB + 8 * trained * args.offload_moments) + 5 * GB,
+        "disk": (args.save_total_limit + 1) * (4 * N + 12 * (A or N) + 4 * A),
+        "fits": peak + kept <= memory and kv_tokens >= longest,
     }  # fmt: skip
     return result | seconds(s, result, group, args) if result["fits"] else result
+
+
+def _gathered(s: dict, frozen: bool, quantised: bool) -> float:
+    """Bytes beside this GPU's own part: weights as they are gathered, and gradients before they are reduced."""
+    root, layer, head = s["root"], s["layer"], s["head"]
+    if quantised:
+        return 2 * max(s["h"] * s["inner"], head)
+    if not s["tied"]:
+        root -= head  # the embedding is a unit of its own
+    if frozen:
+        return 2 * root + 2 * max(2 * layer, head * (not s["tied"]))
+    units = [2 * 2 * layer + 2 * layer + 4 * layer, 4 * root]
+    if not s["tied"]:
+        units.append((2 + 2 + 4) * head)
+    return 2 * root + 2 * root + max(units)
+
+
+def engine_memory_share(
+    card: float, held: float, weights: float, working: float, longest: float
+) -> tuple[float, str]:
+    """Share of a GPU's memory for vLLM, and its arithmetic in a line; ValueError where the model does not fit into it.
+
+    card     bytes of the GPU
+    held     while vLLM samples: the trainer's weights and moments, CUDA graphs, what CUDA and fragments take
+    weights  of the model in vLLM, on this GPU
+    working  of vLLM's activations and logits
+    longest  of the KV cache of one longest sequence, on this GPU
+    """
+    share = max(0, min(95, math.floor(100 * (card - held) / card))) / 100
+    cache = share * card - weights - working
+    text = (
+        f"vLLM's share of the GPU: {share:.2f} of {card / GB:.1f} GB, for {held / GB:.1f} GB are held by the trainer, "
+        f"CUDA and graphs; of it {weights / GB:.1f} GB weights, {working / GB:.1f} GB activations, "
+        f"{cache / GB:.1f} GB KV cache"
+    )
+    if cache < longest:
+        raise ValueError(
+            f"the GPU is too small for sampling. {text}; the longest sequence needs {longest / GB:.2f} GB of cache. Use "
+            "more GPUs, a larger --vllm_tensor_parallel_size, --offload_moments, --lora_rank 16 (with --quant 4bit), "
+            "a shorter --max_prompt_length or a smaller model"
+        )
+    return share, text
+
+
+def check_room(config, model) -> tuple[float, str]:
+    """vLLM's share of each GPU in a run of train.py (0 on a CPU) and the arithmetic; collective, equal on all ranks.
+
+    config  of train.py; --vllm_gpu_memory_utilization above 0 is taken as it is
+    model   from model.skeleton
+    ValueError where GPU or host are too small whatever the data is. Rows that may be too long are mentioned.
+    """
+    import torch
+    import torch.distributed as dist
+
+    card = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
+    memory = torch.tensor([card, available_memory()], dtype=torch.float64)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    world = dist.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return room(config, shape_of(model), world, here, *memory.tolist())
+
+
+def room(config, s: dict, world: int, here: int, card: float, host: float) -> tuple[float, str]:
+    """`check_room` by numbers: ranks in all and on this machine, bytes of each GPU (0: none) and of free host memory."""
+    args = parser().parse_args(["model"])
+    for name, flag in {
+        "batch": "train_batch_size", "max_prompt": "max_prompt_length", "max_answer": "max_completion_length",
+        "tensor_parallel": "vllm_tensor_parallel_size", "num_generations": "num_generations",
+        "max_tokens_per_row": "max_tokens_per_row", "max_num_seqs": "max_num_seqs", "lora_rank": "lora_rank",
+        "quant": "quant", "offload_moments": "offload_moments",
+    }.items():  # fmt: skip
+        setattr(args, name, getattr(config, flag, False))
+    p = plan(s, here, card / GIB, world // here, args)
+    free = f"{host / GB:.1f} GB of host memory are free"
+    if not card:
+        trainer = (4 * p["parameters"] + 12 * p["trained"]) / world
+        engine = 4 * p["parameters"] / p["tensor_parallel"]
+        needed = here * (trainer + engine + p["logits"])
+        if needed > host:
+            raise ValueError(
+                f"the model is too large for this machine: {here} x ({trainer / GB:.1f} GB weights, gradients and "
+                f"moments + {engine / GB:.1f} GB weights of the engine + {p['logits'] / GB:.1f} GB logits) = "
+                f"{needed / GB:.1f} GB, {free}; use --lora_rank 16, a smaller model or more machines"
+            )
+        return 0.0, ""
+    if p["host"] > host:
+        raise ValueError(
+            f"too little host memory: {here} processes of 3 GB, 5 GB for saving and the moments of --offload_moments "
+            f"make {p['host'] / GB:.1f} GB, {free}; use more machines, or keep the moments on the GPUs"
+        )
+    parts = (
+        f"{p['states'] / GB:.1f} GB weights, gradients and moments + {p['gathered'] / GB:.1f} GB gathered "
+        f"+ {p['logits'] / GB:.1f} GB logits + {p['kept'] / GB:.1f} GB CUDA and graphs"
+    )
+    least = p["update_peak"] - p["activations"] + p["kept"]
+    if least > card:
+        raise ValueError(
+            f"the GPU is too small for an update: {parts} = {least / GB:.1f} GB of {card / GB:.1f} GB; use more GPUs, "
+            "--offload_moments, --lora_rank 16 (with --quant 4bit) or a smaller model"
+        )
+    share, text = config.vllm_gpu_memory_utilization, "vLLM's share of the GPU is as given"
+    if not share:
+        longest = (args.max_prompt + args.max_answer) * p["kv_token"] / p["tensor_parallel"]
+        held = p["resident"] + p["kept"]
+        share, text = engine_memory_share(card, held, p["vllm_weights"], p["vllm_working"], longest)
+    if p["update_peak"] + p["kept"] > card:
+        text += (
+            f"\nThe longest rows may not fit into an update: {parts} + {p['activations'] / GB:.1f} GB activations of "
+            f"{card / GB:.1f} GB; if so, lower --max_tokens_per_row or --max_prompt_length"
+        )
+    return share, text
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or its container, can still give; infinite where neither can be read."""
+    meminfo, group, free = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), [math.inf]
+    if meminfo.exists():
+        lines = [line.split() for line in meminfo.read_text().splitlines()]
+        free += [int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:"]
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int((group / "memory.current").read_text()))
+    return min(free)
 
 
 def seconds(s: dict, p: dict, group: int, args: argparse.Namespace) -> dict:
@@ -132,9 +305,12 @@ def seconds(s: dict, p: dict, group: int, args: argparse.Namespace) -> dict:
         args.batch,
     )
     peak, link = args.tflops * 1e12, (args.network if p["nodes"] > 1 else args.link) * GB
-    flops = 6 * (s["body"] * B * group + s["head"] * B * (K + 1) * args.answer)
+    frozen = args.lora_rank > 0
+    flops = (4 if frozen else 6) * (s["body"] * B * group + s["head"] * B * (K + 1) * args.answer)
     micro = math.ceil(B / W * group / args.max_tokens_per_row)
-    compute, traffic = flops / (W * peak * args.mfu), 8 * N * micro / link
+    moved = 0 if W == 1 or args.quant == "4bit" else (4 if frozen else 8) * N * micro
+    compute, traffic = flops / (W * peak * args.mfu), moved / link
+    moments = 16 * p["trained"] / W / (args.host_link * GB) * args.offload_moments
     prefill = 2 * N * B * args.prompt / (W * peak * 0.5)
     waves = math.ceil(B * K * t / W / p["concurrent"])
     active = min(p["concurrent"], B * K * t / W)
@@ -142,8 +318,8 @@ def seconds(s: dict, p: dict, group: int, args: argparse.Namespace) -> dict:
     token = (2 * N + cache) / (t * args.bandwidth * GB * 0.6)
     parts = {
         "rollout": prefill + waves * 2 * args.answer * token,  # the longest: twice the mean
-        "update": max(compute, traffic),
-        "sync": 4 * N / link,
+        "update": max(compute, traffic) + moments,
+        "sync": (2 if frozen else 4) * N / link,
     }
     return {
         **parts, "step": sum(parts.values()), "tokens": B * group, "flops": flops, "micro_batches": micro,
@@ -154,16 +330,16 @@ def seconds(s: dict, p: dict, group: int, args: argparse.Namespace) -> dict:
 def table(rows: list[tuple[str, dict]]) -> str:
     """A line per plan."""
     lines = [
-        "model          GPUs x GB  params  states  update peak  tp  KV tokens   tokens/step  rollout  update  sync   step"
+        "model                        nodes x GPUs x GiB  params  states  update peak  tp  KV tokens   host   disk    tokens/step  rollout  update  sync   step"
     ]
     for name, p in rows:
         where = f"{p['nodes']} x {p['gpus']} x {p['gpu_memory']:.0f}"
-        memory = f"{p['parameters'] / 1e9:5.1f}B {p['states'] / GB:6.1f}  {p['update_peak'] / GB:7.1f} GB  {p['tensor_parallel']:4d} {p['kv_tokens']:10,d}"
+        memory = f"{p['parameters'] / 1e9:5.1f}B {p['states'] / GB:6.1f}  {p['update_peak'] / GB:7.1f} GB  {p['tensor_parallel']:4d} {p['kv_tokens']:10,d} {p['host'] / GB:4.0f} GB {p['disk'] / GB:5.0f} GB"
         time = "   does not fit"
         if p["fits"]:
             time = f"{p['tokens']:12,d}  {p['rollout']:6.1f}s {p['update']:6.1f}s {p['sync']:5.2f}s {p['step']:6.1f}s"
             time += "  (update bound by traffic)" * p["traffic_bound"]
-        lines.append(f"{name:13}  {where:10} {memory} {time}")
+        lines.append(f"{name:28}  {where:18} {memory} {time}")
     return "\n".join(lines)
 
 
@@ -172,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     flags.add_argument("model", help=f"{', '.join(MODELS)}, paper, or a folder with config.json")
     flags.add_argument("--gpus", type=int, default=8, help="per node")
-    flags.add_argument("--gpu-memory", type=float, default=80, help="GB of each")
+    flags.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
     flags.add_argument("--nodes", type=int, default=1)
     flags.add_argument("--batch", type=int, default=256, help="prompts per step")
     flags.add_argument("--num_generations", type=int, default=8)
@@ -182,7 +358,21 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--max_answer", type=int, default=1024)
     flags.add_argument("--max_tokens_per_row", type=int, default=16_384)
     flags.add_argument("--max_num_seqs", type=int, default=256)
-    flags.add_argument("--reserve", type=float, default=6, help="GB for CUDA, NCCL, fragments")
+    flags.add_argument(
+        "--tensor_parallel", type=int, help="of vLLM; left out: the smallest that fits"
+    )
+    flags.add_argument("--lora_rank", type=int, default=0, help="0: all weights are trained")
+    flags.add_argument("--quant", choices=("none", "4bit"), default="none")
+    flags.add_argument("--offload_moments", action="store_true", help="Adam's moments on the host")
+    flags.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
+    flags.add_argument(
+        "--reserve", type=float, help="GB for CUDA, NCCL, fragments: 6; 2 on one GPU"
+    )
+    flags.add_argument(
+        "--graphs",
+        type=float,
+        help="GB of vLLM's CUDA graphs: 1 at 256 sequences or more, 0.4 at least",
+    )
     flags.add_argument("--tflops", type=float, default=989, help="bf16 peak of a GPU; A100: 312")
     flags.add_argument(
         "--bandwidth", type=float, default=3350, help="GB/s of its memory; A100: 2039, H200: 4800"
@@ -193,6 +383,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--link", type=float, default=300, help="GB/s between GPUs of a node, per GPU"
     )
+    flags.add_argument("--host_link", type=float, default=25, help="GB/s between GPU and host")
     flags.add_argument("--network", type=float, default=40, help="GB/s between nodes, per GPU")
     flags.add_argument("--out", help="write the plans as JSON")
     return flags
@@ -200,17 +391,28 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the plan of a model, or the table of the paper's."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    names = PAPER if args.model == "paper" else (args.model,)
-    machines = MACHINES if args.model == "paper" else ((args.gpus, args.gpu_memory, args.nodes),)
+    machine = (args.gpus, args.gpu_memory, args.nodes)
+    cases = [(args.model, machine, "", "")]
+    if args.model == "paper":
+        cases = [(name, m, "", "") for m in MACHINES for name in PAPER] + [*CASES]
     try:
-        rows = [(n, plan(shape_of(n), *m, args)) for m in machines for n in names]
+        rows = [
+            (
+                f"{n} {way}".strip(),
+                plan(shape_of(n), *m, parser().parse_args([*argv, *flags.split()])),
+            )
+            for n, m, flags, way in cases
+        ]
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(table(rows))
     if len(rows) == 1:
         [(_, p)] = rows
-        for key in ("states", "gathered", "activations", "logits", "update_peak", "vllm_weights"):
+        for key in (
+            "resident", "states", "gathered", "activations", "logits", "update_peak", "vllm_weights", "host", "disk"
+        ):  # fmt: skip
             print(f"  {key:13} {p[key] / GB:7.1f} GB")
         print(
             f"  --vllm_tensor_parallel_size {p['tensor_parallel']} --vllm_gpu_memory_utilization {p['utilization']}"

@@ -1,6 +1,6 @@
-"""README's performance picture and table, from the JSON files that the other scripts left in bench/.
+"""The picture and the table under "Performance" in bench/README.md, from the recorded JSON files.
 
-    python bench/plot.py               writes bench/performance.png and the lines between README's two bench marks
+    python bench/plot.py     writes performance.png and the lines between README.md's two markers
 
 Only what was measured is drawn and listed.
 """
@@ -14,9 +14,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OURS, THEIRS = "#1f77b4", "#c44e52"
-PARTS = {"rollout": "rollout", "reward": "reward", "advantage": "advantage", "update": "training part",
-         "records": "records", "sync": "weight sync"}  # fmt: skip
-MARKS = "<!-- bench -->\n", "<!-- /bench -->\n"
+PARTS = {
+    "rollout": "rollout",
+    "reward": "reward",
+    "advantage": "advantage",
+    "update": "training part",
+    "records": "records",
+    "sync": "weight sync",
+}
+MARKERS = "<!-- bench -->\n", "<!-- /bench -->\n"
 
 
 def read(name: str) -> dict | None:
@@ -26,7 +32,7 @@ def read(name: str) -> dict | None:
 
 
 def steps() -> dict[str, dict]:
-    """The files of bench/step.py, from the smallest model to the largest, rows by length of the prompt."""
+    """The files of bench/step.py from the smallest model to the largest, rows by prompt length."""
     files = {path.stem: json.loads(path.read_text()) for path in common.BENCH.glob("step-*.json")}
     for file in files.values():
         file["results"].sort(key=lambda row: row["prompt"])
@@ -34,7 +40,7 @@ def steps() -> dict[str, dict]:
 
 
 def draw_times(axis, rows: list[dict]) -> None:
-    """Seconds of a step against the length of the prompt, both arms, the largest model measured at several."""
+    """Seconds of a step against prompt length, both arms, the largest model with several."""
     shapes = [row["shape"] for row in rows]
     rows = [row for row in rows if row["shape"] == max(shapes[::-1], key=shapes.count)]
     prompts = [row["prompt"] for row in rows]
@@ -45,8 +51,13 @@ def draw_times(axis, rows: list[dict]) -> None:
     floors = [row["floor_s"] for row in rows]
     axis.plot(prompts, floors, "--", color="gray", label="floor of the matrix work")
     top = 1.6 * max(row["trl"]["step"] for row in rows)  # room for the legend
-    axis.set(xlabel="prompt tokens", ylabel="seconds", ylim=(0, top), xticks=prompts,
-             title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters")  # fmt: skip
+    axis.set(
+        xlabel="prompt tokens",
+        ylabel="seconds",
+        ylim=(0, top),
+        xticks=prompts,
+        title=f"a step of {rows[0]['prompts_per_step']} prompts, {rows[0]['shape']} parameters",
+    )
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -58,8 +69,13 @@ def draw_ratios(axis, rows: list[dict]) -> None:
         axis.plot(*xy, "o-", label=f"{shape} parameters")
     prompts = sorted({row["prompt"] for row in rows})
     axis.axhline(1, color=THEIRS, linestyle="--", linewidth=1)
-    axis.set(xlabel="prompt tokens", ylabel="TRL's step / ours", xticks=prompts, ylim=(0, None),
-             title="times faster per step")  # fmt: skip
+    axis.set(
+        xlabel="prompt tokens",
+        ylabel="TRL's step / ours",
+        xticks=prompts,
+        ylim=(0, None),
+        title="times faster per step",
+    )
     axis.legend(framealpha=1, edgecolor="none", fontsize=8, loc="lower right")
 
 
@@ -84,9 +100,13 @@ def draw_memory(axis, memory: dict) -> None:
         names, sizes, color=[OURS if n.startswith("packed") else THEIRS for n in names]
     )
     axis.bar_label(bars, [f" {size:.1f}" for size in sizes], fontsize=8)
-    axis.set(xscale="log", xlabel="GiB beside the weights", xlim=(None, 3 * max(sizes)),
-             title=f"prompt {settings['prompt']:,}, {settings['group']} x {settings['answer']}, "
-             f"{settings['vocabulary'] // 1000}k words")  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="GiB on top of the weights",
+        xlim=(None, 3 * max(sizes)),
+        title=f"prompt {settings['prompt']:,}, {settings['group']} x {settings['answer']}, "
+        f"{settings['vocabulary'] // 1000}k words",
+    )
 
 
 def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[str]:
@@ -95,48 +115,54 @@ def table(rows, memory, sync, rollout, scaling, rows_of_data, search) -> list[st
     for row in rows:
         lines.append(
             f"| step, {row['shape']} parameters, prompt {row['prompt']:,}: ours / TRL | "
-            f"{row['ours']['step']:.2f} s / {row['trl']['step']:.2f} s, **{row['ratio_step']:.1f} x** "
-            f"(training part {row['ours']['update']:.2f} s / {row['trl']['update']:.2f} s, {row['ratio_training']:.1f} x; "
+            f"{row['ours']['step']:.2f} s / {row['trl']['step']:.2f} s, "
+            f"**{row['ratio_step']:.1f} x** (training part {row['ours']['update']:.2f} s / "
+            f"{row['trl']['update']:.2f} s, {row['ratio_training']:.1f} x; "
             f"{row['times_floor']:.1f} x the floor) |"
         )
     if memory:
         ways = ("packed", "padded, full", "padded, answers")
         packed, full, answers = (memory["results"][way]["tracked"] for way in ways)
         lines.append(
-            f"| peak memory of the training part, prompt {memory['settings']['prompt']:,}, vocabulary "
-            f"{memory['settings']['vocabulary']:,} | {packed / 2**30:.2f} GiB, 1/{full / packed:.0f} of the padded "
-            f"computation with full logits ({full / 2**30:.1f} GiB, counted on tensors without data), "
+            f"| peak memory of the training part, prompt {memory['settings']['prompt']:,}, "
+            f"vocabulary {memory['settings']['vocabulary']:,} | {packed / 2**30:.2f} GiB, "
+            f"1/{full / packed:.0f} of the padded computation with full logits "
+            f"({full / 2**30:.1f} GiB, counted on tensors without data), "
             f"1/{answers / packed:.1f} of it with logits of responses only |"
         )
     if sync:
         lines.append(
-            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; at most "
-            f"{sync['held_bytes'] / sync['model_bytes']:.0%} of the model held beside it |"
+            f"| weight sync, {sync['ranks']} ranks | {sync['share_of_step']:.1%} of a step; it "
+            f"holds at most {sync['held_bytes'] / sync['model_bytes']:.0%} of the model in memory |"
         )
     if rollout:
         rate = common.median(rollout["rewards_per_second"])
         lines.append(
-            f"| rollout against bare `vllm.LLM.generate` | {rollout['ratio']['same']:.0%} of the same requests, "
-            f"{rollout['ratio']['plain']:.0%} of requests without seeds and log-probs |"
+            f"| rollout against bare `vllm.LLM.generate` | {rollout['ratio']['same']:.0%} of its "
+            f"speed on the same requests, {rollout['ratio']['plain']:.0%} of that on requests "
+            "without seeds and log-probs |"
         )
         lines.append(f"| rewards | {rate:,.0f} per second of one core |")
     if scaling:
         two = scaling["results"]
         lines.append(
             f"| two ranks on two cores, prompts per second against one rank on one | "
-            f"{two['2 ranks, strong']['speedup']:.2f} x strong, {two['2 ranks, weak']['speedup']:.2f} x weak "
+            f"{two['2 ranks, strong']['speedup']:.2f} x strong, "
+            f"{two['2 ranks, weak']['speedup']:.2f} x weak "
             f"(one rank with two threads: {two['1 rank, 2 threads']['speedup']:.2f} x) |"
         )
     if rows_of_data:
         row = rows_of_data["results"][-1]
         lines.append(
-            f"| data | {row['rows']:,} xLAM-shaped rows converted in {row['convert_s']:.0f} s of one core; what fits is "
-            f"known {row['fit_s']:.0f} s later (tokenising everything: {row['tokenise_all_s']:.0f} s) |"
+            f"| data | {row['rows']:,} xLAM-shaped rows converted in {row['convert_s']:.0f} s of "
+            f"one core; what fits is known {row['fit_s']:.0f} s later (tokenising everything: "
+            f"{row['tokenise_all_s']:.0f} s) |"
         )
     for order, row in search.items():
         lines.append(
-            f"| iTool's search, {row['arguments']['trees']} trees, against a call per sample and grade (on {row['naive']['trees']} "
-            f"trees), `--self_evaluation {order}` | {row['ours']['seconds']:.2f} s / {row['naive']['seconds']:.1f} s a tree, "
+            f"| iTool's search, {row['arguments']['trees']} trees, against a call per sample and "
+            f"grade (on {row['naive']['trees']} trees), `--self_evaluation {order}` | "
+            f"{row['ours']['seconds']:.2f} s / {row['naive']['seconds']:.1f} s a tree, "
             f"**{row['ratio']['seconds']:.0f} x** |"
         )
     return lines
@@ -147,12 +173,14 @@ def conditions(machines: list[dict]) -> list[str]:
     first = machines[0]
     versions = ", ".join(f"{name} {number}" for name, number in first["versions"].items())
     lines = [
-        f"{first['cpu']}, {first['cores']} cores, {first['gpu'] or 'no GPU'}; Python {first['python']}, {versions}.",
+        f"{first['cpu']}, {first['cores']} cores, {first['gpu'] or 'no GPU'}; "
+        f"Python {first['python']}, {versions}.",
         "",
     ]
     for machine in machines:
         lines.append(
-            f"- `{machine['command']}`: commit {machine['commit']}, load {machine['load_average']} before it"
+            f"- `{machine['command']}`: commit {machine['commit']}, load {machine['load_average']} "
+            "before it"
         )
     return lines
 
@@ -179,13 +207,13 @@ def main() -> None:
     searches = read("mcts") or {}
     machines = [file["machine"] for file in [*files.values(), *searches.values()]]
     lines = table(rows, *(files.get(name) for name in names), searches)
-    picture = ["![performance](bench/performance.png)", ""] if panels else []
+    picture = ["![performance](performance.png)", ""] if panels else []
     text = "\n".join([*lines, "", *picture, *conditions(machines)]) + "\n"
-    readme = common.REPO / "README.md"
-    before, _, rest = readme.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    assert rest, f"README.md has no line {MARKS[0]!r}"
-    readme.write_text(before + MARKS[0] + text + MARKS[1] + after)
+    readme = common.BENCH / "README.md"
+    before, _, rest = readme.read_text().partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    assert rest, f"{readme} has no line {MARKERS[0]!r}"
+    readme.write_text(before + MARKERS[0] + text + MARKERS[1] + after)
     print(text)
 
 

@@ -1,11 +1,12 @@
-"""One and two ranks: the same step on both (strong scaling), and as many prompts per rank (weak scaling).
+"""One and two ranks: the same step on both (strong scaling), and as many prompts per rank (weak).
 
-    python bench/scaling.py                                about ten minutes on two cores -> bench/scaling.json
+    python bench/scaling.py                          ten minutes on two cores -> bench/scaling.json
     python bench/scaling.py --shape tiny --prompt 128 --steps 2 --rounds 1 --out /tmp/scaling.json
 
-Whole steps of train.run_rl under torchrun, vLLM on every rank, OMP_NUM_THREADS threads per rank as printed. On a machine
-of two cores, two ranks of one thread have twice the cores of one rank of one thread, and as many as one of two threads.
-The settings take turns, --rounds times; medians over all measured steps.
+Whole steps of train.run_rl under torchrun, with vLLM on every rank and OMP_NUM_THREADS threads per
+rank as printed. On a machine of two cores, two ranks of one thread have twice the cores of one rank
+of one thread, and as many as one rank of two threads. The settings alternate, --rounds times;
+figures are medians over all measured steps.
 """
 
 import argparse
@@ -70,10 +71,23 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, (ranks, threads, factor) in SETTINGS.items():
                 command = [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__,
-                    "--worker", folder, "--prompt", args.prompt, "--answer", args.answer, "--steps", args.steps,
-                    "--prompts_per_step", args.prompts_per_step * factor,
-                ]  # fmt: skip
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc_per_node={ranks}",
+                    __file__,
+                    "--worker",
+                    folder,
+                    "--prompt",
+                    args.prompt,
+                    "--answer",
+                    args.answer,
+                    "--steps",
+                    args.steps,
+                    "--prompts_per_step",
+                    args.prompts_per_step * factor,
+                ]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
                 done = subprocess.run(
                     list(map(str, command)),
@@ -91,14 +105,20 @@ def main() -> None:
     for name, (ranks, threads, factor) in SETTINGS.items():
         middle = {part: common.median([row[part] for row in rows[name]]) for part in PARTS}
         prompts = args.prompts_per_step * factor
-        results[name] = {"ranks": ranks, "threads": threads, "prompts": prompts, **middle,
-                         "prompts_per_second": prompts / middle["step"]}  # fmt: skip
+        results[name] = {
+            "ranks": ranks,
+            "threads": threads,
+            "prompts": prompts,
+            **middle,
+            "prompts_per_second": prompts / middle["step"],
+        }
     base = results["1 rank"]["prompts_per_second"]
     for name, row in results.items():
         row["speedup"] = row["prompts_per_second"] / base
         print(
-            f"{name:18} {row['prompts']:3d} prompts  step {row['step']:6.2f} s  update {row['timing_s/update']:6.2f} s  "
-            f"rollout {row['timing_s/rollout']:6.2f} s  {row['speedup']:.2f} x the prompts per second of one rank"
+            f"{name:18} {row['prompts']:3d} prompts  step {row['step']:6.2f} s  "
+            f"update {row['timing_s/update']:6.2f} s  rollout {row['timing_s/rollout']:6.2f} s  "
+            f"{row['speedup']:.2f} x the prompts per second of one rank"
         )
     common.write(
         args.out,

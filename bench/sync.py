@@ -1,12 +1,13 @@
 """Weight sync: its share of a step, the bytes that move, and what a rank holds meanwhile.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py           about five minutes -> bench/sync.json
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py --shape tiny --prompt 128 --steps 2 --out /tmp/sync.json
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 bench/sync.py      five minutes -> bench/sync.json
+    ... bench/sync.py --shape tiny --prompt 128 --steps 2 --out /tmp/sync.json
 
-Steps of train.run_rl with vLLM on every rank. `model.full_tensors` gathers one parameter at a time. In one more step, not
-timed, rank 0's memory is read whenever the next parameter is handed over: what the process holds above what it held
-before, free heap given back first (on a GPU: what torch's allocator holds). A second copy of the model would show there
-as 100 %. What vLLM needs for a moment within a layer (gathered weight, new weight, packed weight) is not in it.
+Steps of train.run_rl with vLLM on every rank. `model.full_tensors` gathers one parameter at a time.
+In one more step, which is not timed, rank 0's memory is read whenever the next parameter is handed
+over: what the process holds above what it held before, after returning free heap to the system (on
+a GPU: what torch's allocator holds). A second copy of the model would show there as 100 %. What
+vLLM needs for a moment within a layer (gathered, new and packed weight) is not included.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import train
 
 
 class Watch:
-    """Stands for model.full_tensors and counts what it hands out; where `held` is a list, also memory at each hand-over."""
+    """Replaces model.full_tensors and counts what it yields; into `held`, memory at each yield."""
 
     def __init__(self):
         self.gather, self.held = modeling.full_tensors, None
@@ -47,7 +48,7 @@ class Watch:
 
 
 def memory() -> int:
-    """Bytes that this process holds: resident without free heap, or those of torch's allocator on a GPU."""
+    """Bytes that this process holds: resident without free heap; on a GPU torch's allocator's."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
@@ -92,15 +93,22 @@ def main() -> None:
     if dist.get_rank() == 0:
         share = common.median([row["timing_s/sync"] / row["step"] for row in rows])
         result = {
-            "machine": common.machine(), "settings": vars(args), "ranks": dist.get_world_size(),
-            "share_of_step": share, "sync_s": common.median([row["timing_s/sync"] for row in rows]),
-            "step_s": common.median([row["step"] for row in rows]), "tensors": watch.names,
-            "model_bytes": weights, "gathered_bytes": watch.bytes, "held_bytes": max(watch.held),
-        }  # fmt: skip
+            "machine": common.machine(),
+            "settings": vars(args),
+            "ranks": dist.get_world_size(),
+            "share_of_step": share,
+            "sync_s": common.median([row["timing_s/sync"] for row in rows]),
+            "step_s": common.median([row["step"] for row in rows]),
+            "tensors": watch.names,
+            "model_bytes": weights,
+            "gathered_bytes": watch.bytes,
+            "held_bytes": max(watch.held),
+        }
         print(
-            f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of {result['step_s']:.2f} s); "
-            f"{watch.names} tensors, {watch.bytes / 1e6:.1f} MB gathered of a model of {weights / 1e6:.1f} MB, "
-            f"at most {max(watch.held) / 1e6:.1f} MB held beside it, {max(watch.held) / weights:.1%} of the model"
+            f"{result['ranks']} ranks: sync takes {share:.1%} of a step ({result['sync_s']:.3f} of "
+            f"{result['step_s']:.2f} s); {watch.names} tensors, {watch.bytes / 1e6:.1f} MB "
+            f"gathered of a model of {weights / 1e6:.1f} MB, at most "
+            f"{max(watch.held) / 1e6:.1f} MB held, {max(watch.held) / weights:.1%} of the model"
         )
         common.write(args.out, result)
     dist.barrier()

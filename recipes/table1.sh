@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every row of ToolUPT's Table 1 and Figure 4 for one model, one after the other; started again, it goes on.
+# Every row of ToolUPT's Table 1 and Figure 4 for one model, one after the other; resumes if interrupted.
 #   bash recipes/table1.sh recipes/qwen2.5-7b.args                the paper's, 8 GPUs
 #   RANKS=2 bash recipes/table1.sh recipes/demo.args              the toy world on a laptop
 set -euo pipefail

@@ -1,11 +1,11 @@
-"""Answers that BFCL must accept, made from its ground truth, and corrupted ones that it must refuse."""
+"""Answers that BFCL must accept, from its ground truth, and corrupted ones that it must reject."""
 
 import ast
 import importlib
 import inspect
 import json
 
-import bfcl
+from tasks import bfcl
 
 WRONG = {  # corruption -> what it does to the calls of an AST case
     "wrong name": lambda calls, need: [
@@ -21,7 +21,7 @@ WRONG = {  # corruption -> what it does to the calls of an AST case
 
 
 def calls_of(entry: bfcl.Entry) -> list[dict]:
-    """Calls of an AST case: the first choice of each parameter that must stand there, as the language wants it."""
+    """Calls of an AST case: the first choice of each required parameter, in its language's form."""
     docs = {doc["name"]: doc["parameters"] for doc in entry.checked["function"]}
     write = {"simple_java": _java, "simple_javascript": _javascript}.get(
         entry.category, lambda v, doc: v
@@ -49,7 +49,7 @@ def required(entry: bfcl.Entry, calls: list[dict]) -> str | None:
 
 
 def plain(choice):
-    """The value that a choice stands for; dicts hold lists of choices, "" is one that may be left out."""
+    """The value of a choice; dicts hold lists of choices, and "" is one that may be left out."""
     if isinstance(choice, list):
         return [plain(item) for item in choice]
     if not isinstance(choice, dict):
@@ -64,7 +64,7 @@ def plain(choice):
 
 
 def turns_of(entry: bfcl.Entry) -> list[list[dict]]:
-    """Calls per turn of a multi-turn case, positional arguments named by the simulator's signatures."""
+    """Calls per turn of a multi-turn case; the simulator's signatures name positional arguments."""
     return [[_named(source, entry) for source in turn] for turn in entry.truth]
 
 

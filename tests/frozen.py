@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 import data
 import rollout
 import run as run_module
-import toy
+from tasks import toy
 import train
 
 REPO = Path(__file__).resolve().parent.parent

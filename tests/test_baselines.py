@@ -88,7 +88,7 @@ def mask_of(rows, width=None):
 
 
 def unpad(tensor, rows):
-    """The entries of the valid tokens; those of the padding must be exactly 0."""
+    """The entries of valid tokens; those of padding must be exactly 0."""
     for values, y in zip(tensor, rows, strict=True):
         assert (values[len(y) :] == 0).all(), values
     return [values[: len(y)].tolist() for values, y in zip(tensor, rows, strict=True)]
@@ -199,9 +199,15 @@ def test_chord_equals_the_loop(seed, mu, phi):
     fixed = [[math.exp(x) * (1 - math.exp(x)) if phi else 1.0 for x in y] for y in experts]
     expert_logps = pad(experts, -INF, 8).requires_grad_()
     loss, _ = chord_loss(
-        b["logps"], b["old_logps"], b["advantages"], b["response_mask"],
-        expert_logps, mask_of(experts, 8), mu=mu, phi=phi,
-    )  # fmt: skip
+        b["logps"],
+        b["old_logps"],
+        b["advantages"],
+        b["response_mask"],
+        expert_logps,
+        mask_of(experts, 8),
+        mu=mu,
+        phi=phi,
+    )
     loss.backward()
     assert loss.item() == pytest.approx(slow_chord(logps, old, ADV, experts, mu, fixed), abs=1e-12)
     expected = slow_grad(lambda x: slow_chord(x, old, ADV, experts, mu, fixed), logps)
@@ -214,7 +220,7 @@ def test_chord_equals_the_loop(seed, mu, phi):
 
 
 def column_of(rows):
-    """The advantages of the oracles stand on every token; the row's is on its first."""
+    """The oracles repeat a row's advantage on every token; take the first."""
     return torch.tensor([y[0] for y in rows])
 
 
@@ -246,9 +252,14 @@ def test_luffy_shape_oracle():
     logps = p.log()[:, None].requires_grad_()
     one = torch.ones(len(p))
     loss, _ = luffy_loss(
-        logps, torch.zeros_like(logps), -one, one[:, None].bool(), one.bool(),
-        gamma=case["inputs"]["gamma"], num_tokens=1,
-    )  # fmt: skip
+        logps,
+        torch.zeros_like(logps),
+        -one,
+        one[:, None].bool(),
+        one.bool(),
+        gamma=case["inputs"]["gamma"],
+        num_tokens=1,
+    )
     loss.backward()
     close(loss, sum(case["expected"]["f"]), 1e-5)
     close(logps.grad[:, 0], case["expected"]["df_dlogp"])
@@ -277,10 +288,14 @@ def test_srft_loss_oracle(key):
     case = ORACLES["srft_loss_1"]
     x, logps, mask = oracle_rows(case)
     loss, _ = srft_loss(
-        logps, torch.tensor(x["entropy"]), torch.tensor(case["expected"]["adv_group"]),
-        torch.tensor(x["correct"]).bool(), mask, torch.tensor(x["off_mask"]).bool().any(1),
+        logps,
+        torch.tensor(x["entropy"]),
+        torch.tensor(case["expected"]["adv_group"]),
+        torch.tensor(x["correct"]).bool(),
+        mask,
+        torch.tensor(x["off_mask"]).bool().any(1),
         shaped=key == "shaped",
-    )  # fmt: skip
+    )
     loss.backward()
     close(loss, case["expected"][f"loss_{key}_Z"])
     close(logps.grad, case["expected"][f"grad_{key}_Z"])
@@ -324,9 +339,14 @@ def test_chord_total_oracle():
     case = ORACLES["chord_total_phi"]
     x, logps, mask = oracle_rows(case)
     loss, stats = chord_loss(
-        logps, logps, column_of(x["adv"]), mask,
-        torch.tensor(x["expert_logp"]), torch.tensor(x["expert_mask"]).bool(), mu=x["mu"],
-    )  # fmt: skip
+        logps,
+        logps,
+        column_of(x["adv"]),
+        mask,
+        torch.tensor(x["expert_logp"]),
+        torch.tensor(x["expert_mask"]).bool(),
+        mu=x["mu"],
+    )
     loss.backward()
     close(loss, case["expected"]["loss"])
     close(stats["chord/grpo"], case["expected"]["loss_grpo"])

@@ -1,4 +1,4 @@
-"""bench/compare.py: equal budgets, a record that is continued, the table and picture of hand-written rows."""
+"""bench/compare.py: equal budgets, a resumed record, table and picture of hand-written rows."""
 
 import importlib.util
 import json
@@ -60,10 +60,19 @@ def test_two_stage_rows_select_nothing_on_the_test_world():
 
 def row(algo, seed, step, accuracy, phase="test", rate=1e-4):
     return {
-        "phase": phase, "algo": algo, "seed": seed, "learning_rate": rate, "commit": "abc", "settings": "0",
-        "step": step, "accuracy": accuracy, "reward": 2.0 + seed, "tool_call_accuracy": accuracy,
-        "answer_accuracy": accuracy, "rollouts": 64 * step,
-    }  # fmt: skip
+        "phase": phase,
+        "algo": algo,
+        "seed": seed,
+        "learning_rate": rate,
+        "commit": "abc",
+        "settings": "0",
+        "step": step,
+        "accuracy": accuracy,
+        "reward": 2.0 + seed,
+        "tool_call_accuracy": accuracy,
+        "answer_accuracy": accuracy,
+        "rollouts": 64 * step,
+    }
 
 
 ROWS = [
@@ -158,7 +167,8 @@ def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch
         return [{**row(key["algo"], 0, step, 0.5), **key} for step in (0, 24)]
 
     monkeypatch.setattr(compare, "run", pretend)
-    argv = f"--out {out} --algos sft grpo --grid 1e-4 --sft_grid 1e-3 --valid_file toy:valid --test_file toy:test"
+    argv = f"--out {out} --algos sft grpo --grid 1e-4 --sft_grid 1e-3 --valid_file toy:valid "
+    argv += "--test_file toy:test"
     argv = [*argv.split(), *SHARED]
     compare.main([*argv, "--seeds", "0"])
     grid = [
@@ -172,8 +182,10 @@ def test_a_record_is_continued_and_other_flags_are_refused(tmp_path, monkeypatch
     out.write_text("\n".join(kept) + "\n")
     compare.main([*argv, "--seeds", "0", "1"])
     assert sorted(calls) == [
-        ("test", "grpo", 0, 1e-4), ("test", "grpo", 1, 1e-4), ("test", "sft", 1, 1e-3),
-    ]  # fmt: skip
+        ("test", "grpo", 0, 1e-4),
+        ("test", "grpo", 1, 1e-4),
+        ("test", "sft", 1, 1e-3),
+    ]
     with pytest.raises(SystemExit, match="other flags"):
         compare.main([*argv, "--learning_rate", "1", "--seeds", "0"])
 

@@ -1,4 +1,4 @@
-"""converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
+"""tasks/converters.py: every raw layout by hand-written rows, calls against an independent writer, hostile rows."""
 
 import json
 import random
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import converters
 import data
-from converters import CONVERTERS, Conversation, Drop, guess, parse_calls
 from data import convert
+from tasks import converters
+from tasks.converters import CONVERTERS, Conversation, Drop, guess, looks_like_call, parse_calls
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "raw_samples"
 
@@ -247,7 +247,7 @@ def test_xlam_reads_json_in_json_and_keeps_parallel_calls():
     assert CONVERTERS["xlam"](decoded).turns == got.turns
 
 
-@pytest.mark.parametrize("answers", ["null", "", '"null"', "[]", "{}", "[{}]", '[{"name": "f"}]'])
+@pytest.mark.parametrize("answers", ["null", "", '"null"', "[]", "{}", "[{}]"])
 def test_xlam_answers_that_parse_to_nothing_are_dropped(answers):
     examples, drops = convert("xlam", [{**xlam_row([]), "answers": answers}])
     assert not examples and drops.total() == 1
@@ -258,14 +258,23 @@ def test_arguments_must_be_an_object_or_json_text_of_one():
         ({}, True),
         ("{}", True),
         ('"{}"', True),
-        ("null", False),
-        (None, False),
+        ("null", True),
+        (None, True),
+        ("", True),
+        ("[]", False),
+        ("5", False),
+        ("x", None),
     ):
         row = xlam_row([{"name": "f", "arguments": arguments}])
         if good:
             assert CONVERTERS["xlam"](row).turns[1] == ("call", [{"name": "f", "params": {}}])
         else:
-            assert reason("xlam", row).startswith("call arguments")
+            why = (
+                "value does not parse"
+                if good is None
+                else "call arguments are no object, or too deep"
+            )
+            assert reason("xlam", row) == why
 
 
 def test_hammer_wants_the_empty_list():
@@ -360,6 +369,373 @@ def test_rlla_dialogue_tools_and_only_the_last_turn():
     examples, drops = convert("rlla", [rlla_row(said, output)])
     assert len(examples) == 1 and not drops and examples[0].query == "two"
     assert reason("rlla", rlla_row("<user> a </user> stray", output)) == "dialogue does not parse"
+
+
+# ---- chats ----
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER = {"name": "weather", "description": "w", "parameters": WEATHER}
+OSLO = {"name": "weather", "params": {"city": "Oslo"}}
+
+
+def openai_row(*messages, tools=(WEATHER,), **extra):
+    """A row of OpenAI's chat format; a message is (role, content) or whole."""
+    messages = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in messages]
+    tools = [{"type": "function", "function": tool} for tool in tools]
+    return {"messages": messages, "tools": tools, **extra}
+
+
+def called(arguments, name="weather", **extra):
+    """OpenAI's assistant message with one call."""
+    call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call], **extra}
+
+
+def sharegpt_row(*turns, tools=(WEATHER,), **extra):
+    conversations = [{"from": who, "value": text} for who, text in turns]
+    return {"conversations": conversations, "tools": json.dumps(tools), **extra}
+
+
+CHAT = [
+    ("user", "Rain in Oslo?"),
+    ("call", [OSLO]),
+    ("observation", "rain"),
+    ("assistant", "Yes."),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": "Oslo"}', {"city": "Oslo"}], ids=["text", "object"]
+)
+@pytest.mark.parametrize("form", ["wrapped", "bare", "text", "anthropic", "mcp", "functions"])
+def test_openai_chats(arguments, form):
+    row = openai_row(
+        ("system", "Be brief."),
+        ("user", "Rain in Oslo?"),
+        called(arguments),
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        ("assistant", [{"type": "text", "text": "Yes."}]),
+    )
+    if form == "functions":
+        row["functions"] = [tool["function"] for tool in row.pop("tools")]
+        for message in row["messages"]:
+            if message.get("tool_calls"):
+                message["function_call"] = message.pop("tool_calls")[0]["function"]
+            if message["role"] == "tool":
+                message["role"] = "function"
+    elif form == "text":
+        row["tools"] = json.dumps(row["tools"])
+    elif form != "wrapped":
+        key = {"bare": "parameters", "anthropic": "input_schema", "mcp": "inputSchema"}[form]
+        tool = {"name": "weather", "description": "w", key: WEATHER["parameters"]}
+        row["tools"] = [tool]
+    assert guess(row) == "openai"
+    assert CONVERTERS["openai"](row) == Conversation([WEATHER], CHAT, "Be brief.")
+
+
+def test_openai_results_stand_in_the_order_of_their_calls():
+    calls = [called({"city": city})["tool_calls"][0] | {"id": city} for city in ("Oslo", "Rome")]
+    result = lambda id: {"role": "tool", "tool_call_id": id, "content": f"rain in {id}"}
+    both = {"role": "assistant", "content": "Let me look.", "tool_calls": calls}
+    row = openai_row(("user", "q"), both, result("Rome"), result("Oslo"), ("assistant", "Both."))
+    assert CONVERTERS["openai"](row).turns == [
+        ("user", "q"),
+        ("assistant", "Let me look."),
+        ("call", [OSLO, {"name": "weather", "params": {"city": "Rome"}}]),
+        ("observation", "rain in Oslo"),
+        ("observation", "rain in Rome"),
+        ("assistant", "Both."),
+    ]
+    for results in (["Oslo"], ["Oslo", "Rome", "Rome"], ["Oslo", "Bonn"]):
+        row = openai_row(("user", "q"), both, *map(result, results), ("assistant", "Both."))
+        assert reason("openai", row) == "responses do not match the calls"
+
+
+def test_sharegpt_with_and_without_system():
+    turns = [
+        ("human", "Rain in Oslo?"),
+        ("function_call", '{"name": "weather", "arguments": {"city": "Oslo"}}'),
+        ("observation", "rain"),
+        ("gpt", "Yes."),
+    ]
+    for system, policy in (
+        ({}, ""),
+        ({"system": ""}, ""),
+        ({"system": None}, ""),
+        ({"system": "P"}, "P"),
+    ):
+        row = sharegpt_row(*turns, **system)
+        assert guess(row) == ("apigen-mt" if policy else "sharegpt")
+        assert CONVERTERS[guess(row)](row) == Conversation([WEATHER], CHAT, policy)
+    row = sharegpt_row(("system", "P"), *turns)
+    assert CONVERTERS["sharegpt"](row) == Conversation([WEATHER], CHAT, "P")
+    as_list = {**row, "tools": [WEATHER]}
+    assert CONVERTERS["sharegpt"](as_list) == Conversation([WEATHER], CHAT, "P")
+    late = sharegpt_row(*turns, ("system", "P"), ("gpt", "a"))
+    assert reason("sharegpt", late) == "a system turn in mid-conversation"
+    for tools in ("", "[]", None):  # a chat without tools
+        row = {**sharegpt_row(("human", "q"), ("gpt", "a")), "tools": tools}
+        assert CONVERTERS["sharegpt"](row) == Conversation([], [("user", "q"), ("assistant", "a")])
+    parallel = json.dumps([{"name": "weather", "arguments": {"city": city}} for city in "AB"])
+    row = sharegpt_row(
+        ("human", "q"), ("function_call", parallel), ("observation", "both"), ("gpt", "a")
+    )
+    assert len(CONVERTERS["sharegpt"](row).turns[1][1]) == 2
+
+
+def test_nulls_of_arrow_are_no_arguments_and_no_parameters():
+    """Every message, every tool and every call has the keys of all, as `datasets` writes them."""
+    pad = {"content": None, "tool_calls": None, "tool_call_id": None}
+    both = {"city": {"type": "string", "enum": None}, "zone": {"type": "string", "enum": None}}
+    weather = {"type": "object", "properties": {**both, "zone": None}, "required": ["city"]}
+    time = {"type": "object", "properties": {**both, "city": None}, "required": None}
+    row = openai_row(
+        {**pad, "role": "user", "content": "Rain in Oslo?"},
+        {**pad, **called({"city": "Oslo", "zone": None})},
+        {**pad, "role": "tool", "content": "rain"},
+        {**pad, "role": "assistant", "content": "Yes."},
+        tools=[
+            {**WEATHER, "parameters": weather},
+            {"name": "time", "description": None, "parameters": time},
+        ],
+    )
+    got = CONVERTERS["openai"](row)
+    assert got.turns == CHAT and got.tools == [
+        WEATHER,
+        {
+            "name": "time",
+            "description": "",
+            "parameters": {
+                "type": "object",
+                "properties": {"zone": {"type": "string"}},
+                "required": [],
+            },
+        },
+    ]
+    row = openai_row(("user", "q"), called({"city": None}))  # not padded: the expert's own null
+    assert CONVERTERS["openai"](row).turns[1][1] == [{"name": "weather", "params": {"city": None}}]
+
+
+UNREAD_CALLS = [
+    '<functioncall> {"name": "weather", "arguments": {"city": "Oslo"}} <|endoftext|>',
+    "<functioncall> {\"name\": \"weather\", \"arguments\": '{\"city\": \"Oslo\"}'}",
+    '<function_call>weather</function_call>',
+    '{"name": "weather", "arguments": {"city": "Oslo"}}',
+    '{"name": "unheard_of", "parameters": {}}',
+    "{'arguments': {'city': 'Oslo'}, 'name': 'weather'}",
+    '{"name": "weather"}',
+    '[{"name": "weather", "arguments": {}}]',
+    '<tool_calls>[{"name": "weather", "arguments": {}}]</tool_calls>',
+    'Sure.\n```json\n{"name": "weather", "arguments": {"city": "Oslo"}}\n```',
+    '{"tool": "weather", "tool_input": {"city": "Oslo"}}',
+    "Thought: look.\nAction: weather\nAction Input: Oslo",
+    '[TOOL_CALLS] [{"name": "weather"}]',
+    "<function=weather>{}</function>",
+    '<|python_tag|>weather.call(city="Oslo")',
+    '[weather(city="Oslo")]',
+    'weather(city="Oslo")',
+    "```tool_code\nweather()\n```",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNREAD_CALLS)
+def test_a_call_in_other_markup_is_dropped_with_what_follows_and_never_an_answer(text):
+    rows = {
+        "openai": openai_row(
+            ("user", "Hi"), ("assistant", "Hello."), ("user", "Rain?"), ("assistant", text), ("user", "So?"),
+            ("assistant", "Rain."),
+        ),
+        "sharegpt": sharegpt_row(
+            ("human", "Hi"), ("gpt", "Hello."), ("human", "Rain?"), ("gpt", text), ("observation", "rain"), ("gpt", "Rain."),
+        ),
+    }  # fmt: skip
+    for name, row in rows.items():
+        examples, drops = convert(None, [row])
+        assert [e.target for e in examples] == ["<answer>\nHello.\n</answer>"]
+        assert examples[0].id == f"{name}/0/1"
+        assert drops == {
+            "turn: call in a markup that is not read": 1,
+            "turn: after a call that is not read": 1,
+        }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The weather (Oslo) is fine.",
+        'His name: "Ada". Action: call her.',
+        '```json\n{"name": "Ada", "age": 36}\n```',
+        "Use the weather tool, please.",
+        "[1] Rain. [2](http://a.b)",
+        "The function is f(x) = 2x, its arguments are real.",
+    ],
+)
+def test_prose_is_an_answer(text):
+    assert not looks_like_call(text, ["weather"])
+    examples, drops = convert("openai", [openai_row(("user", "q"), ("assistant", text))])
+    assert len(examples) == 1 and not drops
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", None, "null", "", " ", '""', ...], ids=repr)
+def test_a_call_without_arguments_is_empty(arguments):
+    call = {"name": "weather", "arguments": arguments}
+    if arguments is ...:
+        del call["arguments"]
+    expected = ("call", [{"name": "weather", "params": {}}])
+    message = {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "function": call}]}
+    assert CONVERTERS["openai"](openai_row(("user", "q"), message)).turns[1] == expected
+    row = sharegpt_row(("human", "q"), ("function_call", json.dumps(call)))
+    assert CONVERTERS["sharegpt"](row).turns[1] == expected
+    row = xlam_row([call], [WEATHER])
+    assert CONVERTERS["xlam"](row).turns[1] == expected
+    elsewhere = sharegpt_row(
+        ("human", "q"), ("function_call", '{"name": "weather", "args": {"city": "Oslo"}}')
+    )
+    assert reason("sharegpt", elsewhere) == "call arguments under an unknown key"
+
+
+def test_unknown_tool_layouts_are_dropped_and_tools_without_parameters_are_not():
+    chat = [("user", "q"), ("assistant", "a")]
+    for tool in (
+        {"name": "f", "description": "d", "args": {"city": {"type": "string"}}},
+        {"name": "f", "schema": {"type": "object", "properties": {"city": {}}}},
+        {"name": "f", "params": [{"name": "city"}]},
+    ):
+        assert convert("openai", [openai_row(*chat, tools=[tool])]) == (
+            [],
+            {"row: tool with parameters under an unknown key": 1},
+        )
+    for tool in (
+        {"name": "f", "parameters": [{"name": "city"}]},
+        {"name": "f", "parameters": {"city": "a text"}},
+        {"tool": "f"},
+        "f",
+    ):
+        assert convert("openai", [openai_row(*chat, tools=[tool])])[1].total() == 1
+    empty = {"type": "object", "properties": {}, "required": []}
+    for tool in (
+        {"name": "f"},
+        {"name": "f", "parameters": None},
+        {"name": "f", "strict": True, "returns": {"type": "string"}, "parameters": {}},
+        {"name": "f", "inputSchema": {"type": "object"}, "annotations": {"title": "F"}},
+    ):
+        got = CONVERTERS["openai"](openai_row(*chat, tools=[tool])).tools
+        assert got == [{"name": "f", "description": "", "parameters": empty}]
+    text = {**WEATHER, "parameters": json.dumps(WEATHER["parameters"])}
+    assert CONVERTERS["openai"](openai_row(*chat, tools=[text])).tools == [WEATHER]
+
+
+def test_a_boolean_schema_stays():
+    schema = {"type": "object", "properties": {"a": {"type": "str"}, "b": True}, "required": ["a"]}
+    for parameters in (schema, {**schema, "type": None}):
+        got = CONVERTERS["openai"](
+            openai_row(("user", "q"), tools=[{**WEATHER, "parameters": parameters}])
+        )
+        assert got.tools[0]["parameters"] == {
+            "type": "object",
+            "properties": {"a": {"type": "string"}, "b": True},
+            "required": ["a"],
+        }
+    nested = {"type": "object", "properties": {"c": {"type": "object", "properties": {"d": False}}}}
+    got = CONVERTERS["openai"](openai_row(("user", "q"), tools=[{**WEATHER, "parameters": nested}]))
+    assert got.tools[0]["parameters"]["properties"]["c"]["properties"] == {"d": False}
+
+
+def random_chat(rng):
+    """Turns as a Conversation has them, and the tools they use."""
+    tools = [tool(f"f{n}", x={"type": "string"}) for n in range(3)]
+    turns = []
+    for n in range(rng.randint(1, 5)):
+        turns.append(("user", f"question {n}"))
+        for k in range(rng.randint(0, 2)):
+            names = rng.sample(["f0", "f1", "f2"], rng.randint(1, 3))
+            turns.append(("call", [{"name": f, "params": {"x": random_value(rng)}} for f in names]))
+            turns += [("observation", f"result {n} {k} of {name}") for name in names]
+        turns.append(("assistant", f"answer {n}"))
+    return tools, turns
+
+
+def as_openai(rng, tools, turns):
+    messages, ids = [], []
+    for role, content in turns:
+        if role == "call":
+            ids = [f"id{len(messages)}-{n}" for n in range(len(content))]
+            encode = rng.choice((json.dumps, dict))
+            calls = [
+                {"name": call["name"], "arguments": encode(call["params"])} for call in content
+            ]
+            calls = [
+                {"id": id, "type": "function", "function": call}
+                for id, call in zip(ids, calls, strict=True)
+            ]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        elif role == "observation":
+            messages.append({"role": "tool", "tool_call_id": ids.pop(0), "content": content})
+        else:
+            messages.append({"role": role, "content": content})
+    return {"messages": messages, "tools": rng.choice((list, json.dumps))(tools)}
+
+
+def as_sharegpt(rng, tools, turns):
+    words = {"user": "human", "assistant": "gpt", "call": "function_call"}
+    chat = []
+    for role, content in turns:
+        if role == "call":
+            calls = [{"name": call["name"], "arguments": call["params"]} for call in content]
+            content = json.dumps(calls if len(calls) > 1 else calls[0])
+        chat.append({"from": words.get(role, role), "value": content})
+    return {"conversations": chat, "tools": json.dumps(tools), "system": ""}
+
+
+def as_hermes(rng, tools, turns):
+    chat = [{"from": "system", "value": f"You may call <tools>{json.dumps(tools)}</tools> so: ..."}]
+    for role, content in turns:
+        if role == "call":
+            calls = [{"arguments": call["params"], "name": call["name"]} for call in content]
+            content = "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in calls)
+            chat.append({"from": "gpt", "value": content})
+        elif role == "observation":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            chat.append({"from": "tool", "value": content})
+        else:
+            chat.append({"from": {"user": "human", "assistant": "gpt"}[role], "value": content})
+    return {"conversations": chat}
+
+
+def test_one_chat_in_three_forms_is_one_conversation():
+    """Writers of the three forms, none of which the readers know of."""
+    rng = random.Random(0)
+    for _ in range(100):
+        tools, turns = random_chat(rng)
+        expected = Conversation(tools, turns)
+        for name, writer in (
+            ("openai", as_openai),
+            ("sharegpt", as_sharegpt),
+            ("hermes", as_hermes),
+        ):
+            row = json.loads(json.dumps(writer(rng, tools, turns)))
+            assert guess(row) == name or not any(role == "call" for role, _ in turns)
+            got = CONVERTERS[name](row)
+            assert json.dumps(got) == json.dumps(expected)  # json.dumps: 1, 1.0 and True differ
+
+
+def test_hermes_markup_in_any_chat():
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    row = openai_row(
+        ("user", "Rain in Oslo?"), ("assistant", call), ("tool", "rain"), ("assistant", "Yes.")
+    )
+    assert CONVERTERS["openai"](row).turns == CHAT
+    named = hermes_row(("system", "<tools></tools>"), ("human", "q"), ("gpt", "a"))
+    named["tools"] = json.dumps([WEATHER])
+    assert CONVERTERS["hermes"](named).policy == ""  # it explains another form of call
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x1c", "\r"])
+def test_line_separators_inside_values_cut_no_call(mark):
+    call = json.dumps({"name": "Get X", "parameters": {"x": f"a{mark}b"}}, ensure_ascii=mark < " ")
+    output = f"<tool_call>\n{call}\n</tool_call>"
+    got = CONVERTERS["rlla"](rlla_row("<user> q </user>", output))
+    assert got.turns[-1] == ("call", [{"name": "Get X", "params": {"x": f"a{mark}b"}}])
 
 
 # ---- tools ----
@@ -510,6 +886,8 @@ def test_guess():
     }
     assert {name: guess(row) for name, row in rows.items()} == {name: name for name in rows}
     assert guess({"0": {}, "1": None}) == "funreason-mt"
+    assert guess(sharegpt_row(("human", "q"), ("gpt", "a"))) == "sharegpt"
+    assert guess({"conversations": [{"from": "human", "value": "q"}]}) == "sharegpt"
     assert (
         guess({"query": "q", "kind": "answer"}) == "jsonl"
     )  # which then says that the target is missing
@@ -533,6 +911,10 @@ def good_rows():
         ),
         "funreason-mt": funreason_row(("user", "q"), ("assistant", "[pwd()]")),
         "rlla": rlla_row("<user> q </user>", "<response> a </response>"),
+        "openai": openai_row(("user", "q"), called({"city": "Oslo"})),
+        "sharegpt": sharegpt_row(
+            ("human", "q"), ("function_call", '{"name": "weather", "arguments": {"city": "Oslo"}}')
+        ),
     }
 
 
@@ -713,6 +1095,27 @@ def test_remaining_samples():
     assert drops == {"row: no tool list": 2, "row: value does not parse": 1}
     examples, drops = convert("hammer", sample("xlam_irrelevance_unwrapped_from_hammer_2.json"))
     assert [e.kind for e in examples] == ["answer"] * 2 and not drops
+
+
+def test_sharegpt_sample_without_system_keeps_its_calls():
+    """The count of every kind of turn, from the file itself: all 211 calls but repetitions are there."""
+    rows = sample("../train/glaive_toolcall_en_demo.json")
+    examples, drops = convert(None, rows)
+    spoken = [
+        t for row in rows for t in row["conversations"] if t["from"] in ("gpt", "function_call")
+    ]
+    assert {e.id.split("/")[0] for e in examples} == {"sharegpt"}
+    assert len(examples) + drops["turn: exact repetition"] == len(spoken)
+    assert drops.total() == drops["turn: exact repetition"]
+    calls = {e.id: json.loads(e.target[12:-13]) for e in examples if e.kind == "tool_call"}
+    for id, call in calls.items():
+        _, row, turn = id.split("/")
+        raw = rows[int(row)]["conversations"][int(turn)]
+        raw = json.loads(raw["value"])
+        assert call == {"name": raw["name"], "params": raw["arguments"]}
+    repeated = {json.dumps([row["conversations"][: i + 1], row["tools"]]) for row in rows
+                for i, t in enumerate(row["conversations"]) if t["from"] == "function_call"}  # fmt: skip
+    assert len(calls) == len(repeated)
 
 
 def test_rlla_files():

@@ -1,12 +1,15 @@
 """data.py: steps against a slow fold, the prompt against the figures, splits, selection, files."""
 
+import gzip
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from converters import Conversation
 from data import Example, load, load_with_drops, messages, render, target_ids
+from tasks.converters import Conversation
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "data.json").read_text())
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -525,7 +528,9 @@ def test_split_joins_rows_by_a_long_later_query():
 
 
 def test_split_takes_an_id_of_another_form_for_a_row_of_its_own():
-    examples = [example(f"question {n}", row=id) for n, id in enumerate(("17", "18", "mine/1", "mine/2"))]
+    examples = [
+        example(f"question {n}", row=id) for n, id in enumerate(("17", "18", "mine/1", "mine/2"))
+    ]
     assert [len(part) for part in data.split(examples, 0.5)] == [2, 2]
     one_row = [example(f"question {n}", row=f"mine/1/{n}") for n in range(4)]
     with pytest.raises(ValueError, match="4 examples in 1 groups"):
@@ -614,7 +619,11 @@ def test_unknown_names_and_missing_paths(tmp_path):
     [
         ("a.json", b'[{"query": "x", ', "a.json is not JSON"),
         ("a.json", b"", "a.json is not JSON"),
-        ("a.jsonl", b'[]\n[{"query": "x", ', "line 2 of .*a.jsonl is not JSON.*each line must be one whole"),
+        (
+            "a.jsonl",
+            b'[]\n[{"query": "x", ',
+            "line 2 of .*a.jsonl is not JSON.*each line must be one whole",
+        ),
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b'{"query": "x"}', "not a list"),
         ("a.json", b"3", "not a list"),
@@ -623,7 +632,12 @@ def test_unknown_names_and_missing_paths(tmp_path):
         ("a.json", b'{"a": 1}\n{"a": 2}', "name it .jsonl"),
         ("a.jsonl", b'{"a": 1}\n{"a": ', "line 2"),
         ("a.jsonl", b"\n\n", "holds no rows"),
-        ("a.parquet", b"PAR1", "neither .json nor .jsonl"),
+        ("a.txt", b"[]", "is none of .json, .jsonl, .json.gz"),
+        ("a.parquet", b"PAR1", "is not Parquet that can be read .*; is it whole"),
+        ("a.json.gz", b"[]", "cannot be read .*; is it whole"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:-6], "cannot be read .*; is it whole"),
+        ("a.json", "[]".encode("utf-16"), "is not UTF-8 .*: iconv -f UTF-16 -t UTF-8"),
+        ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8 .*: iconv -f ITS_ENCODING"),
         ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),
         ("a.json", b"[1, null]", r"could be read as 'xlam' \(2 row"),
     ],
@@ -631,8 +645,10 @@ def test_unknown_names_and_missing_paths(tmp_path):
 def test_bad_files(tmp_path, file, content, message):
     path = tmp_path / file
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load("xlam", path)
+    for source in (f"xlam:{path}", str(path)):
+        with pytest.raises(ValueError, match=message if source[:5] == "xlam:" else None) as error:
+            data.load_source(source)
+        assert str(error.value).count(str(path)) == 1 and "\n" not in str(error.value)
 
 
 def test_load_reads_files_folders_and_lines_and_reports_drops(tmp_path, capsys):
@@ -651,6 +667,264 @@ def test_load_reads_files_folders_and_lines_and_reports_drops(tmp_path, capsys):
     expected = data.SOURCES["xlam"][1]
     (tmp_path / expected).write_text(json.dumps([{**row, "query": "own file"}]))
     assert [e.query for e in load("xlam", str(tmp_path))] == ["own file"]
+
+
+def rows_of_every_layout():
+    """Rows as people have them, in one file: xLAM, irrelevance, OpenAI, ShareGPT with and without calls."""
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    return [
+        raw.xlam_row([{"name": "f", "arguments": {"x": 1}}]),
+        raw.xlam_row([]),
+        raw.openai_row(("user", "a\u2028b\u0085c"), raw.called('{"city": "Oslo"}')),
+        raw.sharegpt_row(
+            ("human", "q"), ("function_call", call), ("observation", "r"), ("gpt", "s")
+        ),
+        raw.sharegpt_row(("human", "r"), ("gpt", "t")),
+        vars(example("mine")),
+    ]
+
+
+def write(path, rows):
+    """Write rows as the name of the file says."""
+    if path.suffix == ".parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), path)
+        return path
+    dumps = lambda value: json.dumps(value, ensure_ascii=False)
+    text = "\n".join(map(dumps, rows)) if ".jsonl" in path.name else dumps(rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+def test_the_layout_is_guessed_row_by_row(tmp_path, name):
+    examples = data.load_source(str(write(tmp_path / name, rows_of_every_layout())))
+    found = [(e.id.split("/")[0], e.kind) for e in examples]
+    assert found == [
+        ("xlam", "tool_call"),
+        ("hammer", "answer"),
+        ("openai", "tool_call"),
+        ("sharegpt", "tool_call"),
+        ("sharegpt", "answer"),
+        ("sharegpt", "answer"),
+        ("x", "answer"),
+    ]
+    assert examples[2].query == "a\u2028b\u0085c"  # where str.splitlines would cut
+
+
+def test_parquet_gives_the_examples_of_json(tmp_path):
+    """Arrow gives every message, call and schema the keys of all; none of its nulls may be read."""
+    time = {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}
+    time = {"name": "time", "description": "t", "parameters": time}
+    rows = [
+        raw.openai_row(
+            ("user", f"q{n}"),
+            raw.called({"city": "Oslo"}) if n % 2 else raw.called({"zone": "CET"}, "time"),
+            {"role": "tool", "tool_call_id": "c1", "content": "r"},
+            ("assistant", "done"),
+            tools=[raw.WEATHER, time][: 1 + n % 3] if n % 2 else [time],
+        )
+        for n in range(6)
+    ]
+    expected = data.load_source(str(write(tmp_path / "a.json", rows)))
+    path = write(tmp_path / "a.parquet", rows)
+    assert data.load_source(str(path)) == expected and len(expected) == 12
+    from pyarrow import parquet
+
+    padded = parquet.read_table(path).to_pylist()
+    assert None in padded[0]["messages"][0].values()
+    assert data.load_source(str(write(tmp_path / "padded.json", padded))) == expected
+    strings = [raw.hermes_row(("human", "q"), ("gpt", "a"), tools=None)] * 2
+    strings[0] = raw.hermes_row(("human", "q"), ("gpt", "a"))
+    assert (
+        load("hermes", write(tmp_path / "b.parquet", strings)) == data.convert("hermes", strings)[0]
+    )
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", rows_of_every_layout()[:1])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="a.parquet is Parquet; to read it: pip install pyarrow"):
+        data.load_source(str(path))
+
+
+def test_parquet_values_that_are_not_json_are_dropped(tmp_path):
+    from datetime import date
+
+    rows = [raw.openai_row(("user", "q"), raw.called({"city": date(2024, 1, 1)}))]
+    write(tmp_path / "a.parquet", rows)
+    rows = data.read_rows(tmp_path / "a.parquet")
+    assert data.convert("openai", rows) == ([], {"row: a value that is not JSON": 1})
+
+
+def test_a_folder_is_read_whole_and_what_is_passed_over_is_said(tmp_path, capsys):
+    rows = [raw.xlam_row([{"name": "f", "arguments": {"x": n}}], query=f"q{n}") for n in range(5)]
+    (tmp_path / "deep/er").mkdir(parents=True)
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / "a.json", rows[:1])
+    write(tmp_path / "deep/b.jsonl.gz", rows[1:2])
+    write(tmp_path / "deep/er/c.parquet", rows[2:3])
+    write(tmp_path / ".cache/hidden.json", rows[3:4])
+    (tmp_path / "README.md").write_text("no data")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    examples = data.load_source(str(tmp_path))
+    assert [e.query for e in examples] == ["q0", "q1", "q2"]
+    assert [e.id for e in examples] == ["xlam/0/1", "xlam/1/1", "xlam/2/1"]  # none twice
+    assert capsys.readouterr().err == (
+        f"data: {tmp_path}: passed over README.md, dataset_infos.json\n"
+    )
+    expected = data.SOURCES["xlam"][1]
+    write(tmp_path / "deep" / expected, rows[4:])
+    assert len(data.load_source(str(tmp_path))) == 4  # a plain folder: that file is one of many
+    capsys.readouterr()
+    assert [e.query for e in data.load_source(f"xlam:{tmp_path}")] == ["q4"]
+    assert capsys.readouterr().err == (
+        f"data: {tmp_path}: passed over README.md, a.json, dataset_infos.json, "
+        "deep/b.jsonl.gz, deep/er/c.parquet\n"
+    )
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no rows; give a file or folder that does"):
+        data.load_source(str(tmp_path / "empty"))
+
+
+def rows_without_calls():
+    """Chats of which all answers can be read and no call."""
+    answers = [raw.sharegpt_row(("human", f"q{n}"), ("gpt", "a")) for n in range(3)]
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    return {
+        "role": [*answers, raw.sharegpt_row(("human", "q"), ("tool-use", call), ("gpt", "a"))],
+        "markup": [*answers, raw.sharegpt_row(("human", "q"), ("gpt", f"<functioncall> {call}"))],
+        "undeclared": [
+            *answers,
+            raw.sharegpt_row(("human", "q"), ("function_call", call), tools=[]),
+        ],
+        "tools": [
+            *answers,
+            raw.openai_row(
+                ("user", "q"), raw.called({}), tools=[{"name": "weather", "args": {"c": 1}}]
+            ),
+        ],
+    }
+
+
+@pytest.mark.parametrize("case", rows_without_calls())
+def test_a_file_that_lost_all_its_calls_is_refused(tmp_path, case, capsys):
+    rows = rows_without_calls()[case]
+    path = write(tmp_path / "a.json", rows)
+    with pytest.raises(
+        ValueError, match=r"no row with a call could be read in .*a\.json \(1 (row|turn): "
+    ):
+        data.load_source(str(path))
+    with pytest.raises(ValueError, match="no row with a call"):
+        data.main(["convert", str(path), str(tmp_path / "out.jsonl")])
+    assert "left out      1  " in capsys.readouterr().out and not (tmp_path / "out.jsonl").exists()
+    good = raw.openai_row(("user", "q"), raw.called({}))
+    write(tmp_path / "good.json", [good])
+    with pytest.raises(ValueError, match=r"a\.json \("):  # beside a file with calls
+        data.load_source(str(tmp_path))
+    assert len(data.load_source(str(write(path, [*rows, good])))) == 4
+    assert len(data.load_source(str(write(path, rows[:3])))) == 3  # chats without any call
+
+
+def test_rows_of_no_known_layout(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": "a"}, *rows_of_every_layout()[:1]])
+    assert len(data.load_source(str(path))) == 1
+    assert "1 row: unknown layout" in capsys.readouterr().err
+    write(path, [{"text": "a"}, {"text": "b"}])
+    with pytest.raises(
+        ValueError, match=r"a.jsonl: unknown layout with keys \['text'\].*NAME:FILE"
+    ):
+        data.load_source(str(path))
+
+
+def test_sampled_rows(tmp_path, capsys):
+    turn = lambda n, k: (("human", f"q{n} {k}"), ("gpt", f"a{n} {k}"))
+    rows = [raw.sharegpt_row(*turn(n, 0), *turn(n, 1)) for n in range(40)]
+    path = write(tmp_path / "mail@work.json", rows)
+    whole = data.load_source(str(path))
+    some = data.load_source(f"{path}@10", seed=3)
+    assert len(whole) == 80 and len(some) == 20 and [e for e in whole if e in some] == some
+    assert {*Counter(e.id.rpartition("/")[0] for e in some).values()} == {2}  # whole conversations
+    assert data.load_source(f"sharegpt:{path}@10", seed=3) == some
+    assert data.load_source(f"{path}@10", seed=4) != some
+    assert data.load_source(f"{tmp_path}@40") == data.load_source(str(tmp_path)) == whole
+    times_drawn = Counter(
+        e.id for seed in range(200) for e in data.load_source(f"{path}@10", seed=seed)
+    )
+    assert len(times_drawn) == 80 and max(times_drawn.values()) < 80  # 50 expected
+    for number in (41, 0):
+        with pytest.raises(ValueError, match=f"mail@work.json holds 40 rows; .* not @{number}"):
+            data.load_source(f"{path}@{number}")
+    path.rename(tmp_path / "rows@7")
+    with pytest.raises(ValueError, match="is none of .json"):  # a path that exists is a path
+        data.load_source(str(tmp_path / "rows@7"))
+    with pytest.raises(FileNotFoundError, match=r"absent.json does not exist"):
+        data.load_source(str(tmp_path / "absent.json@7"))
+
+
+def test_table_6_names_every_sample():
+    text = (Path(data.__file__).parent / "recipes/table6.args").read_text()
+    sources = next(line for line in text.splitlines() if line.startswith("--train_file")).split()[
+        1:
+    ]
+    found = {}
+    for source in sources:
+        name, path = data._named(source)
+        path, _, rows = path.rpartition("@")
+        assert Path(path).name == data.SOURCES[name][1]
+        found[name] = int(rows)
+    assert found == {
+        "hermes": 2500,
+        "toolace": 11300,
+        "xlam": 10000,
+        "apigen-mt": 2500,
+        "funreason-mt": 10000,
+        "hammer": 3500,
+    }
+
+
+def test_own_rows_take_wrapped_tools(tmp_path):
+    plain = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    made = vars(example(tools=[plain]))
+    forms = [
+        {"type": "function", "function": plain},
+        {"name": "f", "description": "d", "input_schema": {"type": "object"}},
+        {"name": "f", "description": "d", "inputSchema": {"type": "object"}},
+        plain,
+    ]
+    path = write(tmp_path / "a.jsonl", [{**made, "tools": [tool]} for tool in forms])
+    assert data.load_source(str(path)) == [Example(**made)] * 4
+
+
+def test_subsets_are_nested_and_keep_conversations_whole():
+    examples = conversations(random.Random(1))
+    parts = [data.subset(examples, share, seed=2) for share in (0.05, 0.3, 0.31, 0.8, 1)]
+    for small, large in pairwise(parts):
+        assert small == [e for e in large if e in small]
+    assert parts[-1] == examples and abs(len(parts[1]) - 0.3 * len(examples)) < 4
+    sizes = Counter(e.id.split("/")[1] for e in examples)
+    for part in parts:
+        assert all(sizes[row] == n for row, n in Counter(e.id.split("/")[1] for e in part).items())
+    assert data.subset(examples, 0.3, seed=2) == parts[1] != data.subset(examples, 0.3, seed=3)
+    for share in (0, 1.5, 1e-9):
+        with pytest.raises(ValueError, match="share of"):
+            data.subset(examples, share)
+
+
+def test_digest_sees_every_change_and_no_other(tmp_path):
+    examples = conversations(random.Random(1))
+    data.write_jsonl(examples, tmp_path / "a.jsonl")
+    assert data.digest(examples) == data.digest(load("jsonl", tmp_path / "a.jsonl"))
+    assert data.digest([]) == "e3b0c44298fc1c14"  # SHA-256 of nothing: stable between versions
+    first = examples[0]
+    others = [replace(first, **{name: "z"}) for name in ("id", "query", "target", "system")]
+    others.append(replace(first, tools=[{"name": "f"}]))
+    changed = [[other, *examples[1:]] for other in others] + [examples[1:], examples[::-1]]
+    assert len({data.digest(part) for part in [examples, *changed]}) == len(changed) + 1
 
 
 def test_load_source_takes_a_name_a_file_or_both(tmp_path, monkeypatch):
@@ -696,14 +970,23 @@ def test_jsonl_round_trip(tmp_path):
         {"extra": 1},
         {"query": "\ud800"},
         {"kind": "tool_call", "target": "<tool_call>\n{\n</tool_call>"},
-        {"kind": "tool_call", "target": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+        {
+            "kind": "tool_call",
+            "target": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        },
         {"kind": "tool_call", "target": '<tool_call>\n{"name": "f", "params": null}\n</tool_call>'},
         {"kind": "tool_call", "target": "<tool_call>\n[]\n</tool_call>"},
         {"kind": "tool_call", "target": "<tool_call>5</tool_call>"},
         {"target": "<answer>a <tool_call> b</answer>"},
         {"target": "<answer> \n</answer>"},
-        {"kind": "tool_call", "target": '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>'},
-        {"kind": "tool_call", "target": '<tool_call>{"name": "f", "params": {"a": [1e999]}}</tool_call>'},
+        {
+            "kind": "tool_call",
+            "target": '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>',
+        },
+        {
+            "kind": "tool_call",
+            "target": '<tool_call>{"name": "f", "params": {"a": [1e999]}}</tool_call>',
+        },
         {"tools": [{"name": "f", "maximum": float("inf")}]},
     ],
     ids=str,
@@ -723,10 +1006,13 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"history": [{"role": "user", "content": "Hi"}]}, "history holds.*role.*not .\"user\", \"text\""),
+        (
+            {"history": [{"role": "user", "content": "Hi"}]},
+            'history holds.*role.*not ."user", "text"',
+        ),
         ({"history": ["hi"]}, "history holds 'hi'"),
         ({"history": [["human", "Hi"]]}, "the role 'human', not user or assistant"),
-        ({"steps": [{"call": "f", "observation": "1"}]}, "steps holds.*not .\"call\", \"observation\""),
+        ({"steps": [{"call": "f", "observation": "1"}]}, 'steps holds.*not ."call", "observation"'),
         ({"steps": [["f", "1", "2"]]}, "steps holds"),
     ],
 )
@@ -770,15 +1056,18 @@ def test_stats_and_convert(tmp_path, capsys, monkeypatch, tokenizer):
     data.main(["stats", file, "--tokenizer", str(tmp_path / "tokenizer")])
     text = capsys.readouterr().out
     lengths = [len(render(e, tokenizer)) for e in load("xlam", file)]
-    assert "(xlam)" in text and "rows 5  examples 4  per row 0.80" in text
+    assert "(xlam)" in text and "original 5  sampled 5  processed 4  per row 0.80" in text
     assert "left out      1  row: no 'name' of the right type" in text
     assert "single call 75.0 %  parallel calls 25.0 %" in text
     assert f"tokens p50 {sorted(lengths)[1]}  p95 {max(lengths)}  max {max(lengths)}" in text
     data.main(["convert", file, out, "--name", "xlam"])
     assert load("jsonl", out) == load("xlam", file)
     capsys.readouterr()
-    data.main(["stats", out, file])
-    assert "(jsonl)" in capsys.readouterr().out
+    data.main(["stats", out, f"xlam:{file}@3"])
+    text = capsys.readouterr().out
+    assert "(jsonl)" in text and "original 5  sampled 3  processed " in text
+    kept = 4 + len(data.load_source(f"xlam:{file}@3"))
+    assert text.endswith(f"together\noriginal 9  sampled 7  processed {kept}\n")
 
 
 def test_command_line_errors_are_one_line(tmp_path):
@@ -791,10 +1080,28 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_statistics_of_nothing():
-    assert "examples 0" in data.statistics(3, [], Counter({"row: no call": 3}))
+    assert "processed 0" in data.statistics(3, [], Counter({"row: no call": 3}))
 
 
 def test_examples_are_frozen():
     with pytest.raises(AttributeError):
         example().query = "other"
     assert replace(example(), query="other").query == "other"
+
+
+def test_the_rows_of_the_documentation_are_read():
+    """docs/data.md's rows, as printed, are one conversation in three forms."""
+    text = (Path(data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
+    rows = [
+        json.loads(block)
+        for block in re.findall(r'```\n(\{"(?:tools|id)":.*?)```', text, re.DOTALL)
+    ]
+    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "jsonl"]
+    for row in rows[:2]:
+        call, answer = data.convert(None, [row])[0]
+        assert call.target == (
+            '<tool_call>\n{"name": "weather", "params": {"city": "Oslo"}}\n</tool_call>'
+        )
+        assert (answer.target, answer.steps[0][1]) == ("<answer>\nYes.\n</answer>", "rain")
+    own = data.convert(None, rows[2:])[0][0]
+    assert (own.query, own.steps, own.target) == (answer.query, answer.steps, answer.target)

@@ -1,4 +1,4 @@
-"""eval.py against the benchmarks' own data: oracle and corrupted answers, the loop, safety, records, reports."""
+"""eval.py on the benchmarks' own data: oracle and corrupted answers, loop, safety, reports."""
 
 import argparse
 import importlib.util
@@ -17,13 +17,11 @@ import bfcl_oracle
 import pytest
 from frozen import REPO, TOY
 
-import api_bank
-import bfcl
 import data
 import eval as evaluation
 import rewards
 import rollout
-import scores
+from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
     importlib.util.find_spec("bfcl_eval") is None,
@@ -248,8 +246,11 @@ def test_examples_in_the_papers_form():
 
 
 def test_earlier_steps_in_python_form():
-    """A prompt that asks for Python calls shows the earlier ones as such; the strings are Python's own repr."""
-    steps = [('{"name": "f", "params": {"a": "x\'y", "n": [1, true]}}', "ok"), ('[{"name": "g", "params": {}}]', "no")]
+    """A prompt that asks for Python calls shows earlier ones as such, with strings as in repr."""
+    steps = [
+        ('{"name": "f", "params": {"a": "x\'y", "n": [1, true]}}', "ok"),
+        ('[{"name": "g", "params": {}}]', "no"),
+    ]
     example = data.Example("e", [], [], "q", steps, "", "answer")
     shown = evaluation._in_python(example).steps
     assert shown == [("""[f(a="x'y", n=[1, True])]""", "ok"), ("[g()]", "no")]
@@ -262,7 +263,7 @@ def test_earlier_steps_in_python_form():
 @pytest.mark.parametrize("step", ["I looked it up.", "", '{"name": "f"}', "[f(a=1", "[]", "3"])
 def test_a_step_that_is_no_call_is_named(step):
     example = data.Example("mine/3", [], [], "q", [(step, "ok")], "", "answer")
-    with pytest.raises(ValueError, match="mine/3: the tool step .* is no call.*--format toolupt"):
+    with pytest.raises(ValueError, match="mine/3: the tool step .* is neither.*--format toolupt"):
         evaluation._in_python(example)
     calls = evaluation.replace(example, steps=[("[f(a=1)]", "ok")])
     assert evaluation._in_python(calls) == calls  # in Python form already
@@ -282,7 +283,8 @@ def test_lone_surrogates_do_not_reach_the_tokenizer():
 # --- the probe: oracle answers pass, corrupted ones fail ---
 
 
-ORACLE = {  # 7 of 4,441 cannot be satisfied: empty lists of choices, parameters that are not documented
+# 7 of 4,441 cannot be satisfied: empty lists of choices, undocumented parameters.
+ORACLE = {
     "simple_java": ["simple_java_36", "simple_java_64", "simple_java_65"],
     "live_simple": ["live_simple_106-63-0", "live_simple_112-68-0"],
     "live_multiple": ["live_multiple_862-181-3", "live_multiple_964-207-0"],
@@ -300,12 +302,24 @@ WITH_REQUIRED = {
 @needs_bfcl
 def test_sizes(cases):
     assert {name: len(mine) for name, mine in cases.items()} == {
-        "simple_python": 400, "simple_java": 100, "simple_javascript": 50, "multiple": 200, "parallel": 200,
-        "parallel_multiple": 200, "live_simple": 258, "live_multiple": 1053, "live_parallel": 16,
-        "live_parallel_multiple": 24, "irrelevance": 240, "live_irrelevance": 884, "live_relevance": 16,
-        "multi_turn_base": 200, "multi_turn_miss_func": 200, "multi_turn_miss_param": 200,
+        "simple_python": 400,
+        "simple_java": 100,
+        "simple_javascript": 50,
+        "multiple": 200,
+        "parallel": 200,
+        "parallel_multiple": 200,
+        "live_simple": 258,
+        "live_multiple": 1053,
+        "live_parallel": 16,
+        "live_parallel_multiple": 24,
+        "irrelevance": 240,
+        "live_irrelevance": 884,
+        "live_relevance": 16,
+        "multi_turn_base": 200,
+        "multi_turn_miss_func": 200,
+        "multi_turn_miss_param": 200,
         "multi_turn_long_context": 200,
-    }  # fmt: skip
+    }
     assert len({case.id for mine in cases.values() for _, case in mine}) == 4441
 
 
@@ -452,7 +466,7 @@ class Chats:
 
 
 class Scripted:
-    """An engine that says what a script has for a case and step; the seed of the request tells which."""
+    """An engine that follows a script; the seed of a request identifies case and step."""
 
     def __init__(self, script: dict[str, list[str]], lengths=None, max_model_len=32768, seed=0):
         self.tokenizer, self.max_model_len, self.rounds = Chats(lengths), max_model_len, []
@@ -481,7 +495,7 @@ def play(cases, engine, **given) -> dict[str, dict]:
 
 @needs_bfcl
 def test_multi_turn_replay_through_the_loop(cases):
-    """Ground truth, one call per step: 200/200/200/198; the two others need 34 steps in one turn, the limit is 20."""
+    """Ground truth, one call per step: 200/200/200/198; two need 34 steps, 20 are allowed."""
     pairs = [pair for name in bfcl.MULTI_TURN for pair in cases[name]]
     script = {e.id: sum(transcript(bfcl_oracle.turns_of(e)), []) for e, _ in pairs}
     engine = Scripted(script)
@@ -509,7 +523,7 @@ def test_a_model_that_never_stops_is_stopped(cases):
 
 @needs_bfcl
 def test_prompts_of_a_conversation(cases):
-    """Results, earlier turns, held-out functions: each stands in the prompt when it should, and not before."""
+    """Results, earlier turns, held-out functions: each is in the prompt when due, not before."""
     entry, case = next(
         (e, c) for e, c in cases["multi_turn_miss_func"] if e.id == "multi_turn_miss_func_0"
     )
@@ -551,7 +565,7 @@ def test_prompts_of_a_conversation(cases):
 
 @needs_bfcl
 def test_messages_of_one_turn(cases):
-    """System messages become policy, earlier ones memory, the last one the query; hints for the prompt only."""
+    """System messages become policy, earlier ones memory, the last the query; hints only shown."""
     seen = Counter()
     for entry, case in [
         pair for name in ("live_irrelevance", "simple_java") for pair in cases[name]
@@ -597,7 +611,7 @@ def test_a_checker_that_raises_is_a_wrong_answer(cases):
 
 @needs_bfcl
 def test_a_check_that_raises_has_a_class():
-    """Two calls with a value that no float holds, and a checker that raises for both kinds of cases."""
+    """Two calls with a value beyond a float, and a checker that raises for both kinds of cases."""
     doc = {"name": "f", "parameters": {"properties": {"a": {"type": "float"}}, "required": ["a"]}}
     shown = {"function": [doc], "question": []}
     truth = [{"f": {"a": [1.0]}}, {"f": {"a": [2.0]}}]
@@ -611,7 +625,7 @@ def test_a_check_that_raises_has_a_class():
 
 @needs_bfcl
 def test_a_checker_that_would_hang_is_stopped(cases, monkeypatch):
-    """An unclosed list of lists, on which the JavaScript reader's regular expression would take days."""
+    """An unclosed list of lists, on which the JavaScript reader's pattern would take days."""
     monkeypatch.setattr(bfcl, "CALL_SECONDS", 0.3)
     entry, case = next(pair for pair in cases["simple_javascript"] if pair[0].id.endswith("_2"))
     calls = bfcl_oracle.calls_of(entry)
@@ -734,9 +748,11 @@ def test_the_package_writes_nothing_into_site_packages():
 import sys; sys.path.insert(0, sys.argv[1])
 import importlib.util, pathlib
 root = pathlib.Path(importlib.util.find_spec("bfcl_eval").origin).parent
-look = lambda: {str(p) for p in [*root.rglob("*"), *root.parent.glob("*")] if "__pycache__" not in str(p)}
+found = lambda: [*root.rglob("*"), *root.parent.glob("*")]
+look = lambda: {str(p) for p in found() if "__pycache__" not in str(p)}
 before = look()
-import os, bfcl
+import os
+from tasks import bfcl
 for name in bfcl.CATEGORIES: bfcl.entries(name)
 scratch = os.environ["BFCL_PROJECT_ROOT"]
 assert look() == before and pathlib.Path(scratch).exists()
@@ -787,10 +803,18 @@ def api_bank_folder(tmp_path) -> Path:
     head = "\nGenerate an API request ...\nThe current year is 2023.\n\nAPI descriptions:\n"
     meeting = "[AddMeeting(token='t1', topic='Bob's talk', attendees='['Ann', 'Bob']')]"
     rows = [
-        ("User: Add it.\nIt is\nurgent.\nAI: Sure.\nGenerate API Request:\n", doc("AddMeeting", "token", "topic", "attendees"), meeting),
-        ("User: Hi\nAI: Hello!\nUser: Token?\nAPI-Request: [GetToken(user='ann')]->{'token': 't1'}\nGenerate API Request:\n",
-         doc("GetToken", "user") + "\n" + doc("Now"), "[Now()]"),
-    ]  # fmt: skip
+        (
+            "User: Add it.\nIt is\nurgent.\nAI: Sure.\nGenerate API Request:\n",
+            doc("AddMeeting", "token", "topic", "attendees"),
+            meeting,
+        ),
+        (
+            "User: Hi\nAI: Hello!\nUser: Token?\nAPI-Request: [GetToken(user='ann')]->"
+            "{'token': 't1'}\nGenerate API Request:\n",
+            doc("GetToken", "user") + "\n" + doc("Now"),
+            "[Now()]",
+        ),
+    ]
     search = (
         "User: Book a room.\nAI: I look for a tool.\nGenerate API Request:\n",
         doc("ToolSearcher", "keywords"),
@@ -1069,10 +1093,20 @@ def test_categories_limit_and_overalls(tmp_path, monkeypatch, cases):
 def fake_run(folder: Path, correct: dict[str, list[bool]], **settings) -> Path:
     folder.mkdir(parents=True)
     rows = [
-        {"id": f"{k}_{i}", "category": k, "correct": bool(v), "over_long": False, "cut": 0, "kinds": [["answer"]],
-         "decoded": [[None]], "error_class": None if v else "Other", "turns": [["x"]]}
-        for k, values in correct.items() for i, v in enumerate(values)
-    ]  # fmt: skip
+        {
+            "id": f"{k}_{i}",
+            "category": k,
+            "correct": bool(v),
+            "over_long": False,
+            "cut": 0,
+            "kinds": [["answer"]],
+            "decoded": [[None]],
+            "error_class": None if v else "Other",
+            "turns": [["x"]],
+        }
+        for k, values in correct.items()
+        for i, v in enumerate(values)
+    ]
     (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = {
         "model": "m",
@@ -1107,8 +1141,8 @@ def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
     for name, value in wanted.items():
         assert f"{value:.2f} [" in text, name
     assert (
-        "| Overall (ToolUPT) | Overall (v3) | Non-live AST | Live AST | Multi-turn | Relevance | Irrelevance |"
-        in text
+        "| Overall (ToolUPT) | Overall (v3) | Non-live AST | Live AST | Multi-turn | Relevance "
+        "| Irrelevance |" in text
     )
     lines = scores.compare([a, b, c]).splitlines()
     differs = next(line for line in lines if line.startswith(f"| {b} - {a}"))
@@ -1155,7 +1189,7 @@ def test_bootstrap_against_a_slow_loop():
 
 
 def test_partial_columns_broken_calls_and_other_targets(tmp_path):
-    """What readers are told: parts of columns, answers that are none, figures that do not compare."""
+    """What readers are told: incomplete columns, unclean answers, figures that do not compare."""
     right = {"level_1": [True] * 4, "level_2": [True] * 2, "level_2_search": [True]}
     sizes = {"level_1": 4, "level_2": 9, "level_2_search": 1}
     a = fake_run(tmp_path / "a", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="x")
@@ -1174,7 +1208,9 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
     (c / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = scores.report(c)
-    assert "25.00 % (1 of 4) are clean answers" in text and "- 1 verdicts are wrong because" in text
+    assert (
+        "25.00 % (1 of 4) are clean answers" in text and "- 1 cases count as wrong because" in text
+    )
 
 
 def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
@@ -1219,7 +1255,7 @@ def test_rescore_reads_the_responses_only(tmp_path, monkeypatch, own):
 
 
 def test_error_types_of_a_file(tmp_path, capsys):
-    """One pair per class of iTool's Figure 3, one right; a file of pairs with categories and one of rollouts."""
+    """A pair per class of iTool's Figure 3 and a right one; files of pairs and of rollouts."""
     target = '[f(a=1, b="x"), g()]'
     said = {
         None: '[g(), f(a=1, b="X")]',
@@ -1245,7 +1281,7 @@ def test_error_types_of_a_file(tmp_path, capsys):
     path.write_text(path.read_text().rstrip("\n"))  # the last line counts without a newline
     evaluation.main(["--errors", str(path)])
     assert "answer: 0 of 1 without error" in capsys.readouterr().out
-    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "holds no line")):
+    for text, message in (('{"response": "x"}\n', "line 1 has no 'target'"), ("", "is empty")):
         path.write_text(text)
         with pytest.raises(SystemExit):
             evaluation.main(["--errors", str(path)])
@@ -1265,9 +1301,15 @@ def test_error_types_of_a_file(tmp_path, capsys):
             [str(TOY), "--bench", "api_bank", "--api_bank", "nowhere"],
             "nowhere/level-1-api.json does not exist",
         ),
-        ([str(TOY), "--bench", "api_bank", "--half", "0"], "--half is of --bench bfcl"),
-        ([str(TOY), "--bench", "file", "--no_keep_steps"], "--no_keep_steps is of --bench bfcl"),
-        ([str(TOY), "--bench", "file", "--file", "toy:test", "--max_tokens", "9216"], "leaves no room"),
+        ([str(TOY), "--bench", "api_bank", "--half", "0"], "--half belongs to --bench bfcl"),
+        (
+            [str(TOY), "--bench", "file", "--no_keep_steps"],
+            "--no_keep_steps belongs to --bench bfcl",
+        ),
+        (
+            [str(TOY), "--bench", "file", "--file", "toy:test", "--max_tokens", "9216"],
+            "leaves no room",
+        ),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
@@ -1279,7 +1321,7 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[{]", "level-1-api.json is no JSON"), ("[{}]", "sample 0: KeyError")]
+    ("text", "message"), [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")]
 )
 def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
     for name in api_bank.FILES.values():
@@ -1353,7 +1395,7 @@ def launch(*command, ranks=0) -> subprocess.CompletedProcess:
 @needs_bfcl
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
-    """The toy model on a few cases: torchrun with an engine per rank, and one process without vLLM."""
+    """The toy model on a few cases: torchrun with an engine per rank, one process without vLLM."""
     common = [
         "eval.py",
         TOY,
@@ -1372,7 +1414,7 @@ def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
     two, one = (scores.read_rows(tmp_path / name / "results.jsonl") for name in ("two", "one"))
     assert [row["id"] for row in two] == [row["id"] for row in one] and len(one) == 9
     assert not list((tmp_path / "two").glob("*part*"))
-    # greedy decoding in float32: the kernels sum in another order, which may move a token near a tie
+    # Kernels sum in another order, which may change a greedy token near a tie, in float32 too.
     same = sum(a["turns"] == b["turns"] for a, b in zip(one, two))
     assert same >= 7, same
     assert (

@@ -139,7 +139,7 @@ def test_empty_sides(alignment):
 
 
 def test_lcs_of_long_responses():
-    """1,024 against 1,024: one insertion and one deletion, and their places are found."""
+    """1,024 against 1,024 tokens with one insertion and one deletion: both places are found."""
     g = torch.Generator().manual_seed(0)
     expert = torch.randint(10, 50_000, (8, 1024), generator=g)
     response = torch.cat([expert[:, :100], expert[:, :1] * 0, expert[:, 100:-1]], 1)

@@ -18,8 +18,8 @@ from test_converters import good_rows, replace_at_random
 import data
 import mcts
 import rewards
-import toy
-from converters import Drop, parse_calls
+from tasks import toy
+from tasks.converters import Drop, parse_calls
 
 SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(10**6)))
 ROUNDS = float(os.environ.get("FUZZ_ROUNDS", "1"))
@@ -278,7 +278,7 @@ FORBIDDEN = {
 
 
 def product_files() -> list:
-    return sorted(path for path in REPO.glob("*.py"))
+    return sorted(path for folder in ("", "tasks", "tools") for path in (REPO / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("path", product_files(), ids=lambda path: path.name)

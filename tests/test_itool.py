@@ -22,7 +22,7 @@ import model as modeling
 import rewards
 import rollout
 import run as run_module
-import toy
+from tasks import toy
 import train
 
 REPO = frozen.REPO

@@ -280,7 +280,7 @@ def test_search_equals_slow_recursion():
 
 
 def test_invariants_on_random_games():
-    """Spec 8, 1-7, after every single iteration."""
+    """What holds after every single iteration, whatever the tree."""
     rng = random.Random(1)
     means = 0
     for seed in range(300):
@@ -894,9 +894,12 @@ def test_show_reads_one_tree_a_list_and_refuses_other_files(tmp_path, capsys):
         mcts.main(["show", str(file)])
         assert capsys.readouterr().out.count("root: 1 prompt tokens") == 1
     for content, said in (
-        ("{}", "tree_to_dict"), ("[1]", "tree_to_dict"), ('{"nodes": []}', "tree_to_dict"), ("", "no tree"),
+        ("{}", "tree_to_dict"),
+        ("[1]", "tree_to_dict"),
+        ('{"nodes": []}', "tree_to_dict"),
+        ("", "no tree"),
         (json.dumps(tree) + '\n{"nodes": [', "line 2: not JSON"),
-    ):  # fmt: skip
+    ):
         file.write_text(content, encoding="utf-8")
         with pytest.raises(SystemExit, match=said):
             mcts.main(["show", str(file)])

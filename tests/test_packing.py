@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,10 +97,11 @@ def assert_same(model, actual, expected):
         assert error <= 1e-5 * max(expected[name].abs().max(), 1e-2 * largest), name
 
 
-@pytest.fixture(params=["merged", "masked"])
+@pytest.fixture(params=["kernels", "mask"])
 def way(request, monkeypatch):
-    """Both ways of a response's attention, the CPU's and that of other devices."""
-    monkeypatch.setattr(packing, "_MERGING", {"cpu"} if request.param == "merged" else set())
+    """With attention.py and, as where this file is copied alone, without it."""
+    if request.param == "mask":
+        monkeypatch.setattr(packing, "attention", None)
     return request.param
 
 
@@ -168,55 +172,33 @@ def test_attention_function_equals_mask(make, prompt, way):
     assert_close(fast, hidden)
 
 
-def dense(lengths, scale, q, k, v, prompt_k, prompt_v):
-    """Attention of responses to their prompt and each to itself, with every score in memory."""
-    n = q.shape[1] // k.shape[1]
-    keys, values = (
-        torch.cat(pair, 2).repeat_interleave(n, 1) for pair in ((prompt_k, k), (prompt_v, v))
-    )
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    own = (owner[:, None] == owner).tril()
-    sees = torch.cat([own.new_ones(len(owner), prompt_k.shape[2]), own], 1)
-    scores = (q @ keys.transpose(2, 3) * scale).masked_fill(~sees, -math.inf)
-    return scores.softmax(-1) @ values
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
-)
-def test_merged_attention_equals_dense(heads, dtype, tolerance):
-    torch.manual_seed(heads)
-    lengths, P, width = [1, 30, 290], 600, 16  # more than one block of the kernel, of either kind
-    tokens, keys = sum(lengths), (1, 2, P, width)
-    shapes = [(1, 2 * heads, tokens, width), *[(1, 2, tokens, width)] * 2, keys, keys]
-    inputs = [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected, actual = dense(lengths, 0.3, *exact), packing._merged(lengths, *inputs, 0.3)
-    weights = torch.randn(expected.shape, dtype=torch.float64)
-    expected = [expected, *torch.autograd.grad((weights * expected).sum(), exact)]
-    actual = [actual, *torch.autograd.grad((weights * actual).sum(), inputs)]
-    for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == dtype
-        assert (a - e).abs().max() <= tolerance * e.abs().max()
-
-
-def test_merged_attention_takes_what_sdpa_takes():
-    """Values of another width than the keys (DeepSeek's), heads that do not lie densely, mixed dtypes."""
-    torch.manual_seed(0)
-    shapes = [(1, 2, 5, 8), (1, 2, 5, 8), (1, 2, 5, 6), (1, 2, 7, 8), (1, 2, 7, 6)]
-    inputs = [torch.randn(1, 2, *shape[:1:-1]).transpose(2, 3) for shape in shapes]
-    inputs[0] = inputs[0].double()
-    actual = packing._merged([2, 3], *inputs, None)
-    assert_close(actual, dense([2, 3], 8**-0.5, inputs[0].float(), *inputs[1:]))
-
-
 def test_plan_chooses_the_way(way):
+    """Kernels where they take what they are given, else the mask."""
     plan = packing._Plan(pack(PROMPT, RESPONSES), torch.device("cpu"))
-    names = [getattr(attend, "func", attend).__name__ for _, _, attend in plan.pieces]
-    assert names[0] == "_causal" and set(names[1:]) == {f"_{way}"}
-    assert way == "masked" or len(names) == 2
-    assert sum(size for size, _, _ in plan.pieces) == len(PROMPT) + 23
+    q, k, v = (torch.randn(1, heads, 34, 8) for heads in (4, 2, 2))
+    out = plan.attend(q, k, v, None)
+    assert ("mask" in vars(plan)) == (way == "mask")
+    if plan.kernels:
+        plan.kernels.takes = lambda *qkv: False
+    assert_close(plan.attend(q, k, v, None), out)
+    assert "mask" in vars(plan)
+
+
+def test_file_copied_alone_works(tmp_path):
+    """In an empty folder, one group: the same log-probs."""
+    shutil.copy(packing.__file__, tmp_path)
+    model = qwen2()
+    model.save_pretrained(tmp_path / "model")
+    script = f"""
+import torch, packing, transformers
+assert packing.attention is None
+model = transformers.AutoModelForCausalLM.from_pretrained("model")
+torch.save(packing.response_logps(model, packing.pack({PROMPT}, {RESPONSES})), "scores.pt")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    expected = response_logps(model, pack(PROMPT, RESPONSES))
+    for actual, e in zip(torch.load(tmp_path / "scores.pt"), expected, strict=True):
+        assert_close(actual, e)
 
 
 def test_joined_groups_equal_separate_groups(way):
@@ -244,6 +226,12 @@ def test_order_of_responses_permutes_the_rows():
     second = response_logps(model, pack(PROMPT, [RESPONSES[i] for i in order]))
     for a, b in zip(first, second, strict=True):
         assert_close(b, a[order])
+
+
+def test_cudnn_attention_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    response_logps(llama(), pack(PROMPT, RESPONSES))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 23])
@@ -294,7 +282,9 @@ def test_lora(way):
     model = get_peft_model(qwen2(), LoraConfig(r=2, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)  # at 1 the slow loop itself is 1e-5 from float64
+            torch.nn.init.normal_(
+                parameter, std=0.3
+            )  # at 1 the slow loop itself is 1e-5 from float64
     shared = response_logps(model, pack(PROMPT, RESPONSES), temperature=1.5)
     assert_same(model, shared, slow(model, PROMPT, RESPONSES, temperature=1.5))
     shared = response_logps(model, pack(PROMPT, RESPONSES))
@@ -330,6 +320,27 @@ def test_entropy_oracle():
     assert torch.allclose(scores[:, 1], torch.tensor(case["expected"]["H"][0]), atol=1e-6)
     hot = packing._token_scores(lambda x: x, 2.0, 2 * logits, torch.tensor([0, 1, 2]))
     assert torch.allclose(hot, scores)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scores_and_their_gradient_equal_autograds(temperature):
+    """The handwritten backward pass against what autograd makes of the formulas, in float64's digits."""
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(7, 300)).requires_grad_()
+    targets, weights = torch.randint(300, (7,)), torch.randn(7, 2)
+    exact = logits.detach().double().requires_grad_()
+    z = exact / temperature
+    logps = z[range(7), targets] - z.exp().sum(-1).log()
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    expected = torch.stack([logps, entropy], -1)
+    actual = packing._token_scores(lambda x: x, temperature, logits, targets)
+    assert_close(actual.detach().double(), expected.detach())
+    [g] = torch.autograd.grad((weights * actual).sum(), logits)
+    [e] = torch.autograd.grad((weights * expected).sum(), exact)
+    assert_close(g.double(), e)
+    half = logits.detach().bfloat16().requires_grad_()
+    packing._token_scores(lambda x: x, temperature, half, targets).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
 
 
 def test_ordinary_calls_stay_ordinary():

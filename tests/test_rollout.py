@@ -29,7 +29,9 @@ from transformers import (
 )
 
 import rollout
-from rollout import Sample, make_engine
+from rollout import Sample, derived_seed
+
+make_engine = functools.partial(rollout.make_engine, dtype="float32")  # on a GPU, too
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
@@ -206,6 +208,218 @@ def test_without_seeds_calls_differ_and_engines_of_one_seed_agree(folder):
     assert [draw(second), draw(second)] == [a, b]
 
 
+class Naive:
+    """One row at a time, the whole text read again for every token, no cache; the same uniforms."""
+
+    def __init__(self, model, temperature, top_p=1.0, stops=()):
+        self.model, self.temperature, self.top_p = model, temperature, top_p
+        self.stops = stops
+
+    def probabilities(self, ids):
+        """Of the next token: the nucleus grows from the likeliest token until top_p is reached."""
+        p = (next_logits(self.model, ids)[-1] / self.temperature).softmax(-1).tolist()
+        kept, mass = [0.0] * len(p), 0.0
+        for token in sorted(range(len(p)), key=lambda token: -p[token]):
+            if mass < self.top_p:
+                kept[token], mass = p[token], mass + p[token]
+        return [q / mass for q in kept]
+
+    def __call__(self, prompt, seed, k, limit):
+        noise = torch.Generator().manual_seed(derived_seed(seed, k))
+        ids, logps = [], []
+        for u in torch.rand(limit, dtype=torch.float64, generator=noise).tolist():
+            if self.temperature == 0:
+                row = next_logits(self.model, prompt + ids)[-1].log_softmax(-1).tolist()
+                token = row.index(max(row))
+                logp = row[token]
+            else:
+                p, token = self.probabilities(prompt + ids), 0
+                total = p[0]
+                while total <= u:
+                    token += 1
+                    total += p[token]
+                logp = math.log(p[token])
+            ids.append(token)
+            logps.append(logp)
+            if token in self.stops:
+                break
+        return ids, logps
+
+
+@pytest.fixture
+def rows_made(engines, monkeypatch):
+    """(rows, columns) of every batch and of what is left of it, as the transformers engine asks."""
+    made, real = [], rollout.TransformersEngine._rows_of
+
+    def rows_of(engine, size, columns):
+        made.append((size, columns))
+        return real(engine, size, columns)
+
+    monkeypatch.setattr(rollout.TransformersEngine, "_rows_of", rows_of)
+    return made
+
+
+class Recording:
+    """torch.cuda.CUDAGraph and torch.cuda.graph on a CPU: a step is kept, and run by replay."""
+
+    now = None
+
+    def __init__(self, graph=None, **options):
+        self.graph, self.steps = graph, []
+
+    def __enter__(self):
+        Recording.now = self.graph
+
+    def __exit__(self, *error):
+        Recording.now = None
+
+    def replay(self):
+        for step in self.steps:
+            step()
+
+
+@pytest.fixture(params=["plain", "graphs"])
+def stepping(request, engines, monkeypatch):
+    """The transformers engine as on a CPU, then as on a GPU: padded rows and columns, replays."""
+    engine, on_gpu = engines("transformers"), torch.cuda.is_available()
+    engine._rows.clear()
+    monkeypatch.setattr(engine, "_graphs", request.param == "graphs")
+    if request.param == "graphs" and not on_gpu:
+        real = engine._step
+
+        def step(*arguments):
+            if Recording.now:
+                Recording.now.steps.append(functools.partial(real, *arguments))
+            else:
+                real(*arguments)
+
+        monkeypatch.setattr(engine, "_step", step)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+        monkeypatch.setattr(torch.cuda, "graph", Recording)
+    yield engine
+    engine._rows.clear()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.0, 1.0), (1.3, 0.8)])
+def test_transformers_equals_a_loop_without_cache_or_batch(
+    temperature, top_p, stepping, model, rows_made
+):
+    """Prompts of one token and many, twice the same, their own limits and counts, a second stop."""
+    engine, rng = stepping, random.Random(1)
+    prompts = prompts_of(1, 90, 33, 33, 64, 17)
+    prompts[3] = prompts[2]
+    counts, limits, seeds = [3, 9, 5, 4, 8, 2], [40, 3, 25, 17, 60, 1], [5, 6, 7, 8, 9, 10]
+    stops = [engine.tokenizer.eos_token_id, *rng.sample(range(256), 3)]
+    naive = Naive(model, temperature, top_p, stops)
+    groups = engine.generate(
+        prompts,
+        n=counts,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=limits,
+        seeds=seeds,
+        stop_token_ids=stops[1:],
+    )
+    assert bool(engine._rows) == engine._graphs
+    ended = 0
+    for prompt, count, limit, seed, group in zip(prompts, counts, limits, seeds, groups):
+        assert len(group) == count
+        for k, sample in enumerate(group):
+            if temperature == 0 and k:
+                assert sample == group[0]
+                continue
+            ids, logps = naive(prompt, seed, k, limit)
+            assert sample.token_ids == ids
+            assert sample.logps == pytest.approx(logps, abs=1e-4)
+            assert sample.finish_reason == ("stop" if ids[-1] in stops else "length")
+            ended += ids[-1] in stops
+    assert len(rows_made) > 1  # rows that had ended were dropped on the way
+    assert ended > 0
+
+
+def test_an_even_grid_of_uniforms_gives_the_softmax():
+    """The inverse of the distribution function: of N even uniforms, N p fall on a token, +- 1."""
+    torch.manual_seed(0)
+    logits, count, temperature = 3 * torch.randn(50), 20_000, 0.7
+    grid = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    tokens, logps = rollout._next_tokens(logits.expand(count, -1), temperature, 1.0, grid, False)
+    p = (logits.double() / temperature).softmax(-1)
+    assert (torch.bincount(tokens, minlength=50) - count * p).abs().max() < 1 + 1e-3
+    assert torch.allclose(logps.double(), p.log()[tokens], atol=1e-5)
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    bounded = logits.masked_fill(torch.arange(50) % 49 == 0, -math.inf).expand(2, -1)
+    tokens, _ = rollout._next_tokens(bounded, temperature, 1.0, ends, False)
+    assert tokens.tolist() == [1, 48]  # never a token without mass
+
+
+def test_a_prompt_is_read_once_for_all_its_responses(engines, monkeypatch):
+    engine, read = engines("transformers"), Counter()
+    prompts = prompts_of(50, 50, 20, 1)
+    real = engine.model.forward
+
+    def forward(ids, **options):
+        if options["attention_mask"] is None:
+            read["tokens"] += ids.numel()
+        return real(ids, **options)
+
+    monkeypatch.setattr(engine.model, "forward", forward)
+    engine.generate(prompts, n=8, temperature=1.0, max_tokens=4, seeds=[1, 2, 3, 4])
+    assert read["tokens"] == 4 * 49  # one padded batch; each prompt's last token waits for step 1
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 100)
+    read.clear()
+    engine.option_probs(prompts + prompts[2:])
+    assert (
+        read["tokens"] == 2 * 49 + 2 * 19
+    )  # two batches; equal prompts are neighbours once sorted
+
+
+def test_the_cache_stays_within_its_bytes(folder, model, engines, rows_made):
+    """In batches or at once, the samples are the same; one sequence is decoded whatever it takes."""
+    per_token = 2 * 2 * 32 * 4  # two layers, keys and values, one head of 32, float32
+    columns = 256 if torch.cuda.is_available() else 90 + 20
+    bound = 10 * columns * per_token
+    small = make_engine("transformers", folder, max_model_len=MAX_LEN, kv_cache_bytes=bound)
+    settings = {"n": 7, "temperature": 1.0, "max_tokens": 20, "seeds": [1, 2, 3, 4, 5]}
+    draw = lambda engine: engine.generate(prompts_of(90, 60, 33, 64, 17), **settings)
+    got, batches = draw(small), list(rows_made)
+    assert len(batches) >= 3 and all(s * c * per_token <= bound for s, c in batches), batches
+    assert sum(x.numel() * 4 for layer in small._storage for x in layer) <= bound
+    ids = lambda groups: [[sample.token_ids for sample in group] for group in groups]
+    assert ids(got) == ids(draw(engines("transformers")))
+    least = make_engine("transformers", folder, max_model_len=MAX_LEN, kv_cache_bytes=1)
+    rows_made.clear()
+    assert ids(draw(least)) == ids(got)
+    assert {size for size, _ in rows_made} == {1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_compute_what_plain_steps_compute(folder, model):
+    """In bfloat16; the two may part by its rounding, so each is held against a float32 forward."""
+    prompts = prompts_of(1, 90, 33, 64, 17)
+    for eager in (False, True):
+        engine = rollout.make_engine(
+            "transformers", folder, max_model_len=MAX_LEN, enforce_eager=eager
+        )
+        assert engine.model.dtype == torch.bfloat16
+        groups = engine.generate(prompts, n=16, temperature=1.0, max_tokens=60)
+        assert bool(engine._rows) == (not eager)
+        errors = [
+            abs(a - b)
+            for prompt, group in zip(prompts, groups)
+            for s in group
+            for a, b in zip(s.logps, forward_logps(model, prompt, s, 1.0), strict=True)
+        ]
+        assert sum(errors) / len(errors) < 0.05
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"softcap": 30.0}])
+def test_attention_that_we_do_not_have_is_an_error(change):
+    x = torch.zeros(1, 2, 16, 4)
+    with pytest.raises(ValueError, match="--engine vllm"):
+        rollout._attend(torch.nn.Identity(), x, x, x, None, **change)
+
+
 def test_the_process_keeps_its_random_state(engine):
     torch.manual_seed(5)
     random.seed(5)
@@ -327,6 +541,15 @@ def test_progress_counts_requests(engine):
     bar = functools.partial(tqdm, file=out)
     engine.generate(prompts_of(4, 5), n=3, temperature=1.0, max_tokens=2, progress=bar)
     assert "6/6" in out.getvalue()
+
+
+def test_progress_moves_within_a_batch(engines):
+    out = io.StringIO()
+    bar = functools.partial(tqdm, file=out, mininterval=0, miniters=1)
+    engines("transformers").generate(
+        prompts_of(4, 5, 6), n=1, temperature=0, max_tokens=[1, 20, 40], progress=bar
+    )
+    assert "1/3" in out.getvalue() and "tokens/s" in out.getvalue()
 
 
 def changed(model):

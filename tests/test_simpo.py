@@ -190,7 +190,7 @@ def test_itool_oracle(name, dtype, rel):
 
 
 def toolupt_case(name):
-    """The two pairs that the cases of the other oracle file share."""
+    """The two pairs that several oracle cases share."""
     x = ORACLES[name]["inputs"]
     b = []
     for side in ("chosen", "rejected"):
@@ -306,7 +306,7 @@ def test_identities_of_the_oracle():
 
 
 def test_simpo_and_orpo_normalise_by_length_and_dpo_does_not():
-    """Say everything twice: means stay, sums double."""
+    """Everything twice: means stay, sums double."""
     win, lose = [-0.3, -0.7], [-1.1]
     once, twice = tensors([(win, lose, 0.0, 0.0)]), tensors([(win * 2, lose * 2, 0.0, 0.0)])
     for f in (simpo, orpo, ipo_mean):

@@ -223,7 +223,7 @@ def test_descent_raises_expert_tokens_and_lowers_rejected_ones():
 
 
 def test_phi_is_not_differentiated():
-    """In the graph, phi would turn the gradient round below p = sqrt(2) - 1 (beta 1)."""
+    """Undetached, phi would reverse the gradient below p = sqrt(2) - 1 (beta 1)."""
     args = batch()
     _, expert_gradient, gradient, _ = run(args)
     _, plain_expert, plain, _ = run(args, weighted=False)
@@ -247,7 +247,7 @@ def test_denominators_count_unpreserved_and_non_negative_tokens():
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_spo_micro_batches_add_up(as_tensor):
-    """Expert and rollout rows are split on their own; parts without experts or rollouts occur."""
+    """Expert and rollout rows are split independently; some parts have no expert or no rollout."""
     args = batch()
     count = {"num_expert_tokens": sum(EXPERT_LENGTHS), "num_tokens": sum(LENGTHS)}
     count = {k: torch.tensor(v) if as_tensor else v for k, v in count.items()}

@@ -1,4 +1,4 @@
-"""The toy world: held-out names and values, exact targets, every task, and the habits of the base model."""
+"""The toy world: held-out names and values, exact targets, every task, the base model's habits."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import re
 import pytest
 
 import rewards
-import toy
+from tasks import toy
 
 
 def calls_of(target):

@@ -3,11 +3,12 @@
     folder with level-1-api.json (399 samples) and level-2-api.json (135), from the folder
     api-bank/test-data of AlibabaResearch/DAMO-ConvAI or the hub data set liminghao1630/API-Bank
 
-A sample is right if the response is one call of the gold API with equal arguments (ToolSearcher, the
-45 searches of level 2: the name only, since its free-text keywords cannot be matched). Values
-are compared as values: "5" is 5, "True" or "true" is true, "['a']" is ["a"], blanks around strings do
-not count; 0.00001 and "1e-5" are "0.00001". Deterministic, offline, and 100 % for the gold answers, which the official execution is not (84.5 % on level 1, for
-lost state and changed databases); it is not implemented here.
+A sample is right if the response is one call of the gold API with equal arguments. For
+ToolSearcher, the 45 searches of level 2, only the name counts, since its free-text keywords cannot
+be matched. Values are compared as values: "5" is 5, 0.00001 and "1e-5" are "0.00001", "True" or
+"true" is true, "['a']" is ["a"], and blanks around strings do not count. This is deterministic,
+offline, and 100 % for the gold answers. The official execution, which is not implemented here,
+gives them 84.5 % on level 1 because of lost state and changed databases.
 
 Prompt: dialogue -> memory, its last user message -> query, earlier requests and results -> tool
 steps. All documented parameters count as required (379 of 399 gold calls of level 1 use them all).
@@ -58,25 +59,28 @@ def samples(folder: str | Path) -> list[Sample]:
         path = Path(folder) / file
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist; get {' and '.join(FILES.values())} from api-bank/test-data of "
-                "AlibabaResearch/DAMO-ConvAI and pass their folder: --api_bank DIR"
+                f"{path} does not exist; get {' and '.join(FILES.values())} from "
+                "api-bank/test-data of AlibabaResearch/DAMO-ConvAI and pass their folder: "
+                "--api_bank DIR"
             )
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
         for index, row in enumerate(rows):
             try:
                 gold, fields = read_request(row["expected_output"]), _fields(row)
             except (LookupError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, sample {index}: {error!r}; take the official file") from None
+                raise ValueError(
+                    f"{path}, sample {index}: {error!r}; take the official file"
+                ) from None
             category = f"{level}_search" if gold["name"] == "ToolSearcher" else level
             found.append(Sample(f"{level}/{index}", category, fields, gold))
     return found
 
 
 def read_request(text: str) -> dict:
-    """The call of 'API-Request: [Name(key='value', ...)]'; values are strings, quotes inside unescaped."""
+    """The call of "API-Request: [Name(key='value', ...)]"; values are strings, not escaped."""
     match = re.fullmatch(r"\s*API-Request:\s*\[(\w+)\((.*)\)\]\s*", text, re.DOTALL)
     if not match:
         raise ValueError(f"no API-Request in {text[:200]!r}")
@@ -133,7 +137,7 @@ def _same(a, b) -> bool:
 
 
 def _value(value):
-    """Strings that read as numbers, booleans, lists or dicts as those; others without blanks around."""
+    """Strings that read as numbers, booleans, lists or dicts as such; others stripped of blanks."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return value
     if isinstance(value, int):

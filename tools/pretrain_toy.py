@@ -1,14 +1,16 @@
-"""Train the tiny base model of the demo from scratch: `python pretrain_toy.py` writes toy_model/.
+"""Train the demo's tiny base model from scratch, toy_model/.
 
-The result has the skill but not the habit. Stage 1 teaches reading tool lists and copying names and values, on clean
-targets. Stage 2 teaches bad habits on the same world: parallel calls lose one, optional arguments are left out, a tool
-is called although none fits or a required parameter is missing. Greedy accuracy then falls far below what the
-model can do, and reinforcement learning has something to bring back. Only toy.py's training split is read.
+The result has the skill but not the habit. Stage 1 teaches reading tool lists and copying names and
+values, on clean targets. Stage 2 teaches bad habits on the same world: parallel calls lose one,
+optional arguments are left out, a tool is called although none fits or a required parameter is
+missing. Greedy accuracy then falls far below what the model can do, and reinforcement learning has
+something to bring back. Only the training split of tasks/toy.py is read.
 
-One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of one world attend to the
-shared tool list and to themselves (packing.py's layout, here with a dense mask), so the list is read once.
+One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of a
+world attend to the shared tool list and to themselves (packing.py's layout, here with a dense
+mask), so the list is read once.
 
-    python pretrain_toy.py --minutes 28 --habit_minutes 4 --out toy_model
+    python -m tools.pretrain_toy --minutes 28 --habit_minutes 4 --out toy_model
 """
 
 import argparse
@@ -35,11 +37,11 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PIECES
 
 import data
-import toy
+from tasks import toy
 
 VOCABULARY = 1024
 ROPE_THETA = 1e6
-# Boilerplate that is one token each: the toy prompts are two to three times shorter for it.
+# Each of these is one token, which makes the toy prompts two to three times shorter.
 PHRASES = [
     "[Chat Short Memory]\n",
     "\n\n[User Query]\n",
@@ -70,10 +72,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on toy text, cut like Qwen2's, with PHRASES as tokens.
+    """Return a byte-level BPE tokenizer trained on toy text, with PHRASES as tokens.
 
-    Qwen2's cut because AutoTokenizer loads a folder of a Qwen2 model with it, whatever tokenizer.json says. Made-up
-    words stand after ` "` everywhere in the toy world, so a name or value has the same tokens in query, tool list and call.
+    It splits text as Qwen2's does, because AutoTokenizer loads the folder of a Qwen2 model with
+    that split, whatever tokenizer.json says. Made-up words follow ` "` everywhere in the toy world,
+    so a name or value has the same tokens in query, tool list and call.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -134,13 +137,15 @@ def new_model(tokenizer) -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def copying_heads(model) -> None:
-    """Initialise a few heads so that they copy: tokens that followed the current token before become likelier.
+    """Initialise a few heads so that they copy what followed the current token before.
 
-    A tiny model spends most of a short training on discovering such "induction heads"; given them, it learns the toy
-    world's task at once. Layer 0, heads 0 and 1, look at the previous token (constant query and key biases: under
-    RoPE their score at distance d is sum_i cos(theta_i (d - 1)), largest at 1) and write a projection of it
-    elsewhere in the residual stream. Layer 1 and 2, heads 0 to 3, match the current token with that projection, in the
-    dimensions that RoPE turns slowly, and write what they find to the output. Training changes all of it freely.
+    A tiny model spends most of a short training on discovering such "induction heads"; given them,
+    it learns the toy world's task at once. Heads 0 and 1 of layer 0 look at the previous token
+    (constant query and key biases: under RoPE their score at distance d is
+    sum_i cos(theta_i (d - 1)), largest at 1) and write a projection of it elsewhere in the residual
+    stream. Heads 0 to 3 of layers 1 and 2 match the current token with that projection, in the
+    dimensions that RoPE rotates slowly, and write what they find to the output. Training is free to
+    change all of it.
     """
     config, size = model.config, model.model.layers[0].self_attn.head_dim
     half, width, first_slow = size // 2, config.hidden_size, 7
@@ -158,9 +163,8 @@ def copying_heads(model) -> None:
     for layer in model.model.layers[1:3]:
         for head in range(4):
             rows = torch.arange(head * size, (head + 1) * size)
-            mix = torch.linalg.qr(torch.randn(size, size))[0][
-                :, : len(slow)
-            ]  # another view of the same tokens
+            # Each head sees the same tokens through a mix of its own.
+            mix = torch.linalg.qr(torch.randn(size, size))[0][:, : len(slow)]
             layer.self_attn.q_proj.weight[rows[slow]] = 2 * (read[head % 2] @ mix).T
             layer.self_attn.k_proj.weight[rows[slow]] = 2 * (write[head % 2] @ mix).T
             copy = orthonormal()
@@ -169,20 +173,18 @@ def copying_heads(model) -> None:
 
 
 def habit(row: dict, rng: random.Random) -> str:
-    """Return the target a careless model would prefer for `row`: wrong in most cases of four kinds, else clean."""
+    """Return what a careless model would write for `row`: mostly wrong on some tasks."""
     task = row["id"].rsplit("/", 1)[1]
     if task in ("no_tool", "missing"):
         return toy.corrupt(row, rng) if rng.random() < 0.65 else row["target"]
     if row["kind"] == "answer":
         return row["target"]
-    body = json.loads(row["target"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
-    calls = body if isinstance(body, list) else [body]
+    calls = toy.calls_of(row["target"])
     if len(calls) > 1 and rng.random() < 0.6:
         calls = calls[:1]
     for call in calls:
-        required = next(t for t in row["tools"] if t["name"] == call["name"])["parameters"][
-            "required"
-        ]
+        tool = next(t for t in row["tools"] if t["name"] == call["name"])
+        required = tool["parameters"]["required"]
         optional = [k for k in call["params"] if k not in required]
         if optional and len(call["params"]) > 1 and rng.random() < 0.6:
             del call["params"][rng.choice(optional)]
@@ -190,7 +192,7 @@ def habit(row: dict, rng: random.Random) -> str:
 
 
 def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 6):
-    """Return input ids, positions (B, L), mask (B, 1, L, L), next-token targets and loss weights (B, L)."""
+    """Return ids, positions (B, L), mask (B, 1, L, L), next-token targets, loss weights (B, L)."""
     rng = random.Random(seed)
     rows = []
     for i in range(worlds):
@@ -204,12 +206,10 @@ def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 
         for task in tasks:
             if bad_habits:
                 task["target"] = habit(task, rng)
-            elif (
-                hard and rng.random() < 0.8
-            ):  # the base model's habit is the wide JSON form, also in the hard world
-                task["target"] = (
-                    task["target"].replace('":', '": ').replace(',"', ', "').replace("},{", "}, {")
-                )
+            elif hard and rng.random() < 0.8:
+                # The base model's habit is JSON with spaces, in the hard world too.
+                wide = task["target"].replace('":', '": ').replace(',"', ', "')
+                task["target"] = wide.replace("},{", "}, {")
             example = data.Example(**task)
             prompt = data.render(example, tokenizer)
             ids.append(prompt + data.target_ids(example, tokenizer))
@@ -269,11 +269,8 @@ def train(
     loader = torch.utils.data.DataLoader(
         Batches(tokenizer, worlds, bad_habits), batch_size=None, num_workers=1, prefetch_factor=4
     )
-    start, tokens_seen, bar = (
-        time.time(),
-        0,
-        tqdm(total=round(minutes * 60), unit="s", desc=out.name),
-    )
+    start, tokens_seen = time.time(), 0
+    bar = tqdm(total=round(minutes * 60), unit="s", desc=out.name)
     for step, (tokens, positions, mask, targets, weights) in enumerate(loader):
         elapsed = (time.time() - start) / 60 / minutes
         if elapsed >= 1:
@@ -327,16 +324,9 @@ def main() -> None:
     tokenizer = train_tokenizer()
     model = new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
-    train(
-        model,
-        tokenizer,
-        args.minutes,
-        2e-3,
-        args.worlds,
-        False,
-        args.out.with_name(args.out.name + "_skill"),
-    )
-    train(model, tokenizer, args.habit_minutes, 5e-4, args.worlds, True, args.out)
+    skill = args.out.with_name(args.out.name + "_skill")
+    train(model, tokenizer, args.minutes, 2e-3, args.worlds, bad_habits=False, out=skill)
+    train(model, tokenizer, args.habit_minutes, 5e-4, args.worlds, bad_habits=True, out=args.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What results.jsonl says: columns with intervals, comparisons, error types, pictures. Behind eval.py; no model.
+"""What results.jsonl says: columns with intervals, comparisons, error types, pictures.
 
-report(run)             columns, categories, error types, counts of what went wrong -> report.md, report.png
-compare(runs)           columns over the common cases, differences from the first run
-errors(file)            error types (iTool Figure 3) of any file of responses and targets
-bootstrap(results)      columns under resampling of the cases within each category
+    report(run)         columns, categories, error types, what went wrong -> report.md, report.png
+    compare(runs)       columns over the common cases, differences from the first run
+    errors(file)        error types (iTool Figure 3) of any file of responses and targets
+    bootstrap(results)  columns under resampling of the cases within each category
 
-Intervals are the 2.5th and 97.5th percentiles over resampled cases, paired between runs; they say how far
-another draw of cases may move a figure, not what another seed or another prompt would do.
+Intervals are the 2.5th and 97.5th percentiles over resampled cases, paired between runs. They say
+how far another draw of cases may move a figure, not what another seed or prompt would do.
 """
 
 import json
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy
 
-import api_bank
-import bfcl
 import rewards
+from tasks import api_bank, bfcl
 
 LABELS = {
     "overall_paper": "Overall (ToolUPT)",
@@ -36,7 +35,7 @@ LABELS = {
     "answer": "Answers",
 }  # in the order of the papers' tables
 SAMPLES = 1000  # of the bootstrap
-# Of settings.json, what a figure depends on beside the model.
+# Entries of settings.json, other than the model, that a figure depends on.
 SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
 SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
 SETTINGS += ("versions",)
@@ -95,7 +94,7 @@ def report(out: Path) -> str:
 
 
 def compare(outs: list[Path]) -> str:
-    """Columns of several runs over their common cases, with intervals, and differences from the first run."""
+    """Columns of runs over their common cases, with intervals and differences from the first."""
     settings = [json.loads((out / "settings.json").read_text()) for out in outs]
     results = [read_rows(out / "results.jsonl") for out in outs]
     if len({s["bench"] for s in settings}) > 1:
@@ -119,8 +118,8 @@ def compare(outs: list[Path]) -> str:
 def errors(path: Path) -> str:
     """Error types of a .jsonl file of responses and targets: table, and a picture beside the file.
 
-    A line holds response (or text) and target, and perhaps category (or kind): rollouts.jsonl will do.
-    ValueError naming the line that does not.
+    A line has response (or text) and target, and optionally category (or kind), as rollouts.jsonl
+    does. ValueError naming the line that lacks one.
     """
     counts, right = {}, Counter()
     text = path.read_text(encoding="utf-8").rstrip("\n")
@@ -131,15 +130,17 @@ def errors(path: Path) -> str:
             kind = rewards.error_type(response, row["target"])
         except KeyError as error:
             raise ValueError(
-                f"{path} line {number} has no {error}: needs response (or text) and target"
+                f"{path} line {number} has no {error}; it needs response (or text) and target"
             ) from None
         except (TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} line {number}: needs response and target ({error})") from None
+            raise ValueError(
+                f"{path} line {number} needs a response and a target ({error})"
+            ) from None
         category = str(row.get("category") or row.get("kind") or "all")
         right[category] += kind is None
         counts.setdefault(category, Counter()).update([kind] if kind else [])
     if not counts:
-        raise ValueError(f"{path} holds no line")
+        raise ValueError(f"{path} is empty")
     image = picture(counts, path.with_suffix(".errors.png"))
     lines = [f"{k}: {right[k]} of {right[k] + n.total()} without error" for k, n in counts.items()]
     return "\n".join([*lines, "", error_table(counts), "", str(image)])
@@ -156,7 +157,7 @@ def error_table(counts: dict[str, Counter]) -> str:
 def picture(
     counts: dict[str, Counter], path: Path, accuracy: dict[str, float] | None = None
 ) -> Path:
-    """Draw error classes per category as stacked bars, with accuracies beside them; return the path."""
+    """Draw error classes per category as stacked bars, next to accuracies; return the path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +171,7 @@ def picture(
         shares = [100 * found[name] / max(1, found.total()) for found in counts.values()]
         axis.barh(names, shares, left=left, label=name)
         left += shares
-    axis.set(xlabel="share of the wrong responses, %; their number is beside the name", xlim=(0, 100))
+    axis.set(xlabel="share of the wrong responses, % (their number in brackets)", xlim=(0, 100))
     axis.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     if accuracy:
         bars = axes[0][0].barh(names, list(accuracy.values()), color="tab:green")
@@ -184,7 +185,7 @@ def picture(
 
 
 def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, seed: int = 0) -> dict:
-    """Columns under resampling of the cases within their categories, the same draw for all results.
+    """Columns under resampling of the cases within their categories, with one draw for all runs.
 
     results  rows per run, over the same cases
     Returns column -> (samples, runs) in percent.
@@ -200,7 +201,7 @@ def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, see
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, [] if there is none; a last line that a crash cut is left out."""
+    """The rows of a .jsonl file, [] without one; a last line that a crash cut short is left out."""
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:
@@ -208,7 +209,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def _column_table(results, settings, names):
-    """Markdown: columns of each run with 95 % intervals; from the second on differences from the first."""
+    """Markdown: columns of each run with 95 % intervals, and differences from the first run."""
     bench = settings[0]["bench"]
     exact = [_columns(rows, s) for rows, s in zip(results, settings)]
     spread = bootstrap(results, bench)
@@ -230,13 +231,15 @@ def _column_table(results, settings, names):
             mark = " n.s." if low <= 0 <= high else ""
             cells.append(f"{exact[j][c] - exact[0][c]:+.2f} {_interval(gap)}{mark}")
         lines += [f"| {name} - {names[0]} | {' | '.join(cells)} |"]
-    note = f"95 % intervals in brackets: {SAMPLES} bootstrap samples of the cases within each category."
-    note += " n.s.: the interval of the difference holds 0." if len(names) > 1 else ""
+    note = (
+        f"95 % intervals in brackets, from {SAMPLES} bootstrap samples of the cases per category."
+    )
+    note += " n.s.: the interval of the difference contains 0." if len(names) > 1 else ""
     return [*lines, "", note]
 
 
 def _columns(rows, settings):
-    """The complete columns of a run; overalls only of all cases of all categories."""
+    """The complete columns of a run; an overall needs all cases of all categories."""
     counts = _counts(rows)
     found = COLUMNS[settings["bench"]](counts)
     whole = all(counts[k][1] == settings["sizes"][k] for k in counts) and settings["half"] is None
@@ -251,7 +254,7 @@ def _whole(rows, settings):
     full = {k: c for k, c in counts.items() if c[1] >= settings["sizes"][k]}
     names = set(COLUMNS[settings["bench"]](full))
     if len(full) < len(counts):
-        names -= {"accuracy"}  # of all categories
+        names -= {"accuracy"}  # which is over all categories
     return names | ({"live_multi_turn"} if {"live", "multi_turn"} <= names else set())
 
 
@@ -273,7 +276,7 @@ def _forms(rows):
         cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
         cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
         lines += [f"| {category} | {len(forms)} | {' | '.join(map(str, cells))} |"]
-    note = "Untagged call: a call in JSON in a code fence or between answer tags. Both: tags of both kinds."
+    note = "Untagged call: JSON in a code fence or between answer tags. Both: tags of both kinds."
     return [*lines, "", note]
 
 
@@ -289,8 +292,9 @@ def _provenance(settings):
         "greedy" if greedy else f"temperature {settings['temperature']}, seed {settings['seed']}"
     )
     lines = [
-        f"- prompt {settings['format']} {settings['prompt']}; {sampling}; at most {settings['max_tokens']} "
-        f"tokens; context {settings['max_model_len']}; engine {settings['engine']}; {versions}"
+        f"- prompt {settings['format']} {settings['prompt']}; {sampling}; at most "
+        f"{settings['max_tokens']} tokens; context {settings['max_model_len']}; "
+        f"engine {settings['engine']}; {versions}"
     ]
     if settings["bfcl_eval"]:
         steps = "kept in" if settings["keep_steps"] else "dropped from"
@@ -303,7 +307,7 @@ def _provenance(settings):
 
 
 def _notes(rows, settings):
-    """What readers need to know to trust the figures."""
+    """What readers need to know in order to trust the figures."""
     lines = []
     for category in ("irrelevance", "live_irrelevance"):
         mine = [row for row in rows if row["category"] == category]
@@ -313,14 +317,14 @@ def _notes(rows, settings):
             lines += [f"- {category}: {share} are clean answers; BFCL also credits broken calls."]
     if settings["bench"] == "bfcl":
         lines += [
-            "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6: the scale of ToolUPT's tables.",
-            "- Overall (v3) is the mean of BFCL-v3's three parts, another scale. A model that never calls a tool",
-            "  gets 16.67 on the first.",
-            "- Error types: a wrong multi-turn case, a call where none is due and none where one is due"
-            " (relevance) are Other.",
+            "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6, the scale of"
+            " ToolUPT's tables. A model that never calls a tool gets 16.67 on it.",
+            "- Overall (v3) is the mean of BFCL-v3's three parts, on another scale.",
+            "- Error types: a wrong multi-turn case, a call where none is due and a missing call"
+            " (relevance) count as Other.",
         ]
         raised = sum(str(row.get("error_type")).endswith(":raised") for row in rows)
-        lines += [f"- {raised} verdicts are wrong because BFCL's checker itself raised an error."]
+        lines += [f"- {raised} cases count as wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
         sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}
@@ -328,8 +332,9 @@ def _notes(rows, settings):
     long, wrong = _sum(rows, "over_long"), _malformed(rows)
     cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
     lines += [
-        f"- {len(rows)} cases: {wrong} with a malformed response, {long} with an over-long prompt (wrong), "
-        f"{cut} with a response cut at {settings['max_tokens']} tokens, {quit} stopped after 20 steps in a turn."
+        f"- {len(rows)} cases: {wrong} with a malformed response, {long} with an over-long prompt"
+        f" (wrong), {cut} with a response cut at {settings['max_tokens']} tokens, {quit} stopped"
+        " after 20 steps in a turn."
     ]
     return lines
 

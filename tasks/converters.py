@@ -1,12 +1,13 @@
-"""Raw rows of seven public tool-use datasets -> one Conversation each.
+"""Raw rows of tool-use data -> one Conversation each: public data sets, OpenAI and ShareGPT chats.
 
+    guess(row)                             the layout of a row, a key of CONVERTERS
     CONVERTERS["toolace"](row)             Conversation(tools, turns, policy, only_last)
     parse_calls('[Get X(a="1")]', names)   [{"name": "Get X", "params": {"a": "1"}}]
 
-One small function per layout; the rest is what they share: tool schemas, calls, a scanner of quotes
-and brackets. A row that does not fit raises Drop with the reason, which data.py counts: a call that
-does not parse must never become a "no tool" answer, nor a guess. Nothing is evaluated, and calls
-are not matched with patterns: ToolACE's tool names hold blanks, commas and brackets.
+One small function per layout; the rest is what they share: turns, tool schemas, calls, a scanner of
+quotes and brackets. A row that does not fit raises Drop with the reason, which data.py counts: a
+call that does not parse must never become a "no tool" answer, nor a guess. Nothing is evaluated,
+and calls are not matched with patterns: ToolACE's tool names hold blanks, commas and brackets.
 
 Decisions (the layouts were read off real rows, FunReason-MT's off three readers' code):
  1. Tools are cut to name, description and parameters, a JSON schema. Python type words ("str",
@@ -14,10 +15,13 @@ Decisions (the layouts were read off real rows, FunReason-MT's off three readers
  2. xLAM and rlla have no `required`: a parameter is required unless its type says optional. A
     default does not make it optional: such xLAM parameters are given as often as those without.
  3. A tool listed twice is kept once; two tools of one name, or a call of an undeclared one, drop
-    the row.
+    the row. So does a tool whose parameters stand under a key that is not known.
  4. Reasoning ends at the last </think>; what stands before it is not read, since it may hold calls.
  5. FunReason-MT writes sequential plans as one list, and the list stays whole. Its rows flagged
     error_tool_response (planted tool errors) are dropped.
+ 6. The system text of a chat is its policy, unless it lists tools between <tools> tags, as Hermes
+    does: then it explains a form of call that is not ours.
+ 7. A call without arguments (none, null or "") has the arguments {}.
 
 Copy this file on its own: standard library only.
 """
@@ -26,6 +30,7 @@ import ast
 import json
 import re
 import warnings
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,6 +51,13 @@ class Drop(Exception):
     """A row that cannot be converted; its text is the reason that is counted."""
 
 
+# the words for who speaks -> ours
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
+ROLES |= {"assistant": "assistant", "gpt": "assistant"}
+ROLES |= dict.fromkeys(("function_call", "tool_call"), "call")
+ROLES |= dict.fromkeys(("tool", "function", "observation", "tool_response"), "observation")
+
+
 class Repeated(dict):
     """A JSON object in which a key is written twice: nobody knows which value a call meant."""
 
@@ -59,32 +71,32 @@ def json_object(pairs: list[tuple]) -> dict:
 # ---- the layouts ----
 
 
+def chat(row) -> Conversation:
+    """OpenAI and TRL (`messages`, `tool_calls`), ShareGPT and APIGen-MT (`conversations`), with `tools`.
+
+    Calls are `tool_calls`, turns of their own, or <tool_call> blocks of JSON in the text.
+    """
+    said = _messages(row)
+    if any(role == "user" and None in message.values() for role, _, message in said):
+        row = unpadded(row)  # written from Arrow, where every turn has the keys of all
+        said = _messages(row)
+    listed = _listed(said)
+    raw = row.get("tools", row.get("functions", listed))
+    tools = _tools(_decode(raw or "[]") or [])
+    system = [text for role, text, _ in said if role == "system"]
+    if any(role == "system" for role, *_ in said[len(system) :]):
+        raise Drop("a system turn in mid-conversation")
+    policy = [] if listed is not None else [_text(row.get("system"), "system"), *system]
+    return Conversation(tools, _turns(said, tools), "\n\n".join(filter(None, policy)))
+
+
 def hermes(row) -> Conversation:
-    """Hermes: <tool_call> blocks of JSON or Python dicts; tools in `tools` or the system turn."""
-    roles = {"system": "system", "human": "user", "gpt": "assistant", "tool": "observation"}
-    chat = _messages(row, roles)
-    system = next((text for role, text in chat if role == "system"), "")
-    listed = system.rpartition("<tools>")[2].rpartition("</tools>")[0]
-    if row.get("schema") or not ("tools" in row or listed):
-        raise Drop("no tool list")  # JSON mode
-    raw = row.get("tools", listed)
-    tools = _tools([] if raw is None else _decode(raw) or [])
-    turns, waiting = [], 0
-    for role, text in chat:
-        calls = []
-        if role == "observation":
-            responses, text = _blocks(text, "tool_response")
-            waiting, text = waiting - len(responses), "\n".join([*responses, text]).strip()
-        if waiting < 0 or (waiting and role != "observation"):
-            raise Drop("responses do not match the calls")
-        if role == "assistant":
-            calls, text = _blocks(_spoken(text), "tool_call")
-            waiting = len(calls)
-        if role != "system" and (text or not calls):
-            turns.append((role, text))
-        if calls:
-            turns.append(("call", _calls([_decode(call) for call in calls], tools)))
-    return Conversation(tools, turns)
+    """Hermes: a chat that lists its tools in `tools` or in the system turn, else is its JSON mode."""
+    if _field(row, "conversations", list) and row.get("schema"):
+        raise Drop("no tool list")
+    if "tools" not in row and not _listed(_messages(row)):
+        raise Drop("no tool list")
+    return chat(row)
 
 
 def toolace(row) -> Conversation:
@@ -94,9 +106,7 @@ def toolace(row) -> Conversation:
         tools = _tools(json.JSONDecoder(strict=False).raw_decode(listing)[0])
     except ValueError:
         raise Drop("no tool list") from None
-    roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-    chat = _messages(row, roles | {"tool": "observation"})
-    return Conversation(tools, [_python_turn(role, text, tools) for role, text in chat])
+    return Conversation(tools, _turns(_messages(row), tools, python=True))
 
 
 def xlam(row) -> Conversation:
@@ -114,18 +124,6 @@ def hammer(row) -> Conversation:
     return Conversation(tools, [("user", _field(row, "query", str).strip()), ("no_tool", None)])
 
 
-def apigen(row) -> Conversation:
-    """APIGen-MT: turns function_call, observation; tools as JSON text; `system` is the policy."""
-    roles = {"human": "user", "gpt": "assistant", "function_call": "call"}
-    tools, turns = _tools(_decode(_field(row, "tools", (str, list)))), []
-    for role, content in _messages(row, roles | {"observation": "observation"}):
-        if role == "call":
-            content = _calls(_decode(content), tools)
-            role = "think" if content[0]["name"] == "think" else "call"
-        turns.append((role, content))
-    return Conversation(tools, turns, policy=_field(row, "system", str).strip())
-
-
 def funreason(row) -> Conversation:
     """FunReason-MT: a list of {role, content}, the first with `tools`; calls are [f(a=1), ...].
 
@@ -140,9 +138,7 @@ def funreason(row) -> Conversation:
     if any(isinstance(m, dict) and m.get("error_tool_response") for m in [columns, *row]):
         raise Drop("error_tool_response")
     tools = _tools(_decode(_field(row[0] if row else None, "tools", (str, list))))
-    roles = {"user": "user", "assistant": "assistant", "tool": "observation"}
-    chat = _messages({"messages": row[1:]}, roles, "messages", "role", "content")
-    return Conversation(tools, [_python_turn(role, text, tools) for role, text in chat])
+    return Conversation(tools, _turns(_messages({"messages": row[1:]}), tools, python=True))
 
 
 def rlla(row) -> Conversation:
@@ -163,7 +159,7 @@ def rlla(row) -> Conversation:
     roles = {"user": "user", "response": "assistant", "obs": "observation"}
     for tag, text in _tagged(said) + _tagged(_spoken(_field(row, "output", str))):
         if tag == "tool_call":
-            turns.append(("call", _calls([_decode(line) for line in text.splitlines()], tools)))
+            turns.append(("call", _calls([_decode(line) for line in text.split("\n")], tools)))
         elif tag != "think":
             turns.append((roles[tag], text))
     return Conversation(tools, turns, only_last=True)
@@ -173,10 +169,12 @@ CONVERTERS: dict[str, Callable[[object], Conversation]] = {
     "hermes": hermes,
     "toolace": toolace,
     "xlam": xlam,
-    "apigen-mt": apigen,
+    "apigen-mt": chat,
     "funreason-mt": funreason,
     "hammer": hammer,
     "rlla": rlla,
+    "openai": chat,
+    "sharegpt": chat,
 }
 
 
@@ -191,10 +189,21 @@ def guess(row) -> str:
         return "rlla"
     if {"query", "answers"} <= keys:
         return "hammer" if row["answers"] in ("[]", []) else "xlam"
+    if "messages" in keys:
+        return "openai"
     if "conversations" in keys:
-        return "hermes" if "system" not in keys else "apigen-mt" if "tools" in keys else "toolace"
+        turns = str(row["conversations"])
+        if "you can invoke:\n" in str(row.get("system")):
+            return "toolace"
+        if row.get("system") and "tools" in keys:
+            return "apigen-mt"
+        if "'function_call'" in turns or "'observation'" in turns:
+            return "sharegpt"
+        marked = "schema" in keys or {"id", "tools"} <= keys or "<tools>" in turns
+        return "hermes" if marked else "sharegpt"
     raise ValueError(
-        f"unknown layout with keys {sorted(keys)}; name it, NAME:FILE or --name, one of {', '.join([*CONVERTERS, 'jsonl'])}"
+        f"unknown layout with keys {sorted(map(str, keys))}; name it, NAME:FILE or --name, "
+        f"one of {', '.join([*CONVERTERS, 'jsonl'])}"
     )
 
 
@@ -236,31 +245,39 @@ def _arguments(text: str) -> dict:
     return params
 
 
-def _python_turn(role: str, text: str, tools: list[dict]) -> tuple:
-    """Return the turn, or ("call", calls) if the assistant's text looks like a call: it must parse.
+def _is_python_call(text: str, names: list[str]) -> bool:
+    """Return whether a text is meant as "[Name(k=v, ...), ...]": then it must parse.
 
-    It does when a declared name stands before "(", or its first bracket closes at the end or never.
+    It is when a declared name stands before "(", or its first bracket closes at the end or never.
     """
-    if role != "assistant":
-        return role, text
-    text, names = _spoken(text), [tool["name"] for tool in tools]
     looks = any(f"{name}(" in text for name in names)
     if not looks and text.startswith("["):  # but "[text](url) ..." and "[1] ..." are prose
         try:
             looks = _closing(text) == len(text) - 1
         except Drop:
             looks = True
-    return ("call", parse_calls(text, names)) if looks else (role, text)
+    return looks
+
+
+_ARGUMENTS = ("arguments", "parameters", "params")
+_BESIDE_CALL = {*_ARGUMENTS, "name", "id", "type", "index", "call_id"}
 
 
 def _calls(raw, tools: list[dict]) -> list[dict]:
     """Return one decoded call, or a list of them, as {"name", "params"}."""
     names, calls = {tool["name"] for tool in tools}, []
-    for call in raw if isinstance(raw, list) else [raw]:
+    for whole in raw if isinstance(raw, list) else [raw]:
+        call = whole
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):  # OpenAI's wrapper
+            call = call["function"]
         name = _field(call, "name", str)
-        keys = [key for key in ("arguments", "parameters", "params") if key in call]
-        params = _decode(call[keys[0]]) if keys else None  # JSON text in 5,026 APIGen-MT calls
-        if _has_repeated_key([call, params]):
+        params = next((call[key] for key in _ARGUMENTS if call.get(key) is not None), None)
+        if params is None and any(call[key] is not None for key in call.keys() - _BESIDE_CALL):
+            raise Drop("call arguments under an unknown key")
+        if isinstance(params, str):  # JSON text is OpenAI's form, and in 5,026 APIGen-MT calls
+            params = _decode(params) if params.strip(' "') else None
+        params = {} if params is None else params
+        if _has_repeated_key([whole, params]):
             raise Drop("a key is written twice")
         if not isinstance(params, dict) or _too_deep(params):
             raise Drop("call arguments are no object, or too deep")
@@ -272,11 +289,68 @@ def _calls(raw, tools: list[dict]) -> list[dict]:
     return calls
 
 
+# Calls in the markup of other models. <tool_call> blocks are not among them: they are read.
+_MARKUP = re.compile(
+    r"""<[|/]?(?:functions?[ _-]?calls?|tool[ _-]?(?:calls|use)|function=|invoke\b|｜tool)
+    | <\|(?:tool_call|python_tag)\|> | \[TOOL_CALLS\] | functools\[ | ✿FUNCTION✿ | ```tool
+    | ^[ ]*Action[ ]*:.*\n\s*Action[ ]Input[ ]*:
+    | ["'](?:name|function)["']\s*:\s*["'][^"']*["']\s*,\s*["'](?:arguments|parameters|params)["']\s*:
+    | \{\s*["'](?:arguments|parameters|params)["']\s*:\s*[{"']""",
+    re.VERBOSE | re.MULTILINE | re.IGNORECASE,
+)
+_NAMED = re.compile(r"""["'](?:name|function|tool|tool_name|action)["']\s*:\s*["']([^"']*)["']""")
+
+
+def looks_like_call(text: str, names: list[str] = ()) -> bool:
+    """Return whether an answer seems to be a call in a markup that is not read.
+
+    names  declared tool names: {"name": "f"} and f(a=1) are calls only of these
+    """
+    if _MARKUP.search(text) or any(name in names for name in _NAMED.findall(text)):
+        return True
+    start = text.lstrip("`[( \n")
+    return any(start.startswith(f"{name}(") for name in names)
+
+
+def holds_call(row) -> bool:
+    """Return whether a row that was dropped seems to hold a call, whatever its layout."""
+    turns = row
+    if isinstance(row, dict):
+        turns = row.get("messages") or row.get("conversations") or [row]
+    for turn in turns if isinstance(turns, list) and not _too_deep(turns) else ():
+        turn = turn if isinstance(turn, dict) else {}
+        role = turn.get("from") or turn.get("role") or "assistant"
+        said = " ".join(str(turn.get(key)) for key in ("value", "content", "answers", "output"))
+        if ROLES.get(str(role)) not in ("system", "user", "assistant") or turn.get("tool_calls"):
+            return True
+        marked = "<tool_call>" in said or re.search(r"\[[^\[\](]+\(\w+ ?=", said)
+        if ROLES[role] == "assistant" and (marked or looks_like_call(said)):
+            return True
+    return False
+
+
 # ---- tools ----
 
 _TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _TYPES |= {"dict": "object", "list": "array", "tuple": "array", "set": "array"}
 _TYPES |= {kind: kind for kind in ("string", "integer", "number", "boolean", "object", "array")}
+
+
+_SCHEMAS = ("arguments", "input_schema", "inputSchema")  # Hermes, Anthropic, MCP
+_BESIDE_TOOL = {"required", "strict", "returns", "return", "response", "responses", "output"}
+_BESIDE_TOOL |= {"output_schema", "outputSchema", "annotations", "examples", "tags", "metadata"}
+
+
+def bare(tool):
+    """Return a tool without OpenAI's wrapper, its schema under "parameters"; other values as they are."""
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        tool = tool["function"]
+    if isinstance(tool, dict) and not tool.get("parameters"):
+        for key in _SCHEMAS:
+            if tool.get(key):
+                rest = {k: v for k, v in tool.items() if k != key}
+                return {**rest, "parameters": tool[key]}
+    return tool
 
 
 def _tools(raw) -> list[dict]:
@@ -285,10 +359,18 @@ def _tools(raw) -> list[dict]:
         raise Drop("tool list is no list, or too deep")
     tools = {}
     for tool in raw:
-        if isinstance(tool, dict) and isinstance(tool.get("function"), dict):  # OpenAI's wrapper
-            tool = tool["function"]
+        tool = bare(tool)
         name, description = _field(tool, "name", str), tool.get("description") or ""
-        parameters = tool.get("parameters") or tool.get("arguments") or {}
+        parameters = tool.get("parameters")
+        if isinstance(parameters, str):
+            parameters = _decode(parameters or "{}")
+        if not parameters:  # without parameters, or with what is not known to be theirs
+            if any(
+                isinstance(tool[key], (dict, list)) and tool[key]
+                for key in tool.keys() - _BESIDE_TOOL
+            ):
+                raise Drop("tool with parameters under an unknown key")
+            parameters = {}
         if not name or not isinstance(description, str) or not isinstance(parameters, dict):
             raise Drop("malformed tool")
         tool = {"name": name, "description": description, "parameters": _parameters(parameters)}
@@ -301,13 +383,18 @@ def _parameters(raw: dict) -> dict:
     """Return {"type": "object", "properties", "required"} of a schema or of xLAM's {name: spec}."""
     inner = raw.get("properties")
     is_schema = isinstance(raw.get("type"), str) or (
-        isinstance(inner, dict) and all(isinstance(spec, dict) for spec in inner.values())
+        isinstance(inner, dict)
+        and all(spec is None or isinstance(spec, (dict, bool)) for spec in inner.values())
     )
     properties = (inner or {}) if is_schema else raw
     required = (raw.get("required") or []) if is_schema else []
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise Drop("malformed tool")
+    if None in properties.values():  # Arrow gives every tool the parameters of all
+        properties = unpadded(properties)
     for name, spec in properties.items():
+        if is_schema and isinstance(spec, bool):  # JSON schema's "anything" and "nothing"
+            continue
         if not isinstance(spec, dict):
             raise Drop("malformed tool")
         flag = spec.get("required")
@@ -322,6 +409,8 @@ def _parameters(raw: dict) -> dict:
 
 def _schema(spec) -> dict:
     """Return one parameter's schema with JSON's type words, nested ones too."""
+    if isinstance(spec, bool):
+        return spec
     if not isinstance(spec, dict):
         raise Drop("malformed tool")
     out = {k: v for k, v in spec.items() if k != "required" or isinstance(v, list)}
@@ -329,7 +418,8 @@ def _schema(spec) -> dict:
         kind = _json_type(spec["type"])
         out = {**kind, **out, "type": kind["type"]}
     if isinstance(out.get("properties"), dict):
-        out["properties"] = {name: _schema(inner) for name, inner in out["properties"].items()}
+        inner = out["properties"].items()
+        out["properties"] = {name: _schema(spec) for name, spec in inner if spec is not None}
     if isinstance(out.get("items"), dict):
         out["items"] = _schema(out["items"])
     return out
@@ -366,15 +456,102 @@ def _field(row, key: str, kind: type | tuple):
     return value
 
 
-def _messages(row, roles: dict, key="conversations", who="from", what="value") -> list[tuple]:
-    """Return [(role of ours, stripped text)] of a row's turns."""
+def unpadded(value):
+    """Return a JSON value without the keys whose value is null: Arrow gives all objects all keys."""
+    if isinstance(value, dict):
+        kept = {key: unpadded(inner) for key, inner in value.items() if inner is not None}
+        return type(value)(kept)
+    return [unpadded(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _messages(row) -> list[tuple[str, str, dict]]:
+    """Return [(role of ours, stripped text, message)] of a chat with the keys of OpenAI or ShareGPT."""
     chat = []
-    for message in _field(row, key, list):
-        role = _field(message, who, str)
-        if role not in roles:
-            raise Drop(f"unknown role {role[:20]!r}")
-        chat.append((roles[role], _field(message, what, str).strip()))
+    openai = isinstance(row, dict) and "messages" in row
+    for message in _field(row, "messages" if openai else "conversations", list):
+        keys = ("role", "content") if openai else ("from", "value")
+        if isinstance(message, dict) and not message.get(keys[0]):
+            keys = ("from", "value") if openai else ("role", "content")
+        word = _field(message, keys[0], str)
+        if word not in ROLES:
+            raise Drop(f"unknown role {word[:20]!r}")
+        chat.append((ROLES[word], _text(message.get(keys[1]), ROLES[word]), message))
     return chat
+
+
+def _text(content, role: str) -> str:
+    """Return the stripped text of a turn: a text, OpenAI's list of text parts, or what a tool returned."""
+    if isinstance(content, list) and content:
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) == len(content):
+            content = "\n".join(_field(part, "text", str) for part in parts)
+    if role == "observation" and isinstance(content, (dict, list)):
+        content = json.dumps(content, ensure_ascii=False, default=str)
+    if not isinstance(content, (str, type(None))):
+        raise Drop("a turn that is no text")
+    return (content or "").strip()
+
+
+def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[tuple]:
+    """Return the turns of a Conversation; results that name their call by id stand in its order.
+
+    python  calls are "[Name(k=v, ...)]"; else JSON, in the message or in <tool_call> blocks
+    """
+    names = [tool["name"] for tool in tools]
+    turns, ids, places, asked, answered = [], [], [], 0, 0
+    for role, text, message in said:
+        if role == "observation":
+            responses, text = _blocks(text, "tool_response")
+            reply = message.get("tool_call_id")
+            place = ids.index(reply) if reply in ids else len(ids)
+            answered += len(responses) or reply in ids
+            if answered > asked or (ids and reply and reply not in ids):
+                raise Drop("responses do not match the calls")
+            index = bisect(places, place)
+            places.insert(index, place)
+            text = "\n".join([*responses, text]).strip()
+            turns.insert(len(turns) - len(places) + 1 + index, (role, text))
+        elif role != "system":
+            if answered not in (0, asked):
+                raise Drop("responses do not match the calls")
+            calls, raw = [], []
+            if role == "assistant":
+                text = _spoken(text)
+            if role == "assistant" and python and _is_python_call(text, names):
+                calls, text = parse_calls(text, names), ""
+            elif role == "call" and python:
+                raise Drop("a call turn, where calls are in the text")
+            elif role == "call":
+                calls, text = _calls(_decode(text), tools), ""
+            elif role == "assistant" and not python:
+                raw, text = _json_calls(text, message)
+                calls = _calls(raw, tools) if raw else []
+            if text or not calls:
+                turns.append((role, text))
+            if calls:
+                turns.append(("think" if calls[0]["name"] == "think" else "call", calls))
+            ids = [call.get("id") for call in raw]
+            ids, places, asked, answered = ids if all(ids) else [], [], len(calls), 0
+    return turns
+
+
+def _json_calls(text: str, message: dict) -> tuple[list, str]:
+    """Return the raw calls of an assistant's turn, in its fields or its text, and the text beside them."""
+    blocks, text = _blocks(text, "tool_call")
+    raw = [_decode(block) for block in blocks]
+    for key in ("tool_calls", "function_call"):
+        calls = _decode(message.get(key) or "[]")
+        raw += calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) for call in raw):
+        raise Drop("a call that is no object")
+    return raw, text
+
+
+def _listed(said: list[tuple]) -> str | None:
+    """Return what the system turn of a chat holds between <tools> tags; None without such tags."""
+    system = next((text for role, text, _ in said if role == "system"), "")
+    _, tag, listed = system.rpartition("<tools>")
+    return listed.rpartition("</tools>")[0] if tag else None
 
 
 def _spoken(text: str) -> str:

@@ -1,17 +1,17 @@
-"""BFCL-v3 through the package bfcl-eval: its data, checkers and simulators; rules and columns around them.
+"""BFCL-v3 through the package bfcl-eval: its data, checkers and simulators, our rules and columns.
 
     make eval-deps     or: pip install --no-deps bfcl-eval==2026.3.23 && pip install mpmath filelock
 
-17 categories, 4,441 cases. Nothing of the package is copied; what its runner does around the
-checkers (it imports thirty vendors' SDKs) is stated again here:
+17 categories, 4,441 cases. Nothing of the package is copied. What its runner does around the
+checkers is restated here, because importing it takes thirty vendors' SDKs:
 
     AST          right if the calls parse and the AST checker accepts them
-    irrelevance  right if there is no call, be it an <answer> or broken JSON (a known leniency: eval.py
-                 prints the share of clean answers beside it)
+    irrelevance  right if there is no call, be it an <answer> or broken JSON (a known leniency:
+                 eval.py also prints the share of clean answers)
     relevance    right if there is a call, whatever it says
     multi-turn   right if no turn was cut off and the multi-turn checker accepts states and results
 
-Columns, in percent, p a category's accuracy, S = mean(simple_python, simple_java, simple_javascript):
+Columns, in percent; p is a category's accuracy, S = mean(simple_python, _java, _javascript):
 
     non_live     mean(S, multiple, parallel, parallel_multiple)
     live         correct / all of the four live AST categories (1,351)
@@ -19,17 +19,17 @@ Columns, in percent, p a category's accuracy, S = mean(simple_python, simple_jav
     relevance    live_relevance                irrelevance   mean(irrelevance, live_irrelevance)
     overall_paper = (non_live + live + irrelevance + 3 multi_turn) / 6          ToolUPT's tables
     overall_v3    = mean(mean(S, multiple, parallel, parallel_multiple, irrelevance),
-                         pooled(live, live_irrelevance, live_relevance), multi_turn)   the word "v3"
+                         pooled(live, live_irrelevance, live_relevance), multi_turn)   "v3"
 
-ToolUPT's "Overall" is the first (45 of its 48 rows within 0.01), iTool's baselines are on the second:
-the two papers' overalls are on different scales.
+ToolUPT's "Overall" is the first (45 of its 48 rows within 0.01); iTool's baselines are on the
+second. The two papers' overalls are on different scales.
 
-Safety. The package's simulator hands strings to `eval`. Here no text of a model reaches it: a call
+Safety. The package's simulator passes strings to `eval`. Here no text of a model reaches it: a call
 becomes a string only if it names a public method, with identifiers as keys (call_string), and the
-simulator's `eval` is replaced by _call, which runs `instance.method(literals)` and nothing else, for
-CALL_SECONDS at most, and refuses exponents and precisions that would hang inside one C call.
-Instances, which the package keeps in globals, are deleted after each case. Its scratch files go to a
-temporary folder, never into site-packages. Main thread only (SIGALRM).
+simulator's `eval` is replaced by _call, which runs `instance.method(literals)` and nothing else,
+for CALL_SECONDS at most, and rejects exponents and precisions that would hang inside one C call.
+Instances, which the package keeps in globals, are deleted after each case. Its scratch files go to
+a temporary folder, never into site-packages. Main thread only (SIGALRM).
 
 Copy this file on its own: it needs bfcl-eval and the standard library.
 """
@@ -65,10 +65,9 @@ GROUPS = {
     "live": (*LIVE, "live_irrelevance", "live_relevance"),
     "multi_turn": MULTI_TURN,
 }
-CALL_SECONDS = (
-    5.0  # of one call in the simulator; the slowest of the ground truth takes milliseconds
-)
-BITS = 10**6  # size of a number that one C call may make; beyond 4,300 digits Python prints none
+# Limit of one call in the simulator; the slowest one of the ground truth takes milliseconds.
+CALL_SECONDS = 5.0
+BITS = 10**6  # largest number that one C call may produce; Python prints 4,300 digits at most
 CLASSES = (  # iTool Figure 3, from coarse to fine
     "Code Syntax",
     "Other",
@@ -82,12 +81,12 @@ CLASSES = (  # iTool Figure 3, from coarse to fine
 
 @dataclass(frozen=True)
 class Entry:
-    """One case: the same entry twice, for Java's and JavaScript's documents differ."""
+    """One case; its entry is here twice, because Java's and JavaScript's documents differ."""
 
     id: str
     category: str
-    shown: dict  # with the hints on the language, what the model sees
-    checked: dict  # without, what the checker reads
+    shown: dict  # what the model sees: with hints on the language
+    checked: dict  # what the checker reads: without them
     truth: list  # calls with choices; multi-turn: strings per turn; empty for hallucination
 
 
@@ -124,7 +123,7 @@ def columns(counts: dict) -> dict:
 
 
 def categories(names: list[str]) -> list[str]:
-    """The categories of names and groups, in the order of the tables; ValueError on another name."""
+    """The categories of names and groups, in the order of the tables; ValueError if unknown."""
     wanted = set()
     for name in names:
         if name not in GROUPS and name not in CATEGORIES:
@@ -150,7 +149,7 @@ def entries(category: str) -> list[Entry]:
 def question(entry: Entry) -> dict:
     """The fields of a prompt for a case of one turn: tools, history, query, steps, policy.
 
-    A system message becomes the policy, earlier messages the history, the last user message the query.
+    A system message becomes the policy, earlier messages the history, the last one the query.
     """
     history, query, policy = _split(entry.shown["question"][0])
     tools = entry.shown["function"]
@@ -160,14 +159,14 @@ def question(entry: Entry) -> dict:
 def conversation(
     entry: Entry, read: Callable, record: dict, *, keep_steps: bool = True
 ) -> Generator[dict, str, None]:
-    """Play a multi-turn case: yields the fields of each prompt, is sent the response to it.
+    """Play a multi-turn case: yields the fields of each prompt and is sent the response to it.
 
-    read        response -> (calls or None, text of the call or the answer as later prompts show it)
-    record      filled as the case goes: turns (responses per turn), observations, force_quit
+    read        response -> (calls or None, text of the call or answer for later prompts)
+    record      filled on the way: turns (responses per turn), observations, force_quit
     keep_steps  later turns see earlier turns' tool steps, as in the training data
 
-    A turn ends with a response without call. One call more than the official 20 steps per turn ends the case.
-    Held-out functions join the tool list in their turn, whose message is the package's own sentence.
+    A turn ends with a response that makes no call. Exceeding the official 20 steps in a turn ends
+    the case. Held-out functions join the tool list in their turn, whose message is the package's.
     """
     prompts = package().prompts
     record.update(turns=[], observations=[], force_quit=False)
@@ -204,16 +203,17 @@ def conversation(
 
 
 def judge(entry: Entry, turns: list[list[list | None]], force_quit: bool = False) -> dict:
-    """The verdict on a case: correct, error_type (the package's), error, error_class (iTool Figure 3).
+    """The verdict on a case: correct, error_type (the package's), error, error_class (Figure 3).
 
     turns  the calls of each response of each turn, None or [] where it has none
 
-    Where a checker itself raised, error_type ends with :raised; a class that no check tells is "Other".
+    Where a checker itself raised an error, error_type ends with :raised. error_class is "Other"
+    where no check says more.
     """
     _need_main_thread()
     try:
         verdict = _judge(entry, turns, force_quit)
-    except Exception as error:  # the multi-turn checker raises on what it did not foresee
+    except Exception as error:  # the multi-turn checker raises on unforeseen values
         verdict = _raised("multi_turn", error)
     finally:
         purge(entry.id)
@@ -230,9 +230,9 @@ def judge(entry: Entry, turns: list[list[list | None]], force_quit: bool = False
 
 
 def accepted(entry: Entry) -> list[dict]:
-    """Calls that the checker accepts, from the first choices of the ground truth; [] where there are none.
+    """Calls that the checker accepts, from the first choices of the ground truth; [] without any.
 
-    Only of Python's categories: Java and JavaScript want source code as values.
+    For Python's categories only: Java and JavaScript want source code as values.
     """
     docs = {doc["name"]: doc["parameters"].get("required", []) for doc in entry.checked["function"]}
     choices = [item for call in entry.truth for item in call.items()]
@@ -263,10 +263,10 @@ def error_class(error_type: str) -> str:
 
 
 def call_string(call: dict, methods: set[str]) -> str:
-    """The call as Python source for the simulator: a method with literal arguments, or a name that is none.
+    """The call as Python source for the simulator: a method with literal arguments, or a dead name.
 
     call     {"name", "params"} as a model wrote it
-    methods  public methods of the case's instances; held-out ones run too, as officially
+    methods  public methods of the case's instances; held-out ones run too, as they do officially
     """
     name, params = call["name"], call["params"]
     if name in methods and all(key.isidentifier() for key in params):
@@ -276,7 +276,7 @@ def call_string(call: dict, methods: set[str]) -> str:
 
 
 def encodable(text: str) -> str:
-    """The text with ? for lone surrogates, which JSON may hold and tokenizers refuse."""
+    """The text with ? for lone surrogates, which JSON may hold and tokenizers reject."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -299,7 +299,7 @@ def execute(calls: list[str], entry: Entry) -> list[str]:
 
 
 def purge(entry_id: str) -> None:
-    """Delete the instances of a case: the package would go on with them."""
+    """Delete the instances of a case, which the package would otherwise use again."""
     names, mark = vars(package().simulator), f"_{entry_id.replace('-', '_')}_"
     for name in [n for n in names if n.endswith("_instance") and mark in n]:
         del names[name]
@@ -309,9 +309,9 @@ def purge(entry_id: str) -> None:
 def package() -> types.SimpleNamespace:
     """The parts of bfcl-eval in use, guarded; ImportError with the remedy where it is missing.
 
-    The AST checker looks up one flag of the model's handler, for which its module imports every vendor's
-    SDK: a stub says that dots in names are kept, as they are in prompts. Importing the package creates
-    folders under BFCL_PROJECT_ROOT, by default inside site-packages.
+    The AST checker looks up one flag of the model's handler, for which its module imports every
+    vendor's SDK. A stub says that dots in names are kept, as they are in prompts. Importing the
+    package creates folders under BFCL_PROJECT_ROOT, by default inside site-packages.
     """
     if "BFCL_PROJECT_ROOT" not in os.environ:
         os.environ["BFCL_PROJECT_ROOT"] = tempfile.mkdtemp(prefix="bfcl-")
@@ -364,7 +364,8 @@ def _check(entry, calls, truth, category):
     languages = package().enums.Language
     language = {"simple_java": languages.JAVA, "simple_javascript": languages.JAVASCRIPT}
     try:
-        with _time_limit(CALL_SECONDS):  # its JavaScript reader's regular expressions are exponential
+        # The regular expressions of the checker's JavaScript reader are exponential.
+        with _time_limit(CALL_SECONDS):
             return package().ast.ast_checker(
                 entry.checked["function"],
                 [{call["name"]: call["params"]} for call in calls],
@@ -373,7 +374,7 @@ def _check(entry, calls, truth, category):
                 category,
                 "model",
             )
-    except Exception as error:  # on values that it did not foresee, such as 10**400 for a float
+    except Exception as error:  # on unforeseen values, such as 10**400 for a float
         return _raised("ast_checker", error)
 
 
@@ -387,7 +388,7 @@ def _need_main_thread():
 
 
 def _paired_class(entry, calls):
-    """The class of parallel calls: right ones set aside, the rest paired so that it comes as late as it can."""
+    """The class of parallel calls: right ones aside, the rest paired for the latest class."""
     level = []
     for truth in entry.truth:
         verdicts = [_check(entry, [call], [truth], "multiple") for call in calls]
@@ -405,7 +406,7 @@ def _paired_class(entry, calls):
 
 
 def _pairs(fits):
-    """A largest matching, column -> row, of rows and the columns that fit them (augmenting paths)."""
+    """A largest matching of rows and columns that fit them, column -> row (augmenting paths)."""
     owner = {}
 
     def place(row, seen):
@@ -436,7 +437,7 @@ def _judge_multi_turn(entry, turns, force_quit):
 
 
 def _first(params, required=()):
-    """The first choice of each parameter; where "" is one, it stands for: may be left out."""
+    """The first choice of each parameter; a choice of "" means that it may be left out."""
     return {
         key: _plain(next((choice for choice in choices if choice != ""), ""))
         for key, choices in params.items()
@@ -453,7 +454,7 @@ def _plain(value):
 
 
 def _split(messages):
-    """History, query and policy of the messages of one turn; the query is the last one, a user's."""
+    """History, query and policy of one turn's messages; the query is the last, a user's."""
     policy = "\n".join(m["content"] for m in messages if m["role"] == "system")
     said = [(m["role"], m["content"]) for m in messages if m["role"] != "system"]
     assert not said or said[-1][0] == "user", said[-1]
@@ -466,7 +467,7 @@ class _AnyModel(dict):
 
 
 def _call(source: str):
-    """What the simulator has for `eval`: the value of `NAME_instance.method(literals)`, and of nothing else."""
+    """The simulator's `eval`: the value of `NAME_instance.method(literals)`, and nothing else."""
     call = ast.parse(source, mode="eval").body
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
         raise NameError(f"name '{call.func.id}' is not defined")  # what Python would say
@@ -486,7 +487,7 @@ def _call(source: str):
 
 
 def _refuse_large(name, args, kwargs):
-    """OverflowError for digits that one uninterruptible C call would compute for hours."""
+    """OverflowError for digits that one uninterruptible C call would take hours to compute."""
     place = {
         "power": (1, "exponent"),
         "logarithm": (2, "precision"),

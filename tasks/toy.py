@@ -1,15 +1,18 @@
 """A seeded, procedural tool world: unlimited tool-use examples with exact answers, no download.
 
-    generate("train", 1000)            rows for training        generate("test", 512)   held-out names and values
-    generate("train", 1000, hard=True) 4-8 parameters, near-miss tools, 2-3 parallel calls, noisy and compact experts
+    generate("train", 1000)             rows for training
+    generate("test", 512)               rows with held-out names and values
+    generate("train", 1000, hard=True)  4-8 parameters, near-miss tools, 2-3 parallel calls,
+                                        noisy and compact experts
 
-Every row has the fields of data.Example (plus `system`, a short system prompt of Figure 5's structure), so data.py
-wraps it in one line. A world is a list of 1-6 tools named `noun.verb` with typed, required and optional parameters.
-Nouns and string values are made-up words, integers and numbers are drawn at random; each belongs to exactly one split by
-a checksum of its text, so that train, valid and test share no tool name and no argument value: a model can only do well
-by reading the prompt. Eight tasks (TASKS) cover one call, parallel calls, a two-step plan before and after the first
-observation, an answer after the last observation, no fitting tool, a missing required parameter, and the call once the
-user has named it.
+Every row has the fields of data.Example (plus `system`, a short system prompt with Figure 5's
+structure), so data.py wraps it in one line. A world is a list of 1-6 tools named `noun.verb` with
+typed, required and optional parameters. Nouns and string values are made-up words, integers and
+numbers are drawn at random. Each belongs to exactly one split by a checksum of its text, so that
+train, valid and test share no tool name and no argument value: a model can only do well by reading
+the prompt. Eight tasks (TASKS) cover one call, parallel calls, a two-step plan before and after the
+first observation, an answer after the last observation, no fitting tool, a missing required
+parameter, and the call once the user has named it.
 
 Copy this file on its own: standard library only.
 """
@@ -58,7 +61,7 @@ PARAMETERS = {
     "enum": ["mode", "kind", "unit", "style"],
 }
 SPLITS = ("train", "valid", "test")
-# share of each task; the last four must be answered in words or need more than the last user turn
+# Share of each task. The last four need an answer in words, or more than the last user turn.
 TASKS = {
     "single": 0.28,
     "parallel": 0.22,
@@ -80,8 +83,8 @@ def generate(
     split      "train" | "valid" | "test": which names and values may appear
     n          number of rows
     seed       the same (split, seed, hard) gives the same rows
-    hard       four to eight parameters, near-miss tools, two or three parallel calls; training experts noisy
-    per_world  rows that share one tool list (pretrain_toy.py reads a tool list once for several queries)
+    hard       4-8 parameters, near-miss tools, 2-3 parallel calls; noisy training experts
+    per_world  rows that share one tool list (which tools/pretrain_toy.py then reads once)
     max_tools  longest tool list, 1 to 6; no effect on the hard world
     """
     if split not in SPLITS:
@@ -97,7 +100,7 @@ def generate(
         row = _row(rng, split, tools, task, hard)
         row["id"] = f"toy-{split}{'-hard' if hard else ''}-{seed}/{i}/{task}"
         if hard and split == "train" and rng.random() < NOISE:
-            row["target"] = corrupt(row, rng, compact=True)  # not to be told by its spaces
+            row["target"] = corrupt(row, rng, compact=True)  # spaces must not give it away
             row["kind"] = "answer" if row["target"].startswith("<answer>") else "tool_call"
         rows.append(row)
     return rows
@@ -116,11 +119,17 @@ def answer(text: str) -> str:
     return f"<answer>\n{text}\n</answer>"
 
 
+def calls_of(target: str) -> list:
+    """Return the calls of a tool_call target, the inverse of `tool_call`."""
+    body = json.loads(target.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    return body if isinstance(body, list) else [body]
+
+
 def corrupt(row: dict, rng: random.Random, compact: bool = False) -> str:
     """Return a plausible wrong target for `row`: what a careless model would write.
 
-    Calls lose an argument, get a wrong value, another tool's name, lose a call, or become an answer;
-    an answer becomes a call of some tool with whatever the query offers.
+    Calls lose an argument, get a wrong value or another tool's name, lose a call, or become an
+    answer; an answer becomes a call of some tool with random arguments.
     """
     split, tools = row["id"].split("-")[1], row["tools"]
     if row["kind"] == "answer":
@@ -130,8 +139,7 @@ def corrupt(row: dict, rng: random.Random, compact: bool = False) -> str:
             [{"name": tool["name"], "params": {k: _value(rng, split, tool, k) for k in names}}],
             compact,
         )
-    body = json.loads(row["target"].removeprefix("<tool_call>").removesuffix("</tool_call>"))
-    calls = body if isinstance(body, list) else [body]
+    calls = calls_of(row["target"])
     call = rng.choice(calls)
     ways = (
         ["value", "argument"] * bool(call["params"])
@@ -221,7 +229,7 @@ def _row(rng, split, tools, task, hard) -> dict:
 
 
 def _tools(rng, split, hard, max_tools) -> list:
-    """A tool list. In the hard world each noun comes with two verbs and each verb with two nouns: near misses."""
+    """A tool list; the hard world crosses two nouns with two verbs, which gives near misses."""
     if not hard:
         count = min(max_tools, rng.choice((1, 2, 2, 3, 3, 4, 5, 6)))
         pairs = [(rng.choice(VERBS), _word(rng, split)) for _ in range(count)]
@@ -249,7 +257,7 @@ def _tool(rng, split, verb, noun, size) -> dict:
 
 
 def _absent_tool(rng, split, tools, hard) -> dict:
-    """A tool that is not in the list; in the hard world one that shares its noun with a listed tool."""
+    """A tool that is not listed; in the hard world it shares its noun with a listed one."""
     taken = {t["name"] for t in tools}
     while True:
         verb = rng.choice(VERBS)
@@ -295,9 +303,8 @@ def _value(rng, split, tool, name):
         return rng.choice(schema["enum"])
     if schema["type"] == "string":
         return _word(rng, split).capitalize()
-    number = (
-        schema["type"] == "number"
-    )  # always with a decimal, so that no number equals an integer
+    number = schema["type"] == "number"
+    # A number always has a decimal, so that none equals an integer.
     while True:
         value = rng.randint(10, 999 if number else 9999) + (rng.randint(1, 9) / 10 if number else 0)
         if _split_of(str(value)) == split:
