@@ -305,38 +305,50 @@ def test_render_is_the_chat_as_plain_ids(tokenizer):
 
 TURN_ENDS = {  # template -> special tokens of its tokenizer, the end of an assistant's turn
     "Llama 3": (
-        "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>"
-        "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
+        (
+            "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>"
+            "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+        ),
         ["<|head|>", "<|/head|>", "<|eot|>", "<|text|>"],
         "<|eot|>",
     ),
     "Phi-3": (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        (
+            "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+        ),
         ["<|user|>", "<|assistant|>", "<|end|>", "<|text|>"],
         "<|end|>",
     ),
     "GLM": (
-        "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        (
+            "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        ),
         ["[gMASK]", "<|user|>", "<|assistant|>", "<|text|>"],
         "<|user|>",
     ),
     "Mistral": (
-        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}"
-        "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}"
+            "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+        ),
         ["<|text|>"],
         "<|text|>",
     ),
     "Llama 2": (
-        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}"
-        "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}",
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}"
+            "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+        ),
         ["<|text|>"],
         " <|text|>",
     ),
     "Cohere": (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-        "{% if m.role == 'assistant' %}<|response|>{% endif %}{{ eos_token }}{% endfor %}",
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+            "{% if m.role == 'assistant' %}<|response|>{% endif %}{{ eos_token }}{% endfor %}"
+        ),
         ["<|user|>", "<|assistant|>", "<|response|>", "<|text|>"],
         "<|response|><|text|>",
     ),
@@ -367,7 +379,9 @@ def test_targets_end_as_the_template_ends_a_turn(family):
 def test_a_turn_that_no_stop_token_ends_is_rejected(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     data.check_turn_end(tokenizer, [end, end + 1])
-    remedy = rf'closes a turn with <\|end\|> .* with .*<\|bos\|>.*"eos_token_id": \[{end}, {end + 1}\]'
+    remedy = (
+        rf'closes a turn with <\|end\|> .* with .*<\|bos\|>.*"eos_token_id": \[{end}, {end + 1}\]'
+    )
     with pytest.raises(ValueError, match=remedy):
         data.check_turn_end(tokenizer, [end + 1])
 
