@@ -201,9 +201,9 @@ def model_card(
             "",
             f"    {shlex.join(command)}",
             "",
-            "The response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat template",
-            f"`{TEMPLATE}`, which transformers and vLLM take when a request has tools, writes the prompt",
-            "that the model was trained on:",
+            "A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat",
+            f"template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,",
+            "writes the prompt that the model was trained on:",
             "",
             "    tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)",
             "",
@@ -212,7 +212,7 @@ def model_card(
 
 
 def this_commit() -> str:
-    """Return the commit of this repository, "-dirty" behind it if files differ; "unknown" without git."""
+    """Return the commit of this repository, with "-dirty" where files differ; else "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     folder = Path(__file__).resolve().parent
     try:

@@ -1,4 +1,4 @@
-"""serving.py and tools/vllm_tool_parser.py: what a served checkpoint reads and writes is what training read and wrote."""
+"""serving.py and tools/vllm_tool_parser.py: a served checkpoint reads and writes what training did."""
 
 import contextlib
 import importlib.util
@@ -46,9 +46,13 @@ LLAMA = (  # in the manner of Llama 3's
     "{%- if add_generation_prompt %}\n"
     "    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}\n"
 )
-WHITE = "\n\n  {% for m in messages %}\n<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n  {% endfor %}\n"
+WHITE = (  # white space that a careless preamble would swallow
+    "\n\n  {% for m in messages %}\n<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n"
+    "  {% endfor %}\n"
+)
 OWN = {  # prompts of a user's own, with what might upset a template
-    "system_prompt": 'Say {{ "no" }} {% raw %} \\ \' "to"\r\ntools:\t😀 é\n__TOOL_DESCS__\n__OTHER__ %} %USER%',
+    "system_prompt": 'Say {{ "no" }} {% raw %} \\ \' "to"\r\ntools:\t😀 é\n__TOOL_DESCS__\n'
+    "__OTHER__ %} %USER%",
     "user_prompt": "__STEPS__|__HISTORY__|__QUERY__\n\n{# {{ __QUERY__ }} #}\n",
 }
 FIGURES = {"system_prompt": data.SYSTEM_PROMPT, "user_prompt": data.USER_PROMPT}
@@ -105,7 +109,7 @@ def conversation(rng) -> tuple[list[dict], list[dict]]:
 
 
 def parsed(messages):
-    """The messages as transformers' documentation wants them and vLLM makes them: arguments as objects."""
+    """The messages as transformers documents them and vLLM makes them: arguments are objects."""
     copy = json.loads(json.dumps(messages))
     for message in copy:
         for call in message.get("tool_calls", ()):
@@ -116,7 +120,7 @@ def parsed(messages):
 @pytest.mark.parametrize("base", [None, LLAMA, WHITE])
 @pytest.mark.parametrize("prompts", [FIGURES, OWN])
 def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
-    """At every assistant turn of random conversations: calls, parallel calls, later steps, answers; with a policy."""
+    """At every assistant turn of random conversations: calls, later steps, answers; a policy."""
     tokenizer, rng = toy_tokenizer(base), random.Random(0)
     serving.add_tool_template(tokenizer, **prompts)
     monkeypatch.setattr(data, "USER_PROMPT", prompts["user_prompt"])
@@ -159,7 +163,7 @@ def published() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", published())
 def test_on_published_templates(name):
-    """The same on the templates of Qwen, Llama, Gemma, Phi, GLM, DeepSeek, Command and others, as text."""
+    """The same, as text, on the templates of Qwen, Llama, Gemma, Phi, GLM, DeepSeek and others."""
     tokenizer, rng = toy_tokenizer(), random.Random(0)
     tokenizer.chat_template = published()[name]
     say = lambda *chat, **more: tokenizer.apply_chat_template(
@@ -356,7 +360,7 @@ def read_in_pieces(module, pieces):
 
 @pytest.mark.parametrize("response, content, calls", CASES)
 def test_a_response_in_every_split(parsers, response, content, calls):
-    """As a whole, in every two pieces, character by character and in random pieces: always the same."""
+    """Whole, in every two pieces, character by character, in random pieces: always the same."""
     rng, n = random.Random(0), len(response)
     splits = [[response], list(response), *([response[:i], response[i:]] for i in range(n))]
     for _ in range(50):
@@ -367,7 +371,7 @@ def test_a_response_in_every_split(parsers, response, content, calls):
 
 
 def test_no_tag_in_any_text(parsers):
-    """Random texts of tags, their halves and calls: content never holds a tag; streamed is whole."""
+    """Random texts of tags, their halves and calls: no tag in the content, streamed or whole."""
     rng = random.Random(0)
     halves = [tag[:i] for tag in parsers.TAGS for i in range(1, len(tag))]
     halves += [tag[i:] for tag in parsers.TAGS for i in range(1, len(tag))]
@@ -428,8 +432,9 @@ def test_the_parser_as_vllm_drives_it(parsers, response, content, calls):
 
 
 def test_a_model_whose_texts_end_otherwise_than_its_turns_learns_as_well(tmp_path):
-    """The toy model, and its copy whose EOS is <|endoftext|> and whose turns end with <|im_end|>, as in Gemma or
-    Phi-3: the same accuracy before and after, the same steps. A copy that never stops at <|im_end|> is rejected."""
+    """The toy model's copy whose EOS is <|endoftext|> and whose turns end with <|im_end|>, as in
+    Gemma or Phi-3, has the same steps and accuracy. One that never stops at <|im_end|> is rejected.
+    """
     copy, never = tmp_path / "copy", tmp_path / "never"
     for folder, ids in ((copy, [0, 2]), (never, 0)):
         shutil.copytree(TOY, folder)

@@ -6,7 +6,7 @@
 
 What a response may hold, and what the client sees of it:
 
-    <tool_call>{"name", "params"}, or a list of them</tool_call>   tool_calls, once the block is whole
+    <tool_call>{"name", "params"} or a list of these</tool_call>   tool_calls, when the block ends
     <answer>text</answer>                                          content, as it comes
     a block that is no such JSON, or is cut off                    its text, as content
     anything else                                                  content
@@ -103,7 +103,7 @@ class Reader:
 
 
 def read_calls(block: str) -> list[dict] | None:
-    """Return the calls of a block, each with name and params; None if it is no JSON of that form."""
+    """Return the calls of a block, each with name and params; None if it is no such JSON."""
     try:
         calls = json.loads(block)
         json.dumps(
