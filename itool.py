@@ -532,7 +532,7 @@ class Searcher:
         self.engine, self.tokenizer = engine, tokenizer
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.self_evaluation, self.seed = self_evaluation, seed
-        self.eos = tokenizer.eos_token_id
+        self.stop_ids = set(engine.stop_ids)
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
 
@@ -656,7 +656,7 @@ class Searcher:
         return id(root), self._text([i for step in steps for i in step.token_ids])
 
     def _text(self, ids: list[int]) -> str:
-        body = ids[:-1] if ids and ids[-1] == self.eos else ids
+        body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.tokenizer.decode(body, clean_up_tokenization_spaces=False)
 
     def _piece(self, token: int) -> str:

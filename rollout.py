@@ -14,8 +14,8 @@ other is tested against, and the engine of a machine without vLLM. With logits z
                                     (iTool samples at 1.5, its prior in Eq. 5 wants this)
               t = 0                 log softmax(z) in both modes
 
-No top_k, no penalty, nothing from generation_config.json. A response ends with the tokenizer's EOS
-or one of stop_token_ids, which stays in token_ids, or at max_tokens.
+No top_k, no penalty, nothing from generation_config.json but its EOS ids. A response ends with one
+of the model's stop ids (`stop_ids`), which stays in token_ids, or at max_tokens.
 
 Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k).
 (vLLM's `n` takes seed + k, so that neighbouring seeds would share samples.) Hence a completion
@@ -75,6 +75,8 @@ from transformers import (
     AutoTokenizer,
     Cache,
     DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
 )
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
@@ -88,14 +90,29 @@ class Sample:
 
     token_ids: list[int]  # sampled tokens, the EOS included where it was sampled
     logps: list[float]  # nats, of those tokens, in the engine's logprobs_mode
-    text: str  # decoded with special tokens, without the closing EOS
-    finish_reason: str  # "stop" (EOS or a stop token) | "length" (max_tokens)
+    text: str  # decoded with special tokens, without the closing stop token
+    finish_reason: str  # "stop" (a stop token) | "length" (max_tokens)
 
 
 def text_of(tokenizer, token_ids: list[int], finish_reason: str) -> str:
-    """The text of a completion: with special tokens, without the closing EOS."""
+    """The text of a completion: with special tokens, without the closing stop token."""
     body = token_ids[:-1] if finish_reason == "stop" else token_ids
     return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def stop_ids(tokenizer, model_path: str) -> list[int]:
+    """The ids that end a response of this model, ascending: what vLLM's server stops at too.
+
+    They are the tokenizer's EOS and the EOS ids of generation_config.json, where models whose turns
+    end with another token than their texts list both (Llama 3, Gemma, Phi-3); config.json's
+    where there is no generation_config.json.
+    """
+    try:
+        listed = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except OSError:  # the file is optional
+        listed = PreTrainedConfig.get_config_dict(model_path)[0].get("eos_token_id")
+    listed = [listed] if isinstance(listed, int) else listed or []
+    return sorted({tokenizer.eos_token_id, *listed} - {None})
 
 
 def make_engine(
@@ -201,6 +218,7 @@ class Engine:
         self.tokenizer = AutoTokenizer.from_pretrained(
             model_path, trust_remote_code=trust_remote_code
         )
+        self.stop_ids = stop_ids(self.tokenizer, model_path)
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)
         self._letters = {}  # letters -> letter -> token ids
@@ -222,10 +240,10 @@ class Engine:
         prompts         token ids, none empty
         n               completions per prompt, one number or one per prompt, 0 allowed
         temperature     0 decodes greedily
-        max_tokens      of a response, the EOS included; one number or one per prompt
+        max_tokens      of a response, the stop token included; one number or one per prompt
         seeds           one per prompt; None draws them from the engine's own seed
         top_p           in (0, 1]
-        stop_token_ids  end a response beside the tokenizer's EOS
+        stop_token_ids  end a response beside the model's stop ids
         progress        tqdm or a callable like it; True is tqdm, None silent
         ValueError if a prompt and max_tokens together exceed max_model_len.
         """
@@ -237,7 +255,7 @@ class Engine:
         assert temperature >= 0 and 0 < top_p <= 1, (temperature, top_p)
         assert min(limits, default=1) > 0, limits
         self._check_lengths(prompts, limits)
-        stops = {self.tokenizer.eos_token_id, *(stop_token_ids or [])} - {None}
+        stops = {*self.stop_ids, *(stop_token_ids or [])}
         samples = iter(
             self._complete(
                 [prompt for prompt, count in zip(prompts, counts) for _ in range(count)],

@@ -45,6 +45,7 @@ import model as modeling
 import packing
 import rewards
 import rollout
+import serving
 import start
 from checkpoint import open_records, read_lines, write
 from methods import Rollouts
@@ -184,6 +185,8 @@ class Run:
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
+        self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
+        data.check_turn_end(self.tokenizer, self.stop_ids)
         self.longest = start.longest(config, method, self.tokenizer)
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
@@ -192,6 +195,8 @@ class Run:
             config, self.tokenizer, quiet=self.rank > 0
         )
         method.check_examples(self.examples, config)
+        # saved with every checkpoint
+        serving.add_tool_template(self.tokenizer, serving.system_prompt_of(self.examples))
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
         self.saved, self.lock = 0, None

@@ -328,7 +328,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:
-            check_sample(run.tokenizer, sample)
+            check_sample(run.tokenizer, run.stop_ids, sample)
     return groups
 
 
@@ -376,11 +376,11 @@ def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> di
     return {f"{name}/mean": apart.sum() / totals["tokens"], f"{name}/max": largest}
 
 
-def check_sample(tokenizer, sample: rollout.Sample) -> None:
+def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
     """Stop the run when the engine reads its tokens differently, or has invalid log-probs."""
     ids, stopped = sample.token_ids, sample.finish_reason == "stop"
     text = rollout.text_of(tokenizer, ids, sample.finish_reason)
-    if text != sample.text or (stopped and ids[-1] != tokenizer.eos_token_id):
+    if text != sample.text or (stopped and ids[-1] not in stop_ids):
         raise ValueError(
             f"the engine reads its tokens {ids[-20:]} as {sample.text[-60:]!r} "
             f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "

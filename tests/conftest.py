@@ -8,6 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 LONGEST = ("test_presets", "test_itool", "test_trust", "test_eval", "test_whole_runs", "test_rollout", "test_train")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; not in `make test`")
+
+
 def pytest_collection_modifyitems(items):
     """Minutes come before seconds, so that the processes of `make test` end together."""
     order = {name: place for place, name in enumerate(LONGEST)}

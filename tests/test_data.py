@@ -303,6 +303,89 @@ def test_render_is_the_chat_as_plain_ids(tokenizer):
     assert [i for i in ids if i in specials] == [*specials, *specials, specials[0]]
 
 
+TURN_ENDS = {  # template -> special tokens of its tokenizer, the end of an assistant's turn
+    "Llama 3": (
+        (
+            "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>"
+            "{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
+        ),
+        ["<|head|>", "<|/head|>", "<|eot|>", "<|text|>"],
+        "<|eot|>",
+    ),
+    "Phi-3": (
+        (
+            "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+        ),
+        ["<|user|>", "<|assistant|>", "<|end|>", "<|text|>"],
+        "<|end|>",
+    ),
+    "GLM": (
+        (
+            "[gMASK]{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+        ),
+        ["[gMASK]", "<|user|>", "<|assistant|>", "<|text|>"],
+        "<|user|>",
+    ),
+    "Mistral": (
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}"
+            "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+        ),
+        ["<|text|>"],
+        "<|text|>",
+    ),
+    "Llama 2": (
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% else %}"
+            "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
+        ),
+        ["<|text|>"],
+        " <|text|>",
+    ),
+    "Cohere": (
+        (
+            "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+            "{% if m.role == 'assistant' %}<|response|>{% endif %}{{ eos_token }}{% endfor %}"
+        ),
+        ["<|user|>", "<|assistant|>", "<|response|>", "<|text|>"],
+        "<|response|><|text|>",
+    ),
+    "nothing": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
+        ["<|text|>"],
+        "<|text|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TURN_ENDS)
+def test_targets_end_as_the_template_ends_a_turn(family):
+    """Also where the tokenizer's EOS, here <|text|>, is the end of texts and not of turns."""
+    template, special, wanted = TURN_ENDS[family]
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.eos_token = "<|text|>"
+    made = example()
+    ids = target_ids(made, tokenizer)
+    assert tokenizer.decode(ids) == made.target + wanted
+    assert tokenizer.decode(ids[-1:]) == "<" + wanted.rpartition("<")[2]
+    length = len(ids)
+    assert data.fit([made], tokenizer, 9999, length)[0] == [made]
+    assert data.fit([made], tokenizer, 9999, length - 1)[0] == []
+
+
+def test_a_turn_that_no_stop_token_ends_is_rejected(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    data.check_turn_end(tokenizer, [end, end + 1])
+    remedy = (
+        rf'closes a turn with <\|end\|> .* with .*<\|bos\|>.*"eos_token_id": \[{end}, {end + 1}\]'
+    )
+    with pytest.raises(ValueError, match=remedy):
+        data.check_turn_end(tokenizer, [end + 1])
+
+
 def test_target_ids_end_with_one_eos_and_no_bos(tokenizer):
     made = example(target="<answer>\né\n</answer>")
     ids = target_ids(made, tokenizer)
@@ -335,7 +418,7 @@ def test_tokenizers_that_cannot_be_used():
         with pytest.raises(ValueError, match="no chat template; use an instruct model"):
             call()
     with pytest.raises(ValueError, match="EOS"):
-        target_ids(example(), byte_tokenizer(eos=None))
+        target_ids(example(), byte_tokenizer("{{ messages }}", eos=None))
 
 
 def test_tag_length_with_and_without_merges(tokenizer):
@@ -390,10 +473,11 @@ def test_fit_counts_tokens_and_tokenizes_only_what_might_be_too_long(tokenizer):
     read = []
 
     class Spy:
-        chat_template, apply_chat_template = tokenizer.chat_template, tokenizer.apply_chat_template
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
 
         def __call__(self, batch, **options):
-            read.extend(batch)
+            read.extend([batch] if isinstance(batch, str) else batch)
             return tokenizer(batch, **options)
 
     counts = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
@@ -404,7 +488,7 @@ def test_fit_counts_tokens_and_tokenizes_only_what_might_be_too_long(tokenizer):
     long = example("q" * 500, system="__TOOL_DESCS__")
     assert len(render(long, tokenizer)) > 400
     kept, drops = data.fit([example(system="__TOOL_DESCS__"), long], Spy(), 400, 99)
-    assert [e.query for e in kept] == ["q"] and len(read) == 1
+    assert [e.query for e in kept] == ["q"] and len(read) == 2  # and a turn's end
     assert drops == {"turn: prompt longer than 400 tokens": 1}
 
 

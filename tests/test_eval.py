@@ -280,13 +280,6 @@ def test_lone_surrogates_do_not_reach_the_tokenizer():
     assert data.render(example, rollout.AutoTokenizer.from_pretrained(str(TOY)))
 
 
-def test_stop_tokens_of_the_model(tmp_path):
-    assert evaluation._stop_token_ids(str(tmp_path)) == []
-    for ids, wanted in ((7, [7]), ([9, 7], [7, 9])):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert evaluation._stop_token_ids(str(tmp_path)) == wanted
-
-
 # --- the probe: oracle answers pass, corrupted ones fail ---
 
 
@@ -483,7 +476,7 @@ class Scripted:
             for step, text in enumerate(texts)
         }
 
-    def generate(self, prompts, *, n, temperature, max_tokens, seeds, stop_token_ids=None):
+    def generate(self, prompts, *, n, temperature, max_tokens, seeds):
         assert n == 1 and len(prompts) == len(seeds)
         assert all(len(p) + max_tokens <= self.max_model_len for p in prompts)
         self.rounds.append(len(prompts))

@@ -102,7 +102,7 @@ class Scripted:
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.lists = [[*encode(text), *[tokenizer.eos_token_id] * end] for text in texts]
         self.calls, self.seeds, self.questions = Counter(), [], []
-        self.max_model_len = 4096
+        self.max_model_len, self.stop_ids = 4096, [tokenizer.eos_token_id]
 
     def generate(self, prompts, *, n, max_tokens, seeds, **_):
         self.calls["generate"] += 1

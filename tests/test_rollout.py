@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -460,6 +461,32 @@ def test_a_response_ends_with_its_first_eos(engine):
         body = sample.token_ids[:-1] if stopped else sample.token_ids
         assert not stopped or sample.token_ids[-1] == eos
         assert sample.text == engine.tokenizer.decode(body, skip_special_tokens=False)
+
+
+def test_the_stop_ids_of_a_model(tmp_path):
+    """The tokenizer's EOS, and generation_config.json's or else config.json's."""
+    tokenizer = SimpleNamespace(eos_token_id=8)
+    files = [("config.json", 3), ("generation_config.json", 7), ("generation_config.json", [9, 7])]
+    for (name, ids), wanted in zip(files, ([3, 8], [7, 8], [7, 8, 9])):
+        (tmp_path / name).write_text(json.dumps({"model_type": "qwen2", "eos_token_id": ids}))
+        assert rollout.stop_ids(tokenizer, str(tmp_path)) == wanted
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert rollout.stop_ids(tokenizer, str(tmp_path)) == [8]
+    assert rollout.stop_ids(SimpleNamespace(eos_token_id=None), str(tmp_path)) == []
+
+
+def test_a_model_of_two_ends_stops_at_both(engine):
+    """Without being told; the second end is the first sampled token."""
+    prompt = prompts_of(10)[0]
+    ask = {"n": 1, "temperature": 1.0, "max_tokens": 20, "seeds": [4]}
+    [[free]] = engine.generate([prompt], **ask)
+    assert len(free.token_ids) > 1
+    engine.stop_ids, before = sorted([*engine.stop_ids, free.token_ids[0]]), engine.stop_ids
+    try:
+        [[cut]] = engine.generate([prompt], **ask)
+    finally:
+        engine.stop_ids = before
+    assert (cut.token_ids, cut.text, cut.finish_reason) == (free.token_ids[:1], "", "stop")
 
 
 def test_stop_token_ids_end_a_response_too(engine):

@@ -1054,6 +1054,7 @@ def test_the_run_stops_when_the_engine_has_another_tokenizer(other, tiny, tmp_pa
     def make(*arguments, **options):
         engine = real(*arguments, **options)
         engine.tokenizer = OtherTokenizer(engine.tokenizer, **other)
+        engine.stop_ids = [engine.tokenizer.eos_token_id]
         return engine
 
     monkeypatch.setattr(rollout, "make_engine", make)

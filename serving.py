@@ -1,0 +1,235 @@
+"""What a checkpoint needs to be served: a chat template for requests with tools, and a model card.
+
+    add_tool_template(tokenizer, system_prompt, user_prompt)   before the tokenizer is saved
+    tool_use_template(base_template, system_prompt, user_prompt)
+    model_card(...)                                             the README.md of a checkpoint
+
+A chat client sends tools, messages, calls and tool results; the model was trained on a system and a
+user message that hold all of them (data.messages). The template "tool_use" writes the one as the
+other, in two parts: a preamble collects the fields of data.Example from the messages, as data.py
+does from a conversation, and fills the two prompts; the model's own template follows unchanged and
+sees those two messages only. transformers and vLLM take it when a request has tools, and the
+default template, the model's own, otherwise.
+
+    system, developer          the policy, before the descriptions of the tools (data.with_policy)
+    user                       the query; an earlier one moves to the history
+    assistant                  the answer: query and answer move to the history
+    assistant with tool_calls  a call, to the steps; text beside it is dropped, as in training
+    tool                       its observation; those of parallel calls share one, a line each
+
+A call without a result, or a result without a call, is an error of the request. Tools are written
+in the form that converters.py gives them. How such a checkpoint is served: docs/serving.md.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import data
+
+TEMPLATE = "tool_use"  # the name that transformers and vLLM look for when there are tools
+POLICY = "__POLICY__"
+
+# Filled by tool_use_template; %-fields stand for Jinja expressions of the two prompts. Blocks trim
+# the white space around them, so that the preamble writes nothing itself.
+PREAMBLE = """\
+{#- Writes tools and messages as the two messages that this model was trained on. -#}
+{%- macro text_of(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- elif content -%}
+{%- for part in content -%}{{- ("" if loop.first else "\\n") ~ part["text"] -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- set chat = namespace(policy=[], history=[], query="", steps=[], call=none, seen=none) -%}
+{%- for message in messages -%}
+{%- set content = text_of(message["content"]) | trim -%}
+{%- if chat.call and message["role"] != "tool" -%}
+{{- raise_exception("a tool call without a result: send a message with role tool after it") -}}
+{%- endif -%}
+{%- if message["role"] in ("system", "developer") -%}
+{%- set chat.policy = chat.policy + [content] -%}
+{%- elif message["role"] == "user" -%}
+{%- if chat.query -%}{%- set chat.history = chat.history + ["user: " ~ chat.query] -%}{%- endif -%}
+{%- set chat.query = content -%}
+{%- elif message["role"] == "tool" -%}
+{%- if chat.call -%}
+{%- set chat.steps = chat.steps + [[chat.call, content]] -%}
+{%- elif chat.seen == "tool" -%}
+{%- set last = chat.steps[-1] -%}
+{%- set chat.steps = chat.steps[:-1] + [[last[0], last[1] ~ "\\n" ~ content]] -%}
+{%- else -%}
+{{- raise_exception("a message with role tool without a tool call before it") -}}
+{%- endif -%}
+{%- set chat.call = none -%}
+{%- elif message["tool_calls"] -%}
+{%- set calls = namespace(texts=[]) -%}
+{%- for call in message["tool_calls"] -%}
+{%- set call = call["function"] or call -%}
+{%- set params = call["arguments"] or "{}" -%}
+{%- set params = params if params is string else params | tojson -%}
+{%- set name = call["name"] | tojson -%}
+{%- set calls.texts = calls.texts + ['{"name": ' ~ name ~ ', "params": ' ~ params ~ '}'] -%}
+{%- endfor -%}
+{%- set chat.call = calls.texts | join(", ") -%}
+{%- if calls.texts | length > 1 -%}{%- set chat.call = "[" ~ chat.call ~ "]" -%}{%- endif -%}
+{%- elif content -%}
+{%- if chat.query -%}{%- set chat.history = chat.history + ["user: " ~ chat.query] -%}{%- endif -%}
+{%- set chat.history = chat.history + ["assistant: " ~ content] -%}
+{%- set chat.query = "" -%}
+{%- endif -%}
+{%- set chat.seen = message["role"] -%}
+{%- endfor -%}
+{%- if chat.call -%}
+{{- raise_exception("a tool call without a result: send a message with role tool after it") -}}
+{%- endif -%}
+{%- set listed = namespace(tools=[], steps=[]) -%}
+{%- for tool in tools or [] -%}
+{%- set tool = tool["function"] or tool -%}
+{%- set schema = dict(tool["parameters"] or {}, type="object") -%}
+{%- set schema = dict(schema, properties=schema["properties"] or {}) -%}
+{%- set schema = dict(schema, required=schema["required"] or []) -%}
+{%- set shown = {"name": tool["name"], "description": tool["description"] or ""} -%}
+{%- set listed.tools = listed.tools + [dict(shown, parameters=schema) | tojson] -%}
+{%- endfor -%}
+{%- for step in chat.steps -%}
+{%- set head = "Step-" ~ loop.index -%}
+{%- set written = head ~ " tool call: " ~ step[0] ~ "\\n" ~ head ~ " observation: " ~ step[1] -%}
+{%- set listed.steps = listed.steps + [written] -%}
+{%- endfor -%}
+{%- set policy = chat.policy | select | join("\\n\\n") -%}
+{%- set system_content = %SYSTEM% -%}
+{%- set user_content = %USER% -%}
+{%- set messages = [{"role": "system", "content": system_content}] -%}
+{%- set messages = messages + [{"role": "user", "content": user_content}] -%}
+{%- set tools = none %}
+"""
+FIELDS = {
+    "TOOL_DESCS": '(listed.tools | join("\\n"))',
+    "POLICY": '(policy ~ "\\n\\n" if policy else "")',
+    "HISTORY": '(chat.history | join("\\n"))',
+    "QUERY": "chat.query",
+    "STEPS": '(listed.steps | join("\\n"))',
+}
+
+
+def tool_use_template(base_template: str, system_prompt: str, user_prompt: str) -> str:
+    """Return a Jinja template that renders a request with tools as `data.render` does an Example.
+
+    base_template  the model's own chat template
+    system_prompt  template with __TOOL_DESCS__; the request's system text goes where
+                   data.with_policy puts a policy, or before everything if it knows no place
+    user_prompt    template with __HISTORY__, __QUERY__ and __STEPS__
+    """
+    place = data.with_policy(POLICY, system_prompt).replace(f"{POLICY}\n\n", POLICY)
+    if POLICY not in place:
+        place = POLICY + system_prompt
+    prompts = {"%SYSTEM%": _concatenation(place), "%USER%": _concatenation(user_prompt)}
+    preamble = re.sub("|".join(prompts), lambda match: prompts[match[0]], PREAMBLE)
+    # The preamble's last block ends without a dash: it takes its own line break and no other.
+    return preamble + base_template
+
+
+def add_tool_template(
+    tokenizer, system_prompt: str = data.SYSTEM_PROMPT, user_prompt: str = data.USER_PROMPT
+) -> None:
+    """Give the tokenizer, and so what it saves, the template "tool_use" beside its own one."""
+    templates = tokenizer.chat_template
+    templates = dict(templates) if isinstance(templates, dict) else {"default": templates}
+    templates[TEMPLATE] = tool_use_template(templates["default"], system_prompt, user_prompt)
+    tokenizer.chat_template = templates
+
+
+def system_prompt_of(examples: list[data.Example]) -> str:
+    """Return the system template of most examples; Figure 5 for those that add a policy to it."""
+    head, tail = data.with_policy(POLICY).split(f"{POLICY}\n\n")
+    is_figure = lambda system: system.startswith(head) and system.endswith(tail)
+    systems = Counter(data.SYSTEM_PROMPT if is_figure(e.system) else e.system for e in examples)
+    return systems.most_common(1)[0][0]
+
+
+def model_card(
+    settings: dict,
+    examples: list[data.Example],
+    scores: list[tuple[str, float]],
+    *,
+    method: str,
+    step: int,
+    command: list[str],
+    commit: str,
+) -> str:
+    """Return the README.md of a checkpoint, with the header that the Hugging Face Hub reads.
+
+    settings  first line of metrics.jsonl
+    examples  that the run trained on
+    scores    (name, accuracy in 0..1) on the held-out examples, in the order of training
+    method    one sentence; step  of the checkpoint; command, commit  that made it
+    """
+    base, algo = settings["model_name_or_path"], settings["algo"]
+    kinds = Counter((example.id.partition("/")[0], example.kind) for example in examples)
+    on_hub = not Path(base).exists()
+    header = ["pipeline_tag: text-generation", "library_name: transformers", "tags: [tool-use]"]
+    header += [f"base_model: {base}"] * on_hub
+    rows = [
+        f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
+        for source in dict.fromkeys(source for source, _ in kinds)
+    ]
+    results = [f"| {name} | {accuracy:.1%} |" for name, accuracy in scores]
+    return "\n".join(
+        [
+            "---",
+            *header,
+            "---",
+            f"# {base if on_hub else Path(base).name}, post-trained for tool use with {algo}",
+            "",
+            f"- Base model: {base}",
+            f"- Method: {algo}: {method}",
+            f"- Step {step} of {settings['max_steps']}, seed {settings['seed']}",
+            f"- Commit: {commit}",
+            "",
+            "| training data | tool calls | answers |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "| accuracy on held-out examples | |",
+            "|---|---|",
+            *results,
+            "",
+            "Trained by",
+            "",
+            f"    {shlex.join(command)}",
+            "",
+            "A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat",
+            f"template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,",
+            "writes the prompt that the model was trained on:",
+            "",
+            "    tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)",
+            "",
+        ]
+    )
+
+
+def this_commit() -> str:
+    """Return the commit of this repository, with "-dirty" where files differ; else "unknown"."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _concatenation(template: str) -> str:
+    """Return the Jinja expression of a prompt with __NAME__ fields: literals and fields, joined."""
+    parts = re.split(r"(__[A-Z_]+?__)", template)
+    names = [part.strip("_") for part in parts]
+    # JSON's escapes are Python's, and so Jinja's; characters beyond ASCII stay as they are.
+    literal = lambda part: json.dumps(part, ensure_ascii=False)
+    return " ~ ".join(
+        FIELDS[name] if f"__{name}__" == part and name in FIELDS else literal(part)
+        for part, name in zip(parts, names)
+        if part
+    )

@@ -1,0 +1,188 @@
+"""A tool parser for vLLM's OpenAI server: <tool_call> JSON becomes tool_calls, <answer> content.
+
+    python -m vllm.entrypoints.openai.api_server --model CHECKPOINT --generation-config vllm \\
+        --enable-auto-tool-choice --tool-parser-plugin tools/vllm_tool_parser.py \\
+        --tool-call-parser toolupt
+
+What a response may hold, and what the client sees of it:
+
+    <tool_call>{"name", "params"} or a list of these</tool_call>   tool_calls, when the block ends
+    <answer>text</answer>                                          content, as it comes
+    a block that is no such JSON, or is cut off                    its text, as content
+    anything else                                                  content
+
+Tags never reach the client, nor does a tag that was cut off; white space at both ends of the
+content is dropped. A </tool_call> inside a JSON string does not end a block. tool_choice "none"
+keeps content only. "required" or a named function are parsed like "auto": a call is not enforced.
+
+Copy this file on its own: it needs vLLM only, 0.32 or later.
+"""
+
+import json
+
+from vllm.entrypoints.generate.base.protocol import (
+    DeltaFunctionCall,
+    DeltaMessage,
+    DeltaToolCall,
+    ExtractedToolCallInformation,
+    FunctionCall,
+    ToolCall,
+)
+from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
+
+
+class Reader:
+    """Reads a response piece by piece, however it is cut: (content, calls) of each piece.
+
+    Outside a block every tag is removed. Removing one may join what stands around it to another, as
+    in <ans<answer>wer>; hence `held`, the beginnings of tags that may yet be completed, innermost
+    last. Their text goes out when the next character fits none of them.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[str] = []
+        self.blank = ""  # white space that goes out if content follows
+        self.started = False  # whether content has gone out
+        self.block: str | None = None  # text after <tool_call>
+
+    def feed(self, text: str) -> tuple[str, list[dict]]:
+        """Return the content and the calls that `text` completes."""
+        content, calls = "", []
+        for character in text:
+            if self.block is None:
+                released, tag = self._step(character)
+                content += released
+                self.block = "" if tag == OPEN else None
+                continue
+            self.block += character
+            if self.block.endswith(CLOSE):
+                found = read_calls(self.block.removesuffix(CLOSE))
+                if found:
+                    calls += found
+                    self.block = None
+        return self._stripped(content), calls
+
+    def finish(self) -> str:
+        """Return the content that was still held, when the response is over."""
+        content = ""
+        if self.block is not None:
+            text, self.block = self.block, None
+            content = "".join(self._step(character)[0] for character in text)
+        # A single "<" is text; more is a tag that was cut off.
+        content += "".join(held for held in self.held if held == "<")
+        self.held = []
+        return self._stripped(content)
+
+    def _step(self, character: str) -> tuple[str, str | None]:
+        """Return the text that one more character releases, and the tag that it completes."""
+        longer = self.held[-1] + character if self.held else ""
+        if longer in TAGS:
+            self.held.pop()
+            return "", longer
+        if longer and any(tag.startswith(longer) for tag in TAGS):
+            self.held[-1] = longer
+            return "", None
+        if character == "<":
+            self.held.append(character)
+            return "", None
+        released = "".join(self.held) + character
+        self.held = []
+        return released, None
+
+    def _stripped(self, content: str) -> str:
+        """Return the content without white space at the beginning, and keep that at the end."""
+        content = self.blank + content
+        kept = content.rstrip()
+        self.blank = content[len(kept) :] if self.started or kept else ""
+        kept = kept if self.started else kept.lstrip()
+        self.started = self.started or bool(kept)
+        return kept
+
+
+def read_calls(block: str) -> list[dict] | None:
+    """Return the calls of a block, each with name and params; None if it is no such JSON."""
+    try:
+        calls = json.loads(block)
+        json.dumps(
+            calls, ensure_ascii=False, allow_nan=False
+        ).encode()  # no half of a surrogate pair
+    except (ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        if not isinstance(call.get("params"), dict):
+            return None
+    return calls or None
+
+
+class ToolUPTParser(ToolParser):
+    """The Reader behind vLLM's interface; one instance per response."""
+
+    # A required or named choice is not forced into JSON of vLLM's own, which this model never saw.
+    supports_required_and_named = False
+    # Otherwise vLLM returns the raw text, tags included, where a response holds no call.
+    engine_based_streaming = True
+
+    def __init__(self, tokenizer, tools=None) -> None:
+        super().__init__(tokenizer, tools)
+        self.reader = Reader()
+
+    def adjust_request(self, request):
+        """Have the tags decoded where the tokenizer counts them among its special tokens."""
+        if set(TAGS) & set(getattr(self.model_tokenizer, "all_special_tokens", ())):
+            request.skip_special_tokens = False
+        return super().adjust_request(request)
+
+    def extract_tool_calls(self, model_output, request) -> ExtractedToolCallInformation:
+        """Read a whole response."""
+        reader = Reader()
+        content, calls = reader.feed(model_output)
+        content += reader.finish()
+        return ExtractedToolCallInformation(
+            tools_called=bool(calls),
+            tool_calls=[_tool_call(call) for call in calls],
+            content=content or None,
+        )
+
+    def extract_tool_calls_streaming(
+        self,
+        previous_text,
+        current_text,
+        delta_text,
+        previous_token_ids,
+        current_token_ids,
+        delta_token_ids,
+        request,
+    ) -> DeltaMessage | None:
+        """Read the next piece of a response."""
+        content, calls = self.reader.feed(delta_text)
+        deltas = [self._delta(call) for call in calls]
+        if not content and not deltas:
+            return None
+        return DeltaMessage(content=content or None, tool_calls=deltas)
+
+    def finish_streaming(self) -> DeltaMessage | None:
+        """Return what was held back, when a streamed response is over."""
+        content = self.reader.finish()
+        return DeltaMessage(content=content) if content else None
+
+    def _delta(self, call: dict) -> DeltaToolCall:
+        made, index = _tool_call(call), len(self.prev_tool_call_arr)
+        # What these two lists differ by, nothing here, vLLM sends when a response is over.
+        self.prev_tool_call_arr.append({"name": call["name"], "arguments": call["params"]})
+        self.streamed_args_for_tool.append(made.function.arguments)
+        function = DeltaFunctionCall(name=call["name"], arguments=made.function.arguments)
+        return DeltaToolCall(index=index, id=made.id, type="function", function=function)
+
+
+def _tool_call(call: dict) -> ToolCall:
+    arguments = json.dumps(call["params"], ensure_ascii=False)
+    return ToolCall(function=FunctionCall(name=call["name"], arguments=arguments))
+
+
+ToolParserManager.register_module("toolupt", module=ToolUPTParser)
