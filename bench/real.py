@@ -46,7 +46,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 REPO = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
 ARMS = {  # name -> --algo and the model that it begins with
