@@ -9,20 +9,41 @@
         5 weight sync          the policy of the next iteration
 
     output_dir/pairs.jsonl             a line per preference pair
-    output_dir/searches.jsonl          a line per iteration; it tells that the pairs are whole
+    output_dir/searches.jsonl          a line per iteration, written when its pairs are complete
     output_dir/trees-ITERATION.jsonl   the search trees, for `python mcts.py show`
 
 A wave of the search is one `Engine.generate` and one `Engine.option_probs` for all trees of a rank.
-Samples run to their end and are cut afterwards; the unused rest of a sample is one of the draws of
-the child it belongs to, which is exact: given the child's tokens it is a draw from the policy.
+Samples run to their end and are cut afterwards. The unused rest of a sample is one of the draws of
+the child it belongs to; this is exact, since given the child's tokens it is a draw from the policy.
 
 Departures from the paper, and choices where it is silent (mcts.py has the search's own):
- 1. An example is one decision of the model. The pool takes every assistant turn of a conversation,
-    calls and answers, not one turn per conversation.
- 2. Outcome: +1 for a finished response without an error of Figure 3's classes, else -1.
- 3. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
-    do not give equal parts.
- 4. A tenth of the trees is held out, for the preference margin on pairs that are not trained on.
+ 1. An example is one assistant turn, trained in ToolUPT's JSON form: calls are counted per turn,
+    and characters are those of the tools as our prompt shows them. Where the printed definitions of
+    difficulty overlap, hard wins, then easy; medium is the rest. Three epochs per stage.
+ 2. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
+    do not give equal parts. Base SFT, one stage, has the first rate. All of them train on the part
+    that is not held out, where the paper has "the entire gold labeled dataset" for base SFT.
+ 3. The warm-up's best checkpoint is that of the lowest validation loss over all stages on one
+    validation set, so it may be an early stage's. The paper does not say whether it means each
+    stage or the end.
+ 4. The pool is half of the training part (the paper: of the data set) and takes every assistant
+    turn. The buffer ranks calls and answers apart: prose has higher perplexity and would fill it.
+ 5. O is +1 or -1 at the end of a response and 0 before, after Xie et al.; the paper has no formula.
+    +1 takes a finished response without an error of Figure 3's classes; an empty answer is wrong. A
+    state too long to be graded has C = 0 and is counted.
+ 6. A tenth of the trees is held out, for the preference margin on pairs that are not trained on;
+    --held_out_pairs 0 is the paper's.
+ 7. The adapter starts on the merged warm-up weights and is trained on through all iterations;
+    optimiser and schedule restart in each.
+ 8. Without a search (Figure 6), "highest and lowest probabilities" are those of the mean log-prob.
+
+The code that iTool's authors published differs from their paper nearly everywhere; we follow the
+paper. Theirs selects with another bonus (value / (visits + 1) + p sqrt(ln N / (n + 1))), cuts
+finished text at ". ", ", ", "=" and "(" and joins the pieces with blanks, scores every step by format
+agreement and word overlap instead of an outcome, reads C from one sample of seven tokens with a
+substring test, sums rewards instead of Eqs. 8 and 9, accepts Q from -0.3 instead of 0.3, takes 30 %
+instead of 10 %, samples with a repetition penalty of 0.75, appends an end-of-turn token to unfinished
+fragments, and merges a fresh rank-8 adapter in every iteration.
 """
 
 import itertools
