@@ -39,6 +39,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+import guard
 import model as modeling
 import rewards
 import rollout
@@ -458,7 +459,9 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     for own, row, loop in stages:
         run = Run(replace(own, model_name_or_path=str(best)) if best else own, row)
         run.load(engine)
-        sync(run)
+        guard.check_logps(run)
+        with guard.canary(run):
+            sync(run)
         if run.first_step == 0:
             before = evaluate(run.config, run)
             run.log(-1, before)
