@@ -47,6 +47,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+import guard
 import model as modeling
 import rewards
 import rollout
@@ -440,9 +441,11 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     for own, row, loop in stages:
         run = Run(replace(own, model_name_or_path=str(best)) if best else own, row)
         run.load(engine)
+        guard.check_logps(run)
         starts = run.first_step == 0
         before = starting_point(run) if starts and isinstance(row, Rollouts) else {}
-        sync(run)
+        with guard.canary(run):
+            sync(run)
         if starts:
             before |= evaluate(run.config, run)
             run.log(-1, before)
