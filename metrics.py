@@ -12,6 +12,7 @@ import math
 import random
 
 import torch
+from torch import Tensor
 
 import data
 import model as modeling
@@ -133,13 +134,20 @@ def term_norms(
 
     groups, totals  this rank's part of a step, and the step's denominators
 
-    Of each rank's first micro-batch, before --max_grad_norm. One forward pass, a backward pass per
-    term; no gradient is left. NaN where the policy term has none: all rewards of a group are equal.
+    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. NaN where the
+    policy term has none: all rewards of a group are equal. Each term has a forward pass of its own,
+    since compiled layers run one backward pass per forward pass.
     """
-    micro, norms = micro_batches(config, groups)[0], {}
-    logps, entropy, mask = forward(config, model, micro, config.temperature)
-    for name, term in method.terms(rows_of(micro, mask), logps, entropy, totals).items():
-        term.backward(retain_graph=True)
+    micro = micro_batches(config, groups)[0]
+
+    def terms() -> dict[str, Tensor]:
+        logps, entropy, mask = forward(config, model, micro, config.temperature)
+        return method.terms(rows_of(micro, mask), logps, entropy, totals)
+
+    with torch.no_grad():
+        norms = dict.fromkeys(terms())
+    for name in norms:
+        terms()[name].backward()
         norms[name] = float(modeling.clip_grad_norm(model, math.inf))
         model.zero_grad()
     policy = norms.pop("policy")
@@ -185,8 +193,9 @@ def starting_point(run: Run) -> dict[str, float]:
         for name in ("tag", "body")
         if sums[f"{name}_tokens"]
     }
-    said = ", ".join(f"{value:.2f} ({name})" for name, value in found.items())
-    run.say(f"before training, nat per token of the expert response: {said}")
+    where = {"start/tag_logp": "in its tags", "start/body_logp": "elsewhere"}
+    said = ", ".join(f"{value:.2f} {where[name]}" for name, value in found.items())
+    run.say(f"before training: log-prob of a token of the expert response {said}")
     for kind in KINDS:
         n = sums[f"n/{kind}"]
         if n and sums[f"p/{kind}"] / n < RARE:
