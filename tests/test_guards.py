@@ -43,6 +43,7 @@ VARIANTS = [
     "--algo grpo --gradient_checkpointing",
     "--algo toolupt --lora_rank 4",
     "--algo sft --torch_compile",
+    "--algo grpo --lora_rank 4 --quant 4bit",
 ]
 
 
@@ -62,18 +63,18 @@ def test_a_good_model_passes_and_nothing_is_changed(run, flags):
     assert all(parameter.grad is None for parameter in run.model.parameters())
     assert torch.equal(torch.get_rng_state(), draws[0]) and random.getstate() == draws[1]
     after = stored(run)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [n for n, tensor in before.items() if not torch.equal(after[n], tensor)] == []
     sent = dict(modeling.full_tensors(run.model))
     for name, parameter in run.engine.model.named_parameters():
         assert torch.equal(parameter, sent[name]), name
 
 
-def test_perturbed_weights_move_by_three_to_six_per_cent():
+def test_perturbed_weights_move_by_six_to_twelve_per_cent():
     layer = torch.nn.Linear(50, 50)
     weight = layer.weight.detach().clone()
     with guard._perturbed(layer):
         share = ((layer.weight - weight) / weight).abs()
-        assert share.min() > 0.03 and share.max() < 0.0626
+        assert share.min() > 0.06 and share.max() < 0.126
     assert torch.equal(layer.weight, weight)
 
 
