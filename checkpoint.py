@@ -250,13 +250,6 @@ def check_shared(out: Path) -> None:
 # ------------------------------------------------------------------------------------ .jsonl files
 
 
-def read_lines(path: Path):
-    """The rows of a .jsonl file, one after the other."""
-    with open(path) as file:
-        for line in file:
-            yield json.loads(line)
-
-
 def write(file, row: dict) -> None:
     """Append a row to an open .jsonl file, at once."""
     file.write(json.dumps(row, ensure_ascii=False) + "\n")

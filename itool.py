@@ -928,9 +928,7 @@ def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
     resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
     step, kept = run.first_step if resumes else -1, {}
     for name in ("searches.jsonl", "pairs.jsonl"):
-        path = run.out / name
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        kept[name] = [json.loads(line) for line in lines]  # a crash may have cut the last line
+        kept[name] = list(data.read_jsonl(run.out / name, growing=True))
     searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
     pairs = {i: [row for row in kept["pairs.jsonl"] if row["iteration"] == i] for i in searches}
     dist.barrier()  # all have read

@@ -47,7 +47,7 @@ import rewards
 import rollout
 import serving
 import start
-from checkpoint import open_records, read_lines, write
+from checkpoint import open_records, write
 from methods import Rollouts
 from start import Interrupted, settings
 
@@ -371,8 +371,7 @@ class Run:
 
     def history(self, name: str) -> list[float]:
         """The values of a metric so far."""
-        path = self.out / "metrics.jsonl"
-        rows = list(read_lines(path))[1:] if path.exists() else []
+        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
         return [row[name] for row in rows if row.get(name) is not None]
 
     def highest(self, name: str) -> float:
