@@ -39,11 +39,11 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
 
 The code that iTool's authors published differs from their paper nearly everywhere; we follow the
 paper. Theirs selects with another bonus (value / (visits + 1) + p sqrt(ln N / (n + 1))), cuts
-finished text at ". ", ", ", "=" and "(" and joins the pieces with blanks, scores every step by format
+finished text at ". ", ", ", "=" and "(" and joins the pieces with blanks, scores steps by format
 agreement and word overlap instead of an outcome, reads C from one sample of seven tokens with a
 substring test, sums rewards instead of Eqs. 8 and 9, accepts Q from -0.3 instead of 0.3, takes 30 %
-instead of 10 %, samples with a repetition penalty of 0.75, appends an end-of-turn token to unfinished
-fragments, and merges a fresh rank-8 adapter in every iteration.
+instead of 10 %, samples with a repetition penalty of 0.75, appends an end-of-turn token to
+unfinished fragments, and merges a fresh rank-8 adapter in every iteration.
 """
 
 import itertools
@@ -755,8 +755,8 @@ def describe(row: dict) -> str:
         text += f"; {row['evaluations_too_long']} states too long to be graded"
     if row["evaluations"] and row["option_mass"] < 0.01:
         text += (
-            "\n  the letters A to D have hardly any mass: the self-evaluation says little; consider "
-            "--self_evaluation none"
+            "\n  the letters A to D have hardly any mass: the self-evaluation says little; "
+            "consider --self_evaluation none"
         )
     if not row["pairs"]:
         text += "\n  no pair to train on: this iteration leaves the model as it is; see the trees"
