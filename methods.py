@@ -31,7 +31,7 @@ import fgae
 import grpo
 import spo
 
-BEST = 4.0  # R_outcome of a completely right response (Eq. 12): all methods share this notion
+BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
 
@@ -159,7 +159,7 @@ class Rollouts(Row):
             raise ValueError("--num_generations: advantages compare responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
-        """The graded outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
+        """The outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
         return outcome.total
 
     def advantages(self, group: Group) -> Tensor:
@@ -235,7 +235,7 @@ class Sft(Row):
 class Grpo(Rollouts):
     """Binary reward, group advantages, mean over responses of token means (Eq. 2).
 
-    veRL's default is the token mean, which the paper presents as DAPO's change.
+    The token mean, veRL's default, is what the paper presents as DAPO's change.
     """
 
     def reward(self, outcome, length, max_length) -> float:
@@ -243,7 +243,7 @@ class Grpo(Rollouts):
         return float(outcome.total == BEST)
 
     def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        A, N = rows.advantages[:, 0], totals["responses"]
+        A, N = rows.advantages[:, 0], totals["responses"]  # veRL's mean is over tokens
         return grpo.grpo_loss(logps, logps, A, rows.mask, num_responses=N)[0], {}
 
     def reduced(self, entropy, mask, totals) -> Tensor:
@@ -319,7 +319,7 @@ class FgDapoStar(DapoStar):
         K = len(group.samples)
         ids, mask = _padded([sample.token_ids for sample in group.samples])
         expert_ids, expert_mask = _padded([group.target] * K)
-        # process rewards are "for tool_call responses"
+        # answers have no process rewards: "for tool_call responses"
         expert_mask = expert_mask & (group.example.kind == "tool_call")
         if self.alignment == "lcs":
             expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS

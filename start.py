@@ -216,7 +216,7 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
 
 
 def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
-    """Training examples and the evaluation subset; too long ones are dropped and counted."""
+    """Training examples and the evaluation subset; what is too long is dropped and counted."""
     load = lambda sources: [
         e for source in sources for e in data.load_source(source, seed=config.seed)
     ]
