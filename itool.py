@@ -301,7 +301,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 run.stop_if_asked(step)
                 clock = Clock()
                 if step == begin:
-                    run.restart_optimizer()
+                    run.optimizer.state.clear()
                 batch = pair_batch(run, trained, iteration, step - begin)
                 with clock("update"):
                     stats = preference_gradient(run, batch)

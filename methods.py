@@ -74,7 +74,7 @@ class Rows:
     """A micro-batch, one row per response, padded to T; a group's expert follows its rollouts."""
 
     mask: Tensor  # (R, T) bool
-    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have no more than the mask
+    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have only the mask
     is_answer: Tensor | None = None  # (R,) bool, the ground truth is an answer
     correct: Tensor | None = None  # (R,) bool, completely right
     advantages: Tensor | None = None  # (R, T), 0 on experts outside the group
@@ -82,7 +82,7 @@ class Rows:
 
 
 def rows_of(groups: list[Group], mask: Tensor) -> Rows:
-    """What the losses need beside log-probs, in the shape (R, T) and on the device of `mask`."""
+    """What the losses need besides log-probs, shaped like `mask`, (R, T), and on its device."""
     advantages, sampler_logps = torch.zeros(mask.shape), torch.zeros(mask.shape)
     is_expert, is_answer, correct = [], [], []
     for group in groups:

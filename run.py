@@ -301,10 +301,6 @@ class Run:
         self.optimizer.zero_grad()
         return self.skipped
 
-    def restart_optimizer(self) -> None:
-        """Clear the moments, as a stage or iteration begins."""
-        self.optimizer.state.clear()
-
     # stopping and saving
 
     @contextmanager
