@@ -20,7 +20,7 @@ over micro-batches and ranks; of those named */max the largest counts.
 To add a method, write its loss in a mathematics file, a dataclass here and a line in METHODS.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -150,6 +150,7 @@ class Rollouts(Row):
     num_generations: int = knob(8, "sampled responses per prompt; ToolUPT Table 7")
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
     learns_from_expert: ClassVar[bool] = False
+    alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
     generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
 
@@ -186,12 +187,26 @@ class Rollouts(Row):
         The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss. It
         stays outside the mix of Eq. 23, which does not show it.
         """
-        loss, stats = self.objective(rows, logps, entropy, totals, step)
+        balance = self.schedule(step).get("balance", 0.0)
+        loss, stats = self.objective(rows, logps, entropy, totals, balance)
         rollouts = rows.mask & ~rows.is_expert[:, None]
         entropy = torch.where(rollouts, entropy, 0.0)
         loss = loss - self.entropy_coef * self.reduced(entropy, rollouts, totals)
         mean = entropy.detach().sum() / totals["tokens"]
         return loss, {**stats, "loss": loss.detach(), "entropy": mean}
+
+    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
+        """The terms of the objective, each before the balance weighs it: scalars with gradient.
+
+        "policy" is that of the rollouts, "expert" that of the expert responses where there are any.
+        """
+        on, off = (
+            replace(rows, mask=rows.mask & x[:, None]) for x in (~rows.is_expert, rows.is_expert)
+        )
+        terms = {"policy": self.objective(on, logps, entropy, totals, 0.0)[0]}
+        if self.learns_from_expert:
+            terms["expert"] = self.objective(off, logps, entropy, totals, 1.0)[0]
+        return terms
 
     def reduced(self, entropy: Tensor, mask: Tensor, totals: dict[str, int]) -> Tensor:
         """Mean over all tokens of the step."""
@@ -242,8 +257,8 @@ class Grpo(Rollouts):
         """1 where the response is completely right, else 0 (ToolUPT section 4.3)."""
         return float(outcome.total == BEST)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        A, N = rows.advantages[:, 0], totals["responses"]  # veRL's mean is over tokens
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        A, N = rows.advantages[:, 0], totals["responses"]
         return grpo.grpo_loss(logps, logps, A, rows.mask, num_responses=N)[0], {}
 
     def reduced(self, entropy, mask, totals) -> Tensor:
@@ -287,7 +302,7 @@ class Dapo(Rollouts):
         totals = torch.tensor([outcome.total for outcome in group.outcomes])
         return bool(grpo.informative_groups(totals, len(totals)))
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         on, N, weights, stats = ~rows.is_expert, totals["tokens"], None, {}
         logps, A, mask = logps[on], rows.advantages[on], rows.mask[on]
         if self.tis_cap:
@@ -317,15 +332,22 @@ class FgDapoStar(DapoStar):
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
-        ids, mask = _padded([sample.token_ids for sample in group.samples])
-        expert_ids, expert_mask = _padded([group.target] * K)
+        responses = [sample.token_ids for sample in group.samples]
+        _, mask = _padded(responses)
+        matched = matched_tokens(responses, group.target, self.alignment)
         # answers have no process rewards: "for tool_call responses"
-        expert_mask = expert_mask & (group.example.kind == "tool_call")
-        if self.alignment == "lcs":
-            expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
-        matched = fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=self.alignment)
+        matched = matched & (group.example.kind == "tool_call")
         group.token_rewards = fgae.token_rewards(torch.tensor(group.rewards), matched)
         return fgae.token_advantages(group.token_rewards, mask, K)
+
+
+def matched_tokens(responses: list[list[int]], target: list[int], alignment: str) -> Tensor:
+    """(K, T) bool, which tokens of the responses are the expert's (fgae.py)."""
+    ids, mask = _padded(responses)
+    expert_ids, expert_mask = _padded([target] * len(responses))
+    if alignment == "lcs":
+        expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
+    return fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=alignment)
 
 
 def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -380,7 +402,7 @@ class Luffy(Rollouts):
         scores = _with_expert(self, group)
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
         return baselines.luffy_loss(logps, logps, A, rows.mask, rows.is_expert, num_tokens=Z)
 
@@ -410,7 +432,7 @@ class Srft(Rollouts):
         scores, std = _with_expert(self, group), self.srft_variant == "paper"
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=std), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         own = (rows.advantages[:, 0], rows.correct, rows.mask, rows.is_expert)
         kind = {"variant": self.srft_variant, "shaped": self.srft_shaped}
         counts = _both(totals)
@@ -452,10 +474,10 @@ class Chord(Rollouts):
         ends = {"peak": self.chord_mu_peak, "valley": self.chord_mu}
         return {"balance": baselines.chord_mu_at(step, **steps, **ends)}
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        on, off, mu = ~rows.is_expert, rows.is_expert, self.schedule(step)["balance"]
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        on, off = ~rows.is_expert, rows.is_expert
         rollouts = (logps[on], logps[on], rows.advantages[on, 0], rows.mask[on])
-        kind = {"mu": mu, "phi": self.chord_phi}
+        kind = {"mu": balance, "phi": self.chord_phi}
         experts = (logps[off], rows.mask[off])
         loss, stats = baselines.chord_loss(*rollouts, *experts, **kind, **_both(totals))
         return loss, {name: stats[name] for name in ("chord/grpo", "chord/sft", "expert_prob")}
@@ -484,11 +506,16 @@ class ToolUpt(FgDapoStar):
         low, high, up, down = (getattr(self, f"balance_{x}") for x in ("low", "high", "up", "down"))
         return {"balance": spo.balance_at(step, low=low, high=high, up=up, down=down)}
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        policy, stats = super().objective(rows, logps, entropy, totals, step)  # Eq. 18
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        policy, stats = super().objective(rows, logps, entropy, totals, balance)  # Eq. 18
         preference, parts = self.expert_loss(rows, logps, totals)  # Eq. 22
-        loss = spo.toolupt_loss(preference, policy, self.schedule(step)["balance"])
-        return loss, {**stats, **parts}
+        return spo.toolupt_loss(preference, policy, balance), {**stats, **parts}
+
+    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
+        """Of SPO, "expert" are the chosen tokens and "rejected" those of rollouts."""
+        on = replace(rows, mask=rows.mask & ~rows.is_expert[:, None])
+        rejected = self.objective(on, logps, entropy, totals, 1.0)[0]
+        return {**super().terms(rows, logps, entropy, totals), "rejected": rejected}
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         """Expert tokens as chosen, rollout tokens of negative advantage as rejected (Eq. 22)."""
@@ -515,6 +542,7 @@ class ToolUptNoSpo(ToolUpt):
     """ToolUPT with a plain SFT loss in place of SPO (Figure 4, right)."""
 
     spo_beta: float = unread(1.0)
+    terms = Rollouts.terms
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         off = rows.is_expert
@@ -533,7 +561,7 @@ class DrGrpo(Grpo):
         scores = torch.tensor(group.rewards)
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, N = rows.advantages[:, 0], totals["responses"]
         limit = {"max_length": totals["max_length"], "num_responses": N}
         return grpo.drgrpo_loss(logps, logps, A, rows.mask, **limit)[0], {}

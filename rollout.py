@@ -286,8 +286,12 @@ class Engine:
             self._letters[letters] = _letter_tokens(self.tokenizer, letters)
         tokens = self._letters[letters]
         ids = [i for letter in letters for i in tokens[letter]]
-        rows = [dict(zip(ids, row)) for row in self._next_probs(prompts, ids)]
+        rows = [dict(zip(ids, row)) for row in self.next_probs(prompts, ids)]
         return [{letter: sum(row[i] for i in tokens[letter]) for letter in letters} for row in rows]
+
+    def next_probs(self, prompts: list[list[int]], ids: list[int]) -> list[list[float]]:
+        """Probability at temperature 1 of each of these tokens after each prompt."""
+        raise NotImplementedError
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights, one tensor at a time, and drop what was cached with the old ones.
@@ -398,7 +402,7 @@ class VLLMEngine(Engine):
             for out in self._run(prompts, params, progress)
         ]
 
-    def _next_probs(self, prompts, ids):
+    def next_probs(self, prompts, ids):
         params = self._params(
             temperature=0, max_tokens=1, logprob_token_ids=ids, ignore_eos=True, detokenize=False
         )
@@ -503,7 +507,7 @@ class TransformersEngine(Engine):
         return samples
 
     @torch.no_grad()
-    def _next_probs(self, prompts, ids):
+    def next_probs(self, prompts, ids):
         probs = [None] * len(prompts)
         for batch in self._batches(prompts, [1] * len(prompts)):
             rows = self._rows_for([prompts[i] for i in batch], [1] * len(batch))

@@ -47,13 +47,13 @@ from torch import Tensor
 
 import checkpoint
 import data
+import guard
 import model as modeling
 import rewards
 import rollout
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
 from methods import (
-    BEST,
     METHODS,
     AfterSft,
     Group,
@@ -65,6 +65,7 @@ from methods import (
     knob,
     rows_of,
 )
+from metrics import rollout_metrics, starting_point, term_norms
 from run import (
     Clock,
     Run,
@@ -134,6 +135,9 @@ class Config:
     save_steps: int = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
+    term_norm_steps: int = knob(
+        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
+    )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
     max_logp_difference: float = knob(
         0.0, "mean nat between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
@@ -143,7 +147,7 @@ class Config:
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "max_prompt_length", "max_completion_length")
         at_least(self, 1, "max_tokens_per_row", "eval_size", "save_steps")
-        at_least(self, 0, "max_logp_difference")
+        at_least(self, 0, "max_logp_difference", "term_norm_steps")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: training needs a positive one")
         if not 0 <= self.warmup_ratio <= 1:
@@ -184,7 +188,10 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 
             # 5 loss: forward and backward, all denominators counted over the whole step
             run.engine.sleep()
-            totals, stats = count_tokens(config, run, groups), {}
+            totals, stats, norms = count_tokens(config, run, groups), {}, {}
+            if config.term_norm_steps and step % config.term_norm_steps == 0:
+                with clock("term_norms"):
+                    norms = term_norms(config, method, run.model, groups, totals)
             with clock("update"):
                 for micro in micro_batches(config, groups):
                     logps, entropy, mask = forward(config, run.model, micro, config.temperature)
@@ -212,7 +219,8 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups), **stats, **sampling, **method.schedule(step)}
+            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
+            metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
             metrics |= clock.metrics(read)
             last = step + 1 == method.max_steps
@@ -403,40 +411,6 @@ def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None
         )
 
 
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards and lengths of a step's rollouts, over all ranks."""
-    samples = [sample for group in groups for sample in group.samples]
-    outcomes = [outcome for group in groups for outcome in group.outcomes]
-    advantages = torch.cat(
-        [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
-    )
-    per_group = {
-        "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
-        "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-    }
-    per_response = {
-        "reward": sum(sum(group.rewards) for group in groups),
-        "accuracy": sum(outcome.total == BEST for outcome in outcomes),
-        "format": sum(outcome.format for outcome in outcomes),
-        "completions/mean_length": len(advantages),
-        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
-    }
-    per_token = {
-        "advantage/positive": float((advantages > 0).sum()),
-        "advantage/negative": float((advantages < 0).sum()),
-    }
-    metrics = {}
-    for sums, count in (
-        (per_group, len(groups)),
-        (per_response, len(samples)),
-        (per_token, len(advantages)),
-    ):
-        sums = all_sum({**sums, "count": count})
-        count = sums.pop("count")
-        metrics |= {name: value / count for name, value in sums.items()}
-    return metrics
-
-
 def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
     mine = part(run.eval_examples, data.characters, run.rank, run.world)
@@ -467,9 +441,13 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     for own, row, loop in stages:
         run = Run(replace(own, model_name_or_path=str(best)) if best else own, row)
         run.load(engine)
-        sync(run)
-        if run.first_step == 0:
-            before = evaluate(run.config, run)
+        guard.check_logps(run)
+        starts = run.first_step == 0
+        before = starting_point(run) if starts and isinstance(row, Rollouts) else {}
+        with guard.canary(run):
+            sync(run)
+        if starts:
+            before |= evaluate(run.config, run)
             run.log(-1, before)
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")

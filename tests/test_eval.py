@@ -15,7 +15,7 @@ from pathlib import Path
 
 import bfcl_oracle
 import pytest
-from frozen import REPO, TOY
+from frozen import REPO, TOY, needs_vllm
 
 import data
 import eval as evaluation
@@ -1393,7 +1393,8 @@ def launch(*command, ranks=0) -> subprocess.CompletedProcess:
 
 
 @needs_bfcl
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@needs_vllm
+@pytest.mark.long
 def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
     """The toy model on a few cases: torchrun with an engine per rank, one process without vLLM."""
     common = [

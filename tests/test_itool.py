@@ -24,8 +24,8 @@ import model as modeling
 import rewards
 import rollout
 import run as run_module
-from tasks import toy
 import train
+from tasks import toy
 
 REPO = frozen.REPO
 TABLE_7 = mcts.SearchConfig()

@@ -4,7 +4,6 @@ Jobs run the transformers engine on one thread, where the same seed gives the sa
 with what was not, file by file.
 """
 
-import importlib.util
 import json
 import os
 import random
@@ -27,6 +26,7 @@ import data
 from tools import audit
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+pytestmark = pytest.mark.long
 LATEST = ("--resume_from_checkpoint", "latest")
 
 
@@ -171,7 +171,7 @@ def test_itool_interrupted_in_each_phase_equals_one_go(ranks, start, tmp_path):
     assert [row["step"] for row in lines_of(parts / "searches.jsonl")] == [0, first]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@frozen.needs_vllm
 def test_two_ranks_resume_with_vllm(start, tmp_path):
     """Four steps in one go, and two and two; the demo's model, for vLLM on a CPU knows few head sizes."""
 
