@@ -231,13 +231,20 @@ def read_rows(path: str | Path, expected: str | None = None) -> list:
     return [row for _, rows in _read_files(path, expected) for row in rows]
 
 
-def read_jsonl(path: str | Path) -> Iterator:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator:
     """Yield the value of each line of a .jsonl or .jsonl.gz file; ValueError names a broken line.
+
+    growing  the file is a run's record: it may not exist yet, and a last line that a crash or a
+             write in progress cut short is left out
 
     Lines end with a line feed alone: str.splitlines would also cut at U+2028, which JSON texts hold.
     """
+    if growing and not Path(path).exists():
+        return
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            if growing and not line.endswith("\n"):
+                return
             try:
                 if line.strip():
                     yield json.loads(line, object_pairs_hook=json_object)

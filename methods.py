@@ -31,7 +31,7 @@ import fgae
 import grpo
 import spo
 
-BEST = 4.0  # R_outcome of a completely right response (Eq. 12): all methods share this notion
+BEST = 4.0  # R_outcome of a completely right response (Eq. 12)
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
 
@@ -74,7 +74,7 @@ class Rows:
     """A micro-batch, one row per response, padded to T; a group's expert follows its rollouts."""
 
     mask: Tensor  # (R, T) bool
-    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have no more than the mask
+    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have only the mask
     is_answer: Tensor | None = None  # (R,) bool, the ground truth is an answer
     correct: Tensor | None = None  # (R,) bool, completely right
     advantages: Tensor | None = None  # (R, T), 0 on experts outside the group
@@ -82,7 +82,7 @@ class Rows:
 
 
 def rows_of(groups: list[Group], mask: Tensor) -> Rows:
-    """What the losses need beside log-probs, in the shape (R, T) and on the device of `mask`."""
+    """What the losses need besides log-probs, shaped like `mask`, (R, T), and on its device."""
     advantages, sampler_logps = torch.zeros(mask.shape), torch.zeros(mask.shape)
     is_expert, is_answer, correct = [], [], []
     for group in groups:
@@ -160,7 +160,7 @@ class Rollouts(Row):
             raise ValueError("--num_generations: advantages compare responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
-        """The graded outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
+        """The outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
         return outcome.total
 
     def advantages(self, group: Group) -> Tensor:
@@ -250,7 +250,7 @@ class Sft(Row):
 class Grpo(Rollouts):
     """Binary reward, group advantages, mean over responses of token means (Eq. 2).
 
-    veRL's default is the token mean, which the paper presents as DAPO's change.
+    The token mean, veRL's default, is what the paper presents as DAPO's change.
     """
 
     def reward(self, outcome, length, max_length) -> float:

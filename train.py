@@ -243,7 +243,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                 run.stop_if_asked(step)
                 clock = Clock()
                 if step == begin:
-                    run.restart_optimizer()
+                    run.optimizer.state.clear()
 
                 # 1 sample a batch
                 examples = [example for _, example in run.batch(step - begin, stage.examples)]
