@@ -40,12 +40,11 @@ from torch import Tensor
 import checkpoint
 import data
 import model as modeling
-import rewards
 import rollout
+import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
 from methods import (
-    BEST,
     METHODS,
     AfterSft,
     Group,
@@ -91,6 +90,10 @@ class Config:
     train_file: list[str] = knob(["toy"], "NAME, FILE or NAME:FILE each (data.py)")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
+    train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
+    reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
+    system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
+    user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
     max_prompt_length: int = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: int = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -146,6 +149,8 @@ class Config:
                 f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
                 "between 0 and 1, or give --eval_file"
             )
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"--train_fraction {self.train_fraction}: take a share in (0, 1]")
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
@@ -283,7 +288,7 @@ def sample_groups(
             groups = roll_out(config, method, run, batch)
         with clock("reward"):
             for group in groups:
-                score(method, group)
+                score(method, group, run.reward)
         return groups
 
     if not method.keep:
@@ -332,12 +337,12 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
     return groups
 
 
-def score(method: Rollouts, group: Group) -> None:
+def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
     """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of."""
-    target = group.example.target
-    group.outcomes = [rewards.outcome(sample.text, target) for sample in group.samples]
+    group.bounds = reward.minimum, reward.maximum
+    group.outcomes = [reward.score(sample.text, group.example) for sample in group.samples]
     if group.with_expert:
-        group.expert_outcome = rewards.outcome(target, target)
+        group.expert_outcome = reward.score(group.example.target, group.example)
     group.rewards = [
         method.reward(outcome, len(sample.token_ids), group.max_length)
         for outcome, sample in zip(group.outcomes, group.samples)
@@ -401,14 +406,16 @@ def rollout_metrics(groups: list[Group]) -> dict[str, float]:
     advantages = torch.cat(
         [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
     )
+    parts = [scoring.parts_of(outcome) for outcome in outcomes]
+    names = sorted(set(all_gather(list({name for own in parts for name in own}))))
     per_group = {
         "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
         "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
     }
     per_response = {
         "reward": sum(sum(group.rewards) for group in groups),
-        "accuracy": sum(outcome.total == BEST for outcome in outcomes),
-        "format": sum(outcome.format for outcome in outcomes),
+        "accuracy": sum(outcome.right for outcome in outcomes),
+        **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
         "completions/mean_length": len(advantages),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
     }
