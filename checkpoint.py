@@ -38,7 +38,7 @@ from methods import Group
 MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference"),
+    *("lora_rank", "split", "preference", "train_fraction"),
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
@@ -197,6 +197,30 @@ def refuse_earlier_run(settings: dict) -> list[str]:
             "with its own, or take another folder"
         )
     return list(changed.values())
+
+
+def refuse_changed(out: Path, digests: dict[str, str]) -> None:
+    """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
+
+    digests  flag -> what was read, as in the first line of metrics.jsonl
+    """
+    steps, path = saved_steps(out), out / "metrics.jsonl"
+    if not steps or not path.exists():
+        return
+    earlier = next(read_lines(path)).get("digests")
+    if earlier is None:  # of a run before there were any
+        return
+    changed = [
+        f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
+        for name in {**earlier, **digests}
+        if earlier.get(name) != digests.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"what the run in --output_dir {out} reads has changed since its start "
+            f"({'; '.join(changed)}): put it back to resume. To go on with the new one, start in "
+            f"another --output_dir with --model_name_or_path {out}/checkpoint-{steps[-1]}"
+        )
 
 
 def lock(out: Path):

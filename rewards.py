@@ -74,6 +74,11 @@ class Outcome:
     correct: float  # R_correct in [-3, 3]
     total: float  # R_outcome in [-3, 4]
 
+    @property
+    def right(self) -> bool:
+        """Whether the response is completely right."""
+        return self.total == 4
+
 
 @dataclass(frozen=True)
 class Form:

@@ -17,6 +17,7 @@ of methods.py, a Demonstration, a preference pair of itool.py. Results do not de
 share the work: every denominator counts all ranks, and gradients are summed.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -43,8 +44,8 @@ import checkpoint
 import data
 import model as modeling
 import packing
-import rewards
 import rollout
+import scoring
 import serving
 import start
 from checkpoint import open_records, write
@@ -52,6 +53,7 @@ from methods import Rollouts
 from start import Interrupted, settings
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
+TRIED = 64  # expert responses that a reward of one's own is tried on at the start
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 
 
@@ -182,6 +184,7 @@ class Run:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
+        self.reward = scoring.Reward(config.reward_file)
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
@@ -191,12 +194,26 @@ class Run:
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
             self.say(arithmetic)
-        self.examples, self.eval_examples = start.load_examples(
-            config, self.tokenizer, quiet=self.rank > 0
+        self.prompts = data.read_prompts(
+            config.model_name_or_path, config.system_prompt, config.user_prompt
         )
+        self.examples, self.eval_examples, self.digests = start.load_examples(
+            config, self.tokenizer, self.prompts, quiet=self.rank > 0
+        )
+        for part, text in self.prompts.items():
+            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.reward.file:
+            self.digests["reward_file"] = self.reward.digest
+        checkpoint.refuse_changed(self.out, self.digests)
         method.check_examples(self.examples, config)
+        if self.reward.file:
+            self.say(self.reward.try_on(self.examples[:TRIED]))
         # saved with every checkpoint
-        serving.add_tool_template(self.tokenizer, serving.system_prompt_of(self.examples))
+        serving.add_tool_template(
+            self.tokenizer,
+            serving.system_prompt_of(self.examples),
+            self.prompts.get("user", data.USER_PROMPT),
+        )
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
         self.saved, self.lock = 0, None
@@ -357,7 +374,9 @@ class Run:
             if self.config.log_rollouts and isinstance(self.method, Rollouts):
                 self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
             if self.metrics_file.tell() == 0:
-                write(self.metrics_file, knobs)
+                write(self.metrics_file, knobs | {"digests": self.digests})
+            if self.reward.file:
+                (self.out / scoring.COPY).write_bytes(self.reward.source)
             self.tracker = start.tracker(self.config.report_to, self.out, knobs)
             self.skipped = next(reversed(self.history("skipped")), 0)
         self.skipped = int(all_max(self.skipped))
@@ -500,7 +519,7 @@ def evaluate(config, run: Run) -> dict[str, float]:
         seeds=[0] * len(mine),  # unused: greedy
     )
     texts = [sample.text for [sample] in answers]
-    sums = all_sum(rewards.tally(texts, [example.target for example in mine]))
+    sums = all_sum(run.reward.tally(texts, mine))
     n, n_calls = sums["n"], sums["n_calls"]
     metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
     if n_calls:

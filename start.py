@@ -215,19 +215,29 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
 # ------------------------------------------------------------------------------ data and bad input
 
 
-def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
-    """Training examples and the evaluation subset; what is too long is dropped and counted."""
-    load = lambda sources: [
-        e for source in sources for e in data.load_source(source, seed=config.seed)
-    ]
-    examples = load(config.train_file)
+def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tuple:
+    """Training examples, the evaluation subset, and a digest of each file flag's examples.
+
+    prompts  templates of the user's own: data.read_prompts
+    What is too long is dropped and counted.
+    """
+    digests = {}
+
+    def load(flag: str) -> list[data.Example]:
+        found = read_sources(getattr(config, flag), config.seed)
+        digests[flag] = digest(found)
+        return [data.with_prompts(example, prompts) for example in found]
+
+    examples = load("train_file")
     if config.eval_file:
-        held_out = load(config.eval_file)
+        held_out = load("eval_file")
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
         level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
-        held_out = data.load("toy", level)
+        held_out = [data.with_prompts(e, prompts) for e in data.load("toy", level)]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)
+    if config.train_fraction < 1:
+        examples = data.subset(examples, config.train_fraction, config.seed)
     parts = []
     for name, examples_of in (("train", examples), ("eval", held_out)):
         fitting, drops = data.fit(
@@ -249,7 +259,18 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
             f"{len(train)} training examples are fewer than --train_batch_size "
             f"{config.train_batch_size}; lower it"
         )
-    return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+    size = min(config.eval_size, len(held_out))
+    return train, random.Random(config.seed).sample(held_out, size), digests
+
+
+def read_sources(sources: list[str], seed: int) -> list[data.Example]:
+    """The examples of --train_file or --eval_file."""
+    return [example for source in sources for example in data.load_source(source, seed=seed)]
+
+
+def digest(examples: list[data.Example]) -> str:
+    """Their number and hash: what a resumption must find again."""
+    return f"{len(examples)} examples {data.digest(examples)}"
 
 
 def check_machine(config, world: int) -> None:

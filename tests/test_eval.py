@@ -189,8 +189,12 @@ def test_python_form():
         {"name": "f", "params": {"a": "new int[]{1}", "b": "3", "c": "true", "d": "null"}}
     ]
     assert decode("[f(a=[1, 'x'])]", as_source=True).calls[0]["params"] == {"a": '[1, "x"]'}
-    listed = tool_call({"name": "f", "params": {"a": [1, "x"]}})  # as the official handlers: no text
-    assert evaluation.decode(listed, "toolupt", as_source=True).calls[0]["params"] == {"a": [1, "x"]}
+    listed = tool_call(
+        {"name": "f", "params": {"a": [1, "x"]}}
+    )  # as the official handlers: no text
+    assert evaluation.decode(listed, "toolupt", as_source=True).calls[0]["params"] == {
+        "a": [1, "x"]
+    }
 
 
 HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
@@ -207,8 +211,16 @@ HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
         ("python", "[f(a=1e999)]", "malformed"),
         ("python", "[f(a={'k': 1, 'k': 2})]", "malformed"),
         ("toolupt", tool_call({"name": "f", "params": {"a": math.inf}}), "malformed"),
-        ("toolupt", tool_call({"name": "f", "params": {"a": 0}}).replace("0", "-1e999"), "malformed"),
-        ("toolupt", '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>', "malformed"),
+        (
+            "toolupt",
+            tool_call({"name": "f", "params": {"a": 0}}).replace("0", "-1e999"),
+            "malformed",
+        ),
+        (
+            "toolupt",
+            '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>',
+            "malformed",
+        ),
         ("python", "find(city=1)", "malformed"),
         ("python", "Here:\n```python\n[f()]\n```", "malformed"),
         ("python", '<tool_call>{"name": "f"}</tool_call>', "malformed"),
@@ -579,7 +591,7 @@ def test_messages_of_one_turn(cases):
         for message in messages:
             seen[message["role"]] += 1
             if message["role"] == "system":
-                assert message["content"] + "\n\n## Available Tools" in example.system
+                assert message["content"] == example.policy
     assert seen["system"] == 42 and seen["assistant"] == 11
     assert "Java 8 SDK syntax" in example.tools[0]["description"]
     assert "Java 8 SDK syntax" not in entry.checked["function"][0]["description"]
@@ -1321,7 +1333,8 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")]
+    ("text", "message"),
+    [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")],
 )
 def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
     for name in api_bank.FILES.values():
@@ -1362,11 +1375,8 @@ def test_bfcl_half_trains_on_accepted_answers_and_evaluates_the_rest(cases):
         assert case.category != "live_relevance"
         assert case.score({"turns": [[example.target]]})["correct"]
         asked = next(case.talk({}))
-        assert (asked.query, asked.tools, asked.system) == (
-            example.query,
-            example.tools,
-            example.system,
-        )
+        same = ("query", "tools", "system", "user", "policy")
+        assert all(getattr(asked, name) == getattr(example, name) for name in same)
     assert (
         len(train) + len(test) == 2251 - 16 - 4
     )  # relevance, and the four cases that no answer satisfies
