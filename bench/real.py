@@ -547,8 +547,8 @@ def read_rollouts(folder: Path, out: Path) -> dict:
                 break
             row = json.loads(line)
             copy.write(line)
-            first, total = row["advantages"][:1], row["outcome"]["total"]
-            one = [row["token_ids"]], [row["text"]], [total], first, alignment
+            first, right = row["advantages"][:1], row["outcome"]["total"] == 4
+            one = [row["token_ids"]], [row["text"]], [right], first, alignment
             add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
     steps = sorted(sums)
     found = [metrics.shares(sums[step]) for step in steps]

@@ -86,7 +86,7 @@ def test_forms_by_hand():
         "No.": "neither",
     }
     n, ids = len(texts), [[1]] * len(texts)
-    sums = metrics.tally("tool_call", [1, 2], ids, list(texts), [0.0] * n, [0.5] * n)
+    sums = metrics.tally("tool_call", [1, 2], ids, list(texts), [False] * n, [0.5] * n)
     found = metrics.shares(sums)
     for form in ("call", "answer", "both", "untagged_call", "neither"):
         assert found[f"form/{form}"] == list(texts.values()).count(form) / n
@@ -96,7 +96,7 @@ def test_forms_by_hand():
 
 
 def test_a_response_without_tokens_has_no_first_advantage():
-    sums = metrics.tally("answer", [1, 2], [[], [1]], ["", "x"], [-3.0, -3.0], [-1.0])
+    sums = metrics.tally("answer", [1, 2], [[], [1]], ["", "x"], [False, False], [-1.0])
     assert metrics.shares(sums)["first_advantage/answers"] == -1.0
     assert metrics.shares(sums)["tokens_matched/answers"] == 0.25
 

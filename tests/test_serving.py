@@ -19,6 +19,7 @@ import httpx
 import jinja2
 import pytest
 import torch
+from frozen import needs_vllm
 from transformers import AutoTokenizer
 
 import data
@@ -119,11 +120,10 @@ def parsed(messages):
 
 @pytest.mark.parametrize("base", [None, LLAMA, WHITE])
 @pytest.mark.parametrize("prompts", [FIGURES, OWN])
-def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
+def test_a_request_reads_as_the_training_prompt(base, prompts):
     """At every assistant turn of random conversations: calls, later steps, answers; a policy."""
     tokenizer, rng = toy_tokenizer(base), random.Random(0)
     serving.add_tool_template(tokenizer, **prompts)
-    monkeypatch.setattr(data, "USER_PROMPT", prompts["user_prompt"])
     tools = [tool("f"), tool("g")]
     wrapped = [{"type": "function", "function": one} for one in tools]
     seen = {"tool_call": 0, "answer": 0, "parallel": 0, "later": 0}
@@ -136,11 +136,11 @@ def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
         for example in examples:
             end = int(example.id.rpartition("/")[2])
             asked = [{"role": "system", "content": policy}] * bool(policy) + chat[:end]
-            before = f"{policy}\n\n" * bool(policy)
-            system = before + prompts["system_prompt"]  # which has no place for a policy
-            if prompts is FIGURES:
-                system = data.with_policy(policy)
-            wanted = data.render(replace(example, system=system), tokenizer)
+            example = replace(example, user=prompts["user_prompt"])
+            if prompts is OWN:  # its tools stand in the first lines: the policy is before all
+                system = f"{policy}\n\n" * bool(policy) + prompts["system_prompt"]
+                example = replace(example, system=system, policy="")
+            wanted = data.render(example, tokenizer)
             for messages in (parsed(asked), asked):
                 ids = tokenizer.apply_chat_template(
                     messages, tools=wrapped, add_generation_prompt=True, return_dict=False
@@ -211,7 +211,7 @@ def test_the_forms_in_which_clients_write_the_same():
     bare = {"name": "g", "description": None}
     example = data.Example("x/0/0", [full, {**bare, "description": "", "parameters": EMPTY}], [],
                            "a\nb", [('{"name": "g", "params": {}}', "done")], "", "answer",
-                           data.with_policy("One.\n\nTwo."))  # fmt: skip
+                           policy="One.\n\nTwo.")  # fmt: skip
     call = {
         "role": "assistant",
         "content": "Let me see.",
@@ -252,7 +252,7 @@ def test_calls_and_results_that_do_not_match_are_errors(roles):
 
 def test_the_system_prompt_that_a_run_trained_with():
     toys = data.load("toy", "valid")[:3]
-    figure = [replace(toys[0], system=data.with_policy(p)) for p in ("", "One.", "Two.")]
+    figure = [replace(toys[0], system=data.SYSTEM_PROMPT, policy=p) for p in ("", "One.", "Two.")]
     assert serving.system_prompt_of(toys) == toys[0].system
     assert serving.system_prompt_of(figure) == data.SYSTEM_PROMPT
     assert serving.system_prompt_of([*toys, *figure, toys[0]]) == toys[0].system
@@ -476,13 +476,17 @@ def train(model: Path, out: Path, flags: str) -> list[dict]:
 TASKS = ("single", "parallel", "second_step", "done")
 
 
+def of_the_server(test):
+    """Long, and in the process that has started it."""
+    return pytest.mark.long(pytest.mark.xdist_group("server")(needs_vllm(test)))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
 
     Returns an OpenAI client, the examples by task, and the checkpoint's folder.
     """
-    pytest.importorskip("vllm")
     openai, folder = pytest.importorskip("openai"), tmp_path_factory.mktemp("served")
     rows = data.load("toy", "valid")
     examples = {task: next(row for row in rows if row.id.endswith(task)) for task in TASKS}
@@ -563,7 +567,7 @@ def expected(example) -> tuple[str, list[dict]]:
     return ("", calls) if calls else (text, [])
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_the_server_reads_the_training_prompt(served, task):
     client, examples, checkpoint = served
@@ -575,7 +579,7 @@ def test_the_server_reads_the_training_prompt(served, task):
     assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, choice):
@@ -589,7 +593,7 @@ def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, ch
         assert answer.finish_reason == ("tool_calls" if calls else "stop")
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_streaming(served, task):
     client, examples, _ = served
@@ -607,7 +611,7 @@ def test_streaming(served, task):
     assert pieces > 2 or calls  # an answer comes as it is written
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_no_tag_reaches_the_client(served, task):
     """Without a choice, without tools, and where a response is cut off anywhere."""
