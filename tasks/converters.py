@@ -23,7 +23,8 @@ Decisions (the layouts were read off real rows, FunReason-MT's off three readers
     does: then it explains a form of call that is not ours.
  7. A call without arguments (none, null or "") has the arguments {}.
 
-Copy this file on its own: standard library only.
+To add a layout: a function, a line in CONVERTERS, a case in `guess`; its published file in
+data.SOURCES. Copy this file on its own: standard library only.
 """
 
 import ast
