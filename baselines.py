@@ -100,7 +100,7 @@ def srft_loss(
     """Entropy-weighted SFT and RL on expert rows, plus RL on rollouts (SRFT Eqs. 6-13); and stats.
 
     logps              (B, T) float  log pi_theta of the response tokens, with gradient
-    entropy            (B, T) float  policy entropy at each token, in nat; weights only, no gradient
+    entropy            (B, T) float  policy entropy per token, in nats; weights only, no gradient
     advantages         (B,)   float  over the prompt's rollouts and expert; read on expert rows
     correct            (B,)   bool   the answer is completely right; read on rollouts
     response_mask      (B, T) bool   response tokens, EOS included
@@ -173,7 +173,7 @@ def chord_loss(
     Without rollout tokens the first term is 0, without expert tokens the second. phi is not
     normalised: it shrinks the SFT term. Stats: "chord/grpo" and "chord/sft", the terms before mu;
     "clip_ratio", share of rollout tokens whose gradient the clip removed; "approx_kl", their mean
-    old_logps - logps, in nat; "expert_prob", the mean p of an expert token.
+    old_logps - logps, in nats; "expert_prob", the mean p of an expert token.
     """
     _check_rows(logps, advantages, response_mask)
     assert old_logps.shape == logps.shape, f"old_logps {old_logps.shape}, logps {logps.shape}"
@@ -237,7 +237,7 @@ def _spread(mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def _log_ratio(mask: Tensor, logps: Tensor, old_logps: Tensor) -> Tensor:
-    """log(p / p_old), 0 off the mask; held within 20 nat, as in veRL, so that exp stays finite."""
+    """log(p / p_old), 0 off the mask; held within 20 nats, as in veRL, so that exp stays finite."""
     return (_masked(mask, logps) - _masked(mask, old_logps.detach())).clamp(-20, 20)
 
 

@@ -612,7 +612,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", nargs="?", help="folder or hub name")
-    add("--bench", choices=BENCHES, default="bfcl")
+    add("--bench", choices=BENCHES, default="bfcl", help="what to measure; default: bfcl")
     add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
     add("--limit", type=int, help="first cases of each category")
     add(
@@ -637,8 +637,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--system_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 5")
     add("--user_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 6")
-    add("--temperature", type=float, default=0.0)
-    add("--seed", type=int, default=0)
+    add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
+    add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
     add(
         "--max_model_len",
@@ -647,15 +647,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="prompt and response; the model's own if smaller",
     )
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
-    add("--engine", choices=("vllm", "transformers"), default="vllm")
+    add("--engine", choices=("vllm", "transformers"), default="vllm", help="what samples")
     add("--batch", type=int, default=512, help="cases played at a time, per rank")
     add("--max_num_seqs", type=int, default=256, help="responses decoded at a time, per rank")
-    add("--gpu_memory_utilization", type=float, default=0.9)
-    add("--tensor_parallel_size", type=int, default=1)
-    add("--dtype", default="auto")
-    add("--rescore", type=Path, metavar="RUN")
-    add("--compare", type=Path, nargs="+", metavar="RUN")
-    add("--errors", type=Path, metavar="FILE")
+    add("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of a GPU")
+    add("--tensor_parallel_size", type=int, default=1, help="GPUs that one vLLM model spans")
+    add("--dtype", default="auto", help="of the weights, such as bfloat16; auto: float32 on a CPU")
+    add("--rescore", type=Path, metavar="RUN", help="judge a run's recorded responses again")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="runs side by side, with intervals")
+    add("--errors", type=Path, metavar="FILE", help="error types of responses and targets")
     options = parser.parse_args(argv)
     commands = [options.model, options.rescore, options.compare, options.errors]
     if sum(map(bool, commands)) != 1:

@@ -157,9 +157,9 @@ class ItoolConfig(Row):
     preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
     preference_epochs: int = knob(2, "per iteration; Table 6")
     simpo_beta: float = knob(2.5, "Table 9, as the next five")
-    simpo_margin: float = knob(0.5, "gamma of Eq. 11, nat")
+    simpo_margin: float = knob(0.5, "gamma of Eq. 11, nats")
     dpo_beta: float = knob(0.1, "scale of the log-ratios")
-    ipo_tau: float = knob(0.1, "the gap is pulled to 1/(2 tau) nat")
+    ipo_tau: float = knob(0.1, "the gap is pulled to 1/(2 tau) nats")
     ipo_mean: bool = knob(False, "mean over tokens, as in TRL; Table 9 prints sums")
     orpo_lam: float = knob(0.1, "weight of the odds-ratio term")
 
@@ -850,7 +850,7 @@ def add_references(run: Run, pairs: list[PreferencePair]) -> None:
 
 
 def engine_difference(pairs: list[PreferencePair]) -> float:
-    """Mean |trainer - engine| of the steps' mean log-probs, nat per token; 0 for equal weights."""
+    """Mean |trainer - engine| of the steps' mean log-probs, nats per token; 0 for equal weights."""
     apart = [
         abs(math.log(pair.row[f"{side}_p"]) - pair.row[f"{side}_ref"] / len(ids))
         for pair in pairs

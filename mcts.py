@@ -105,7 +105,7 @@ class Proposal:
 
     text: str
     token_ids: list[int]  # (n,) of this action; empty: the action is dropped
-    logps: list[float]  # (n,) nat, at temperature 1, whatever the sampling temperature
+    logps: list[float]  # (n,) nats, at temperature 1, whatever the sampling temperature
     finished: bool  # the response ends here
     reason: str | None = None  # why it ends: "eos" | "length"
     tail: Any = None  # unused rest of the sample, in any form; it comes back as node.tail

@@ -179,13 +179,14 @@ class Rollouts(Row):
 
         rows     a micro-batch of R responses, at most T tokens long
         logps    (R, T) log-probs, with grad
-        entropy  (R, T) entropy of the policy at each token, nat, with grad
+        entropy  (R, T) entropy of the policy at each token, nats, with grad
         totals   tokens, responses and expert_tokens of the whole step, the denominators; max_length
                  of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
-        The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss. It
-        stays outside the mix of Eq. 23, which does not show it.
+        The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss
+        (LUFFY, SRFT: over rollout tokens alone). It stays outside the mix of Eq. 23, which does not
+        show it.
         """
         balance = self.schedule(step).get("balance", 0.0)
         loss, stats = self.objective(rows, logps, entropy, totals, balance)
@@ -270,10 +271,13 @@ class Dapo(Rollouts):
     """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO).
 
     The penalty falls from 0 to -1 between 768 and 1,024 tokens; ToolUPT gives no numbers, DAPO's
-    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it.
+    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it. The
+    prompts come in another order than those of other rows (train.sample_groups).
     """
 
-    generation_batches: int = knob(1, "batches per round of dynamic sampling; DAPO's script: 3")
+    generation_batches: int = knob(
+        1, "batches of prompts sampled per round of dynamic sampling; DAPO's script: 3"
+    )
     overlong: float = knob(
         0.25, "last share of a response with a growing penalty; ours; DAPO section 3.4: 0.2"
     )
@@ -327,7 +331,9 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob("positional", "with the expert; fgae.py")
+    alignment: Literal["positional", "lcs"] = knob(
+        "positional", "how tokens are compared with the expert's (fgae.py)"
+    )
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
@@ -470,6 +476,11 @@ class Chord(Rollouts):
         for name in ("chord_mu", "chord_mu_peak"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: take a weight, 0 .. 1")
+        if self.chord_mu_warmup + self.chord_mu_decay and self.chord_mu_peak < self.chord_mu:
+            raise ValueError(
+                f"--chord_mu_peak {self.chord_mu_peak} is below --chord_mu {self.chord_mu}, where "
+                "the schedule ends: raise the peak, or drop the schedule"
+            )
 
     def schedule(self, step: int) -> dict[str, float]:
         steps = {"warmup": self.chord_mu_warmup, "decay": self.chord_mu_decay}

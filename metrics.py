@@ -163,7 +163,7 @@ def term_norms(
 def starting_point(run: Run) -> dict[str, float]:
     """What RL starts from, on a few training examples: can the tags be sampled?
 
-    start/tag_logp   mean log-prob, in nat, of the tokens of the expert's tags
+    start/tag_logp   mean log-prob, in nats, of the tokens of the expert's tags
     start/body_logp  that of its other tokens, EOS included
 
     Says both, and where an opening tag is so rare that rollouts cannot have it, what to do.

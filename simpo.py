@@ -15,7 +15,7 @@ shared prefix; EOS where it was generated.
 Departures and choices:
 1. margin is Eq. 11's gamma. SimPO's own code stores gamma/beta, here 0.2; TRL adds an NLL term to
    its SimPO unless cpo_alpha is 0.
-2. IPO sums over tokens, as printed. average=True is what TRL and LLaMA-Factory run: in nat per
+2. IPO sums over tokens, as printed. average=True is what TRL and LLaMA-Factory run: in nats per
    token, so that the target 1/(2 tau) = 5 is out of reach.
 3. ORPO is LLaMA-Factory's, which is Table 9: the NLL is M_w of each pair, over the response only.
    In the odds M is at most -1e-6, since p = 1 has infinite odds.
@@ -29,7 +29,7 @@ micro-batches and ranks, as losses and gradients do. Copy this file on its own: 
     rewards/chosen, rewards/rejected   the two numbers whose difference the loss looks at
     rewards/margins                    chosen - rejected
     rewards/accuracies                 share of pairs with chosen > rejected
-    logps/chosen, logps/rejected       M, nat per token
+    logps/chosen, logps/rejected       M, nats per token
     lengths/chosen, lengths/rejected   |y|, tokens
 """
 
@@ -57,7 +57,7 @@ def simpo_loss(
     rejected_logps  (N, U) float  log pi_theta of the rejected tokens, with gradient
     rejected_mask   (N, U) bool
     beta            > 0           scale of the length-normalised reward
-    margin          >= 0, in nat  target reward margin, the paper's gamma
+    margin          >= 0, in nats  target reward margin, the paper's gamma
     num_pairs       int           pairs of the whole batch; default: N
 
     log(1 + e^margin) where both sides are equally likely. ValueError for a pair with an empty side.
@@ -110,7 +110,7 @@ def ipo_loss(
     """Mean over pairs of ((S_w - ref_w) - (S_l - ref_l) - 1/(2 tau))^2 (Table 9), and stats.
 
     chosen_logps .. rejected_ref  as in dpo_loss: the references are sums in both modes
-    tau             > 0           the log-ratio gap is pulled to 1/(2 tau) nat
+    tau             > 0           the log-ratio gap is pulled to 1/(2 tau) nats
     average         divide each side's log-ratio by its length, as TRL and LLaMA-Factory do
     num_pairs       int           pairs of the whole batch; default: N
 

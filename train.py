@@ -97,7 +97,7 @@ class Config:
         "Qwen/Qwen2.5-7B-Instruct", "ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B"
     )
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
-    train_file: list[str] = knob(["toy"], "each a NAME, FILE or NAME:FILE; docs/data.md")
+    train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
@@ -113,7 +113,7 @@ class Config:
     temperature: float = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
     lr_scheduler_type: Literal["constant", "cosine"] = knob(
-        "constant", "cosine falls to 0; ToolUPT Table 7"
+        "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
     )
     warmup_ratio: float = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
@@ -144,7 +144,7 @@ class Config:
     )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
     max_logp_difference: float = knob(
-        0.0, "mean nat between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
+        0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
@@ -298,7 +298,8 @@ def sample_groups(
     """This rank's rewarded groups of a step, train_batch_size over all ranks; and metrics.
 
     A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until
-    enough are kept; they are pooled across ranks and any surplus is dropped.
+    enough are kept; they are pooled across ranks and any surplus is dropped. Its prompts are not
+    those of the other rows: a step has ten batches of them to itself and mostly skips the rest.
     """
 
     def rewarded(batch: list) -> list[Group]:
@@ -391,7 +392,7 @@ def keep_logps(micro: list[Group], logps: Tensor) -> None:
 
 
 def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> dict[str, Tensor]:
-    """|trainer - engine| in nat over the rollout tokens of the step: the mean and the largest."""
+    """|trainer - engine| in nats over the rollout tokens of the step: the mean and the largest."""
     rollouts = rows.mask & ~rows.is_expert[:, None]
     apart = torch.where(rollouts, (logps.detach() - rows.sampler_logps).abs(), 0.0)
     name = "sampling/sampling_logp_difference"
