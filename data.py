@@ -712,6 +712,8 @@ def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, s
     """Return an existing path, the rows to sample (None: all), and the file that NAME expects."""
     repo, expected = SOURCES.get(name, (None, None))
     remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE (data.py)"
+    if name is None and ":" in str(path):
+        remedy += f"; NAME is one of {', '.join([*CONVERTERS, 'jsonl', 'toy', 'bfcl_half'])}"
     if repo:
         remedy = f"get {expected} and pass its path: huggingface-cli download {repo} {expected}"
         remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
@@ -929,16 +931,16 @@ def _own(row, number: int) -> Example:
             if missing := [name for name in names if name not in getattr(example, part)]:
                 raise ValueError(f"{part} without {missing[0]}")
         if example.kind not in ("tool_call", "answer"):
-            raise ValueError(f"kind {example.kind!r}")
+            raise ValueError(f"kind {example.kind!r}, not tool_call or answer")
         tag = f"<{example.kind}>", f"</{example.kind}>"
         if not (example.target.startswith(tag[0]) and example.target.endswith(tag[1])):
             raise ValueError("target without the tags of its kind")
         rewards.binary(example.target, example.target)  # refuses what no response could match
         _hash(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = error if type(error) in (Drop, ValueError) else f"{type(error).__name__}: {error}"
         remedy = "docs/data.md shows rows; data.write_jsonl writes them"
-        raise ValueError(f"row {number} is no Example ({reason}); {remedy}") from None
+        raise ValueError(f"row {number} is not a valid line: {reason}; {remedy}") from None
     return example
 
 

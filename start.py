@@ -20,6 +20,7 @@ import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,11 +71,11 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         if name in _names(common) | _names(row) or not flag[0].startswith("--") or name == "help":
             kept += flag
         elif not owners:
-            parser.error(f"unknown flag --{name}; --help lists those of --algo {algo}")
+            near = get_close_matches(name, sorted(_names(common) | _names(row)), n=1)
+            meant = f"did you mean --{near[0]}? " if near else ""
+            parser.error(f"unknown flag --{name}; {meant}--help lists those of --algo {algo}")
         elif is_typed:
-            parser.error(
-                f"--{name} is not a flag of --algo {algo}; it is one of {', '.join(owners)}"
-            )
+            parser.error(f"--{name} belongs to --algo {', '.join(owners)}, not to {algo}")
         else:
             ignored.append(f"--{name}")
     try:
@@ -93,7 +94,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
-        print(f"not flags of --algo {algo}, ignored: {' '.join(ignored)}")
+        print(f"flags of other methods in the recipe, ignored: {' '.join(ignored)}")
     return config, method
 
 
@@ -149,19 +150,25 @@ def _names(knobs: type) -> set[str]:
 
 
 def table(rows: dict[str, type], shared: type) -> str:
-    """The methods: name and docstring, then the knobs that a row adds to those it inherits."""
+    """The methods: name and docstring, then the knobs that a row adds to those it builds on."""
     width, lines = max(map(len, rows)), []
     for name, row in {**rows, "(rollouts)": shared}.items():
         lines.append(f"{name:{width}}  {row.__doc__.partition(chr(10))[0]}")
-        changed = {knob: (value, source) for knob, (value, source) in row.defaults.items()}
+        changed = {  # None: the row computes it
+            knob: (getattr(row(), knob) if value is None else value, source)
+            for knob, (value, source) in row.defaults.items()
+        }
+        bases = (base for base in row.__bases__ if base not in (*rows.values(), shared))
+        own = {name for part in (row, *bases) for name in part.__dict__.get("__annotations__", {})}
         for f in fields(row):
-            if f.init and f.name in row.__dict__.get("__annotations__", {}):
+            if f.init and f.name in own:
                 default = f.default_factory() if f.default is MISSING else f.default
                 changed[f.name] = default, f.metadata["help"].replace("%%", "%")
         for knob, (value, about) in changed.items():
             text = " ".join(map(str, value)) if isinstance(value, list) else value
             lines.append(f"{'':{width}}    --{knob} {text}".ljust(width + 36) + f"  {about}")
-    return "\n".join([*lines, "", "Every other flag is common to all rows: train.py --help."])
+    end = "A row also has the flags of the rows that it builds on; "
+    return "\n".join([*lines, "", f"{end}`--algo ROW --help` lists them all."])
 
 
 def settings(config, method) -> dict:
@@ -175,7 +182,8 @@ def announce(config, method, world: int) -> str:
     knobs = "\n".join(f"  {name} = {value}" for name, value in settings(config, method).items())
     step = f"{prompts} examples, prompts of up to {config.max_prompt_length} tokens"
     if K:
-        longest = config.max_prompt_length + K * config.max_completion_length
+        responses = K + method.learns_from_expert
+        longest = config.max_prompt_length + responses * config.max_completion_length
         step = (
             f"{prompts} prompts of up to {config.max_prompt_length} tokens, {prompts * K} "
             f"responses of up to {config.max_completion_length}, "
@@ -183,8 +191,11 @@ def announce(config, method, world: int) -> str:
         )
     if hasattr(method, "sft_max_steps"):
         step += f"\n{method.sft_max_steps} steps of SFT, then {method.max_steps} of RL"
+    source = " ".join(config.train_file)
+    if config.train_file == ["toy"]:
+        source = "the toy world (--train_file names other data)"
     return (
-        f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\n"
+        f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\ndata: {source}\n"
         f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
     )
 

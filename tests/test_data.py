@@ -622,6 +622,10 @@ def test_unknown_names_and_missing_paths(tmp_path):
             load(name)
         with pytest.raises(FileNotFoundError, match=f"download {repo} {file}"):
             load(name, tmp_path / "absent.json")
+    with pytest.raises(
+        FileNotFoundError, match="foo:x.json does not exist.*NAME is one of hermes,"
+    ):
+        data.load_source("foo:x.json")
     with pytest.raises(ValueError, match=r"\.jsonl"):
         load("jsonl")
     with pytest.raises(FileNotFoundError):
@@ -1009,11 +1013,11 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
     row = {**vars(example()), **change}
     good = vars(example())
     (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row))
-    with pytest.raises(ValueError, match=r"a\.jsonl: row 2 is no Example"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: row 2 is not a valid line"):
         load("jsonl", tmp_path / "a.jsonl")
     del good["query"]
     (tmp_path / "a.jsonl").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="row 1 is no Example.*query"):
+    with pytest.raises(ValueError, match="row 1 is not a valid line: .*query"):
         load("jsonl", tmp_path / "a.jsonl")
 
 
@@ -1028,6 +1032,7 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
         ({"history": [["human", "Hi"]]}, "the role 'human', not user or assistant"),
         ({"steps": [{"call": "f", "observation": "1"}]}, 'steps holds.*not ."call", "observation"'),
         ({"steps": [["f", "1", "2"]]}, "steps holds"),
+        ({"kind": "call"}, "row 1 is not a valid line: kind 'call', not tool_call or answer"),
     ],
 )
 def test_jsonl_pairs_of_another_form_are_refused(tmp_path, change, message):

@@ -151,18 +151,31 @@ def _audit_group(
     for (number, row), again in zip(lines, records(first["step"], group)):
         for name, value in again.items():
             if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
+                where, there, value = _first_difference(name, row[name], value)
                 raise ValueError(
-                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]}, recomputed {value}"
+                    f"{out}/rollouts.jsonl line {number}: {where} is {there}, recomputed {value}"
                 )
         text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
         for name, again in (("text", text), ("target_ids", target_ids)):
             if again != row[name]:
+                where, there, again = _first_difference(name, row[name], again)
                 raise ValueError(
-                    f"{out}/rollouts.jsonl line {number}: {name} is {row[name]!r}, "
+                    f"{out}/rollouts.jsonl line {number}: {where} is {there!r}, "
                     f"by the tokenizer {again!r}"
                 )
         if row["crc32"] != checksum(row):
             raise ValueError(f"{out}/rollouts.jsonl line {number} was changed: crc32 differs")
+
+
+def _first_difference(name: str, there, again) -> tuple:
+    """What differs and its two values: of lists of one length an entry, of others the length."""
+    if not (isinstance(there, list) and isinstance(again, list)):
+        return name, there, again
+    if len(there) != len(again):
+        return f"the length of {name}", len(there), len(again)
+    pairs = enumerate(zip(there, again))
+    i = next(i for i, (a, b) in pairs if json.dumps(a) != json.dumps(b))
+    return f"{name}[{i}]", there[i], again[i]
 
 
 def main(argv: list[str] | None = None) -> None:

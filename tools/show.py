@@ -62,6 +62,12 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
     """
     from transformers import AutoTokenizer
 
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if not (out / name).exists():
+            raise ValueError(
+                f"{out}/{name} does not exist: only RL runs with their rollouts (not "
+                "--no_log_rollouts) can be shown"
+            )
     config = next(read_jsonl(out / "metrics.jsonl"))
     rows = [row for row in read_jsonl(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
@@ -112,7 +118,7 @@ span { border-radius: 2px; background: rgb(var(--a)) } span:hover { outline: 1px
 </style>
 <h1>__TITLE__</h1>
 <p>Green: positive, made likelier where it is an advantage; red: negative. Point at a token for its
-numbers: log-probs in nat of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
+numbers: log-probs in nats of trainer and engine; phi = p (1 - p) (Eq. 21).</p>
 <input type="radio" name="by" id="advantage" checked><label for="advantage">advantage</label>
 <input type="radio" name="by" id="reward"><label for="reward">token reward</label>
 <main>
@@ -280,8 +286,13 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m tools.show", description="Show a step's responses."
     )
     parser.add_argument("run", type=Path, help="output folder of a run")
-    parser.add_argument("--step", type=int, default=1)
-    parser.add_argument("--by", choices=("advantages", "token_rewards"), default="advantages")
+    parser.add_argument("--step", type=int, default=1, help="optimiser step, from 1; default: 1")
+    parser.add_argument(
+        "--by",
+        choices=("advantages", "token_rewards"),
+        default="advantages",
+        help="what colours the tokens; default: advantages",
+    )
     args = parser.parse_args(argv)
     try:
         print(show(args.run, args.step, args.by))
