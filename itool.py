@@ -66,6 +66,7 @@ import model as modeling
 import rewards
 import simpo
 from checkpoint import write
+from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
 from rollout import Engine, Sample, derived_seed
@@ -75,7 +76,6 @@ from run import (
     Stage,
     add,
     all_gather,
-    check_engine,
     evaluate,
     forward,
     learning_rate_at,

@@ -539,21 +539,3 @@ def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
         return peak
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check_engine(config, difference: float, step: int) -> None:
-    """Stop the run if engine and trainer disagree about the same tokens: their models differ.
-
-    difference  mean |trainer - engine| over the sampled tokens, nat
-
-    In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
-    """
-    exact = config.quant == "none" and not torch.cuda.is_available()
-    limit = config.max_logp_difference or (1e-3 if exact else 0.1)
-    if difference > limit:
-        raise ValueError(
-            f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
-            f"{difference:.3f} nat on average (limit {limit}): it has other weights, another "
-            "tokenizer or other sampling settings. Check the weight sync, or compare with "
-            "--engine transformers"
-        )

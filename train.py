@@ -73,7 +73,6 @@ from run import (
     add,
     all_gather,
     all_sum,
-    check_engine,
     evaluate,
     forward,
     init_distributed,
@@ -212,7 +211,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     run.log_rollouts(
                         [row for g in groups for row in checkpoint.records(step + 1, g)]
                     )
-            check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
+            guard.check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
             with clock("update"):
@@ -351,7 +350,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:
-            check_sample(run.tokenizer, run.stop_ids, sample)
+            guard.check_sample(run.tokenizer, run.stop_ids, sample)
     return groups
 
 
@@ -397,24 +396,6 @@ def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> di
     name = "sampling/sampling_logp_difference"
     largest = apart.max() if apart.numel() else 0.0
     return {f"{name}/mean": apart.sum() / totals["tokens"], f"{name}/max": largest}
-
-
-def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
-    """Stop the run if the engine decodes tokens differently or returns invalid log-probs."""
-    ids, stopped = sample.token_ids, sample.finish_reason == "stop"
-    text = rollout.text_of(tokenizer, ids, sample.finish_reason)
-    if text != sample.text or (stopped and ids[-1] not in stop_ids):
-        raise ValueError(
-            f"the engine decodes its tokens {ids[-20:]} as {sample.text[-60:]!r} "
-            f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "
-            "same tokenizer files"
-        )
-    invalid = [logp for logp in sample.logps if not logp <= 1e-3]  # NaN too; rounding may pass 0
-    if invalid:
-        raise ValueError(
-            f"the engine returned invalid log-probs: {invalid[:5]}; compare with --engine "
-            "transformers"
-        )
 
 
 def validation_loss(config: Config, run: Run) -> float:
