@@ -45,10 +45,15 @@ STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
 
 
-def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> None:
-    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them."""
+def save(
+    out: Path, step: int, model, optimizer, tokenizer, limit: int = 0, texts: dict | None = None
+) -> None:
+    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them.
+
+    texts  of further files in checkpoint-STEP
+    """
     path = out / f"checkpoint-{step}"
-    modeling.save(model, tokenizer, path)
+    modeling.save(model, tokenizer, path, texts=texts)
     save_state(model, optimizer, state_of(path))
     _trim_memory()
     if dist.get_rank() == 0 and limit:
@@ -113,10 +118,8 @@ def save_state(model, optimizer, path: Path) -> None:
     writer = HuggingFaceStorageWriter(
         str(temporary), fqn_to_index_mapping=files, save_distributed=True
     )
-    try:
+    with modeling.whole_or_nothing(temporary, sum(sizes.values())):
         dcp.save(state, storage_writer=writer)
-    except dcp.CheckpointException as error:
-        raise OSError(f"{temporary} could not be written: {_last_line(error)}") from error
     if dist.get_rank() == 0:
         modeling.replace_folder(path, temporary)
     dist.barrier()
@@ -283,8 +286,13 @@ def read_lines(path: Path):
 
 def write(file, row: dict) -> None:
     """Append a row to an open .jsonl file, at once."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        size = len(line.encode())
+        raise OSError(f"{file.name}: {size:,} bytes could not be written ({error})") from error
 
 
 def open_records(path: Path, step: int):

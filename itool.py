@@ -19,7 +19,8 @@ the child it belongs to, which is exact: given the child's tokens it is a draw f
 Departures from the paper, and choices where it is silent (mcts.py has the search's own):
  1. An example is one decision of the model. The pool takes every assistant turn of a conversation,
     calls and answers, not one turn per conversation.
- 2. Outcome: +1 for a finished response without an error of Figure 3's classes, else -1.
+ 2. Outcome: +1 for a finished response without an error of Figure 3's classes, else -1; with
+    --reward_file, +1 where it earns the maximum.
  3. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
     do not give equal parts.
  4. A tenth of the trees is held out, for the preference margin on pairs that are not trained on.
@@ -65,6 +66,7 @@ from run import (
     sync,
     tokens_of,
 )
+from scoring import Reward
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
@@ -254,7 +256,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     """
     best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
     if run.first_step == 0:
-        modeling.save(run.model, run.tokenizer, best)
+        run.save_best(0)
     pool, ungraded = pool_of(
         run.examples, method.pool_fraction, method.buffer_fraction, config.seed
     )
@@ -314,7 +316,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                     metrics |= evaluate(config, run)
                     if metrics["eval/accuracy"] > best_accuracy:
                         best_accuracy = metrics["eval/accuracy"]
-                        modeling.save(run.model, run.tokenizer, best)
+                        run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
@@ -367,6 +369,7 @@ def grow_trees(
         max_tokens=config.max_completion_length,
         self_evaluation=method.self_evaluation if method.mcts else "none",
         seed=f"{config.seed}/{iteration}",
+        reward=run.reward,
     )
     roots, found = [None] * len(mine), []
     with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
@@ -515,6 +518,7 @@ class Searcher:
                      prefix cache then holds; "none": C = 0
     seed             anything with a text form; a request's seed is a hash of it, the example and
                      the node's path
+    reward           whose maximum a right response earns; the papers': no error type applies
     stats            counts since the last `search`
     """
 
@@ -528,10 +532,12 @@ class Searcher:
         max_tokens: int = 512,
         self_evaluation: str = "paper",
         seed: object = 0,
+        reward: Reward | None = None,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.self_evaluation, self.seed = self_evaluation, seed
+        self.reward = reward or Reward()
         self.stop_ids = set(engine.stop_ids)
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
@@ -644,11 +650,14 @@ class Searcher:
         error = rewards.error_type(text, self.examples[root].target)
         if not text.replace("<answer>", "").replace("</answer>", "").strip():
             error = error or "Other"  # an empty answer is no answer
+        right = error is None
+        if self.reward.file:
+            right = self.reward.score(text, self.examples[root]).right
         self.stats["ends"] += 1
         self.stats["ends_parsed"] += error != "Code Syntax"
         self.stats["ends_over_length"] += node.reason == "length"
-        self.stats["ends_correct"] += node.reason == "eos" and error is None
-        return 1.0 if node.reason == "eos" and error is None else -1.0
+        self.stats["ends_correct"] += node.reason == "eos" and right
+        return 1.0 if node.reason == "eos" and right else -1.0
 
     def _state(self, node: Node) -> tuple[int, str]:
         """The tree's root and the response so far: what a grade depends on."""
@@ -870,9 +879,8 @@ def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
 def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
     if run.rank == 0:
-        if run.tracker:
-            numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-            run.tracker({f"search/{k}": v for k, v in numbers.items()}, summary["step"])
+        numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+        run.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
         rows = [pair.row for pair in pairs]
         for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
             with open(run.out / name, "a") as file:
