@@ -11,6 +11,7 @@
 
 A source is [NAME:]PATH[@ROWS]: a file (.json, .jsonl, their .gz, .parquet) or a folder of such, the
 layout of its rows (guessed row by row where it is not named), and how many of them to sample.
+docs/data.md shows a row of every layout. Nothing is downloaded.
 tasks/converters.py turns a raw row into a Conversation; `convert` cuts it into steps, so that all
 datasets share one rule for history, tool steps and drops. What is left out is counted under a
 reason that starts with its unit: "row: ", "turn: " (one example) or "text: " (prose beside a call).
@@ -19,11 +20,12 @@ Where the papers are silent, or we depart from them (the datasets' own points: t
  1. Tool steps of earlier rounds stay in the prompt, numbered on. Figure 6 shows the current query's
     only, but then up to 28 % of the calls have an argument that the prompt holds nowhere.
  2. APIGen-MT's policy, without which targets cannot be inferred, precedes the tool descriptions.
- 3. Its `think` calls stay in the context but are no targets: free text never meets an exact reward.
+ 3. Its `think` calls stay in the context but are not targets: an exact reward cannot judge prose.
  4. Prose beside a call is dropped: the format has room for one of the two.
  5. Answers of the irrelevance set are ours (NO_TOOL): the set holds none.
  6. Examples with one of our tags inside a text are dropped; exact repetitions are kept once.
  7. iTool's definitions of easy, medium and hard overlap: hard wins, then easy.
+ 8. A row of our own form with a mistake is an error; any other row that cannot be parsed is dropped.
 """
 
 import argparse
@@ -236,13 +238,20 @@ def read_rows(path: str | Path, expected: str | None = None) -> list:
     return [row for _, rows in _read_files(path, expected) for row in rows]
 
 
-def read_jsonl(path: str | Path) -> Iterator:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator:
     """Yield the value of each line of a .jsonl or .jsonl.gz file; ValueError names a broken line.
+
+    growing  the file is a run's record: it may not exist yet, and a last line that a crash or a
+             write in progress cut short is left out
 
     Lines end with a line feed alone: str.splitlines would also cut at U+2028, which JSON texts hold.
     """
+    if growing and not Path(path).exists():
+        return
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            if growing and not line.endswith("\n"):
+                return
             try:
                 if line.strip():
                     yield json.loads(line, object_pairs_hook=json_object)

@@ -422,7 +422,7 @@ def _answer_rest(options, cases, chosen, settings):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(options.output_dir)
     _barrier(world)
-    done = {row["id"] for row in scores.read_rows(out / "results.jsonl")}
+    done = {row["id"] for row in data.read_jsonl(out / "results.jsonl", growing=True)}
     todo = [case for case in chosen if case.id not in done]
     if rank == 0 and len(todo) < len(chosen):
         print(
@@ -467,7 +467,7 @@ def _recorded(out):
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
-    rows = scores.read_rows(out / "results.jsonl")
+    rows = list(data.read_jsonl(out / "results.jsonl", growing=True))
     options.categories = (
         sorted({row["category"] for row in rows}) if options.bench == "bfcl" else None
     )
@@ -557,9 +557,8 @@ def _open(out, settings, sizes):
 def _merge(out, cases=()):
     """Gather results.jsonl and the ranks' parts into results.jsonl, in the order of the cases."""
     parts = sorted(out.glob("results.part*.jsonl"))
-    rows = {
-        row["id"]: row for path in [out / "results.jsonl", *parts] for row in scores.read_rows(path)
-    }
+    paths = [out / "results.jsonl", *parts]
+    rows = {row["id"]: row for path in paths for row in data.read_jsonl(path, growing=True)}
     order = {case.id: i for i, case in enumerate(cases)}
     with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
         for row in sorted(rows.values(), key=lambda row: order.get(row["id"], -1)):

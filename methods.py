@@ -1,6 +1,6 @@
 """The methods: one dataclass per row of ToolUPT's Table 1 and Figure 4, in the paper's order.
 
-A row is read from top to bottom:
+Read a row from top to bottom:
 
     fields        the knobs that only this row reads, each with unit and source: flags of train.py
     defaults      values of common knobs (Config in train.py) that this row changes
@@ -9,17 +9,18 @@ A row is read from top to bottom:
     advantages    of a group: per response (below Eq. 2) or per token (Eqs. 13-17)
     objective     the loss of a micro-batch and its stats, before the entropy bonus of `loss`
 
-A row that is another with one thing changed inherits and overrides that thing, so the difference
-between two neighbours is what the papers say they differ in.
+A row that is another with one thing changed inherits and overrides that thing, so neighbours differ
+by what the papers say they differ in. ToolUPT's code is not public: where its text is silent or
+contradicts itself, the rows say what was chosen.
 
-Rollouts are strictly on-policy, one update per batch: the sampling log-probs are the detached
-log-probs, the ratio is 1 and no clip range can act, so the rows have none. Stats add up over
-micro-batches and ranks, except those named */max, of which the largest counts.
+Training is strictly on-policy (Table 7), one update per batch: the sampling log-probs are the
+detached log-probs, the ratio is 1, and rows have no clip range because none could act. Stats add up
+over micro-batches and ranks; of those named */max the largest counts.
 
-To add a method: its loss in a file of the mathematics, a dataclass here and a line in METHODS.
+To add a method, write its loss in a mathematics file, a dataclass here and a line in METHODS.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -73,7 +74,7 @@ class Rows:
     """A micro-batch, one row per response, padded to T; a group's expert follows its rollouts."""
 
     mask: Tensor  # (R, T) bool
-    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have no more than the mask
+    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have only the mask
     is_answer: Tensor | None = None  # (R,) bool, the ground truth is an answer
     correct: Tensor | None = None  # (R,) bool, completely right
     advantages: Tensor | None = None  # (R, T), 0 on experts outside the group
@@ -81,7 +82,7 @@ class Rows:
 
 
 def rows_of(groups: list[Group], mask: Tensor) -> Rows:
-    """What the losses need beside log-probs, in the shape (R, T) and on the device of `mask`."""
+    """What the losses need besides log-probs, shaped like `mask`, (R, T), and on its device."""
     advantages, sampler_logps = torch.zeros(mask.shape), torch.zeros(mask.shape)
     is_expert, is_answer, correct = [], [], []
     for group in groups:
@@ -114,48 +115,49 @@ def unread(default: Any) -> Any:
 
 
 def at_least(knobs: Any, least: float, *names: str) -> None:
-    """ValueError that names the first of the knobs below `least`."""
+    """ValueError naming the first of these knobs that is below `least`."""
     for name in names:
         if getattr(knobs, name) < least:
             raise ValueError(f"--{name} {getattr(knobs, name)}: must be at least {least}")
 
 
 class Row:
-    """What the program asks of every row; iTool's is in itool.py."""
+    """The interface of every row; iTool's is in itool.py."""
 
     defaults: ClassVar[Defaults] = {}  # of common knobs
     logprobs_mode: ClassVar[str] = "processed_logprobs"  # of the engine
 
     def check(self, config: Any) -> None:
-        """ValueError where these knobs and the common ones do not go together."""
+        """ValueError if these knobs are invalid or contradict the common ones."""
 
     def check_examples(self, examples: list, config: Any) -> None:
-        """ValueError where the training examples are too few."""
+        """ValueError if there are too few training examples."""
 
     def flags_without_effect(self) -> dict[str, str]:
-        """Knobs that the values of others switch off, and why."""
+        """Knobs that other knobs switch off, and why."""
         return {}
 
     def question_length(self, tokenizer: Any, max_length: int) -> int:
-        """Tokens of the longest prompt for the engine that is not one of the data."""
+        """Tokens of the longest prompt that the engine sees beside those of the data."""
         return 0
 
 
 @dataclass
 class Rollouts(Row):
-    """What the rows with rollouts share."""
+    """What all rows with rollouts share."""
 
     max_steps: int = knob(600, "optimiser steps; ToolUPT Table 7")
     num_generations: int = knob(8, "sampled responses per prompt; ToolUPT Table 7")
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
     learns_from_expert: ClassVar[bool] = False
+    alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
     generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
 
     def check(self, config: Any) -> None:
         at_least(self, 1, "max_steps", "generation_batches")
         if self.num_generations < 2:
-            raise ValueError("--num_generations: an advantage compares responses; take at least 2")
+            raise ValueError("--num_generations: advantages compare responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
         """The outcome reward, in [-3, 4] (Eq. 12) or a user's bounds; lengths in tokens."""
@@ -167,7 +169,7 @@ class Rollouts(Row):
         return _on_tokens(grpo.group_advantages(scores, len(scores)), group)
 
     def schedule(self, step: int) -> dict[str, float]:
-        """What changes from step to step, by the name of its metric."""
+        """Values that change from step to step, by the name of their metric."""
         return {}
 
     def loss(
@@ -182,15 +184,29 @@ class Rollouts(Row):
                  of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
-        The bonus is the entropy of the rollouts, reduced like the policy loss. It stands outside
-        the mix of Eq. 23.
+        The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss. It
+        stays outside the mix of Eq. 23, which does not show it.
         """
-        loss, stats = self.objective(rows, logps, entropy, totals, step)
+        balance = self.schedule(step).get("balance", 0.0)
+        loss, stats = self.objective(rows, logps, entropy, totals, balance)
         rollouts = rows.mask & ~rows.is_expert[:, None]
         entropy = torch.where(rollouts, entropy, 0.0)
         loss = loss - self.entropy_coef * self.reduced(entropy, rollouts, totals)
         mean = entropy.detach().sum() / totals["tokens"]
         return loss, {**stats, "loss": loss.detach(), "entropy": mean}
+
+    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
+        """The terms of the objective, each before the balance weighs it: scalars with gradient.
+
+        "policy" is that of the rollouts, "expert" that of the expert responses where there are any.
+        """
+        on, off = (
+            replace(rows, mask=rows.mask & x[:, None]) for x in (~rows.is_expert, rows.is_expert)
+        )
+        terms = {"policy": self.objective(on, logps, entropy, totals, 0.0)[0]}
+        if self.learns_from_expert:
+            terms["expert"] = self.objective(off, logps, entropy, totals, 1.0)[0]
+        return terms
 
     def reduced(self, entropy: Tensor, mask: Tensor, totals: dict[str, int]) -> Tensor:
         """Mean over all tokens of the step."""
@@ -207,7 +223,11 @@ def _on_tokens(advantages: Tensor, group: Group) -> Tensor:
 
 @dataclass
 class Sft(Row):
-    """Imitates the expert responses (Eq. 1); the checkpoint of lowest validation loss counts."""
+    """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss.
+
+    Table 7 gives veRL's defaults, so the rest is veRL's too: 10 % warm-up, betas 0.9 and 0.95. The
+    loss is measured every --eval_steps.
+    """
 
     max_steps: int = knob(3000, "optimiser steps; ToolUPT Table 7")
     defaults: ClassVar[Defaults] = {
@@ -228,14 +248,17 @@ class Sft(Row):
 
 @dataclass
 class Grpo(Rollouts):
-    """Binary reward, group advantages, mean over responses of token means (Eq. 2)."""
+    """Binary reward, group advantages, mean over responses of token means (Eq. 2).
+
+    The token mean, veRL's default, is what the paper presents as DAPO's change.
+    """
 
     def reward(self, outcome, length, max_length) -> float:
         """1 where the response is completely right, else 0 (ToolUPT section 4.3)."""
         return float(outcome.right)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        A, N = rows.advantages[:, 0], totals["responses"]  # veRL's mean is over tokens
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        A, N = rows.advantages[:, 0], totals["responses"]
         return grpo.grpo_loss(logps, logps, A, rows.mask, num_responses=N)[0], {}
 
     def reduced(self, entropy, mask, totals) -> Tensor:
@@ -244,13 +267,17 @@ class Grpo(Rollouts):
 
 @dataclass
 class Dapo(Rollouts):
-    """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO)."""
+    """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO).
 
-    generation_batches: int = knob(1, "per round of dynamic sampling; DAPO's script: 3")
+    The penalty falls from 0 to -1 between 768 and 1,024 tokens; ToolUPT gives no numbers, DAPO's
+    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it.
+    """
+
+    generation_batches: int = knob(1, "batches per round of dynamic sampling; DAPO's script: 3")
     overlong: float = knob(
-        0.25, "last share of a response in which a penalty rises to -1; ours; DAPO section 3.4: 0.2"
+        0.25, "last share of a response with a growing penalty; ours; DAPO section 3.4: 0.2"
     )
-    tis_cap: float = knob(0.0, "truncated importance sampling, 2 is usual; 0: off, as in DAPO")
+    tis_cap: float = knob(0.0, "truncated importance sampling, usually 2; 0: off, as in DAPO")
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -259,11 +286,11 @@ class Dapo(Rollouts):
         if not 0 <= self.overlong <= 1 or (self.overlong and tokens < 1):
             raise ValueError(
                 f"--overlong {self.overlong}: take a share of --max_completion_length, 0 .. 1, "
-                "of a token or more"
+                "that amounts to a token or more"
             )
 
     def reward(self, outcome, length, max_length) -> float:
-        """The outcome reward, less up to 1 where the response runs to its limit."""
+        """The outcome reward, less up to 1 as the response nears its limit."""
         if not self.overlong:
             return outcome.total
         ramp = round(self.overlong * max_length)
@@ -271,11 +298,11 @@ class Dapo(Rollouts):
         return outcome.total + float(penalty)
 
     def keep(self, group: Group) -> bool:
-        """Whether the outcomes differ: else every advantage is 0 (DAPO section 3.2)."""
+        """Whether the outcomes differ: if not, every advantage is 0 (DAPO section 3.2)."""
         totals = torch.tensor([outcome.total for outcome in group.outcomes])
         return bool(grpo.informative_groups(totals, len(totals)))
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         on, N, weights, stats = ~rows.is_expert, totals["tokens"], None, {}
         logps, A, mask = logps[on], rows.advantages[on], rows.mask[on]
         if self.tis_cap:
@@ -289,7 +316,7 @@ class Dapo(Rollouts):
 
 @dataclass
 class DapoStar(Dapo):
-    """DAPO without dynamic sampling and without the overlong penalty (ToolUPT section 4.3)."""
+    """DAPO without dynamic sampling and the overlong penalty, all else kept (ToolUPT 4.3)."""
 
     generation_batches: int = unread(1)
     overlong: float = unread(0.0)
@@ -300,22 +327,29 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob("positional", "with the expert (fgae.py)")
+    alignment: Literal["positional", "lcs"] = knob("positional", "with the expert; fgae.py")
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
-        ids, mask = _padded([sample.token_ids for sample in group.samples])
-        expert_ids, expert_mask = _padded([group.target] * K)
+        responses = [sample.token_ids for sample in group.samples]
+        _, mask = _padded(responses)
+        matched = matched_tokens(responses, group.target, self.alignment)
         # answers have no process rewards: "for tool_call responses"
-        expert_mask = expert_mask & (group.example.kind == "tool_call")
-        if self.alignment == "lcs":
-            expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
-        matched = fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=self.alignment)
+        matched = matched & (group.example.kind == "tool_call")
         lower, upper = group.bounds
         scores = torch.tensor(group.rewards)
         group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)
         return fgae.token_advantages(group.token_rewards, mask, K)
+
+
+def matched_tokens(responses: list[list[int]], target: list[int], alignment: str) -> Tensor:
+    """(K, T) bool, which tokens of the responses are the expert's (fgae.py)."""
+    ids, mask = _padded(responses)
+    expert_ids, expert_mask = _padded([target] * len(responses))
+    if alignment == "lcs":
+        expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
+    return fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=alignment)
 
 
 def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -329,7 +363,7 @@ def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class AfterSft:
-    """A row whose first stage is SFT; its own starts from the best checkpoint (ToolUPT 4.3)."""
+    """SFT first; the row starts from its best checkpoint with a fresh optimiser (ToolUPT 4.3)."""
 
     sft_max_steps: int = knob(3000, "optimiser steps of SFT; ToolUPT Table 7")
     sft_learning_rate: float = knob(1e-5, "of SFT; ToolUPT Table 7; its schedule is that of sft")
@@ -346,53 +380,61 @@ class AfterSft:
 
 @dataclass
 class SftDapoStar(AfterSft, DapoStar):
-    """SFT, then DAPO* from its best checkpoint."""
+    """SFT, then DAPO* from SFT's best checkpoint."""
 
 
 @dataclass
 class SftFgDapoStar(AfterSft, FgDapoStar):
-    """SFT, then FG-DAPO* from its best checkpoint."""
+    """SFT, then FG-DAPO* from SFT's best checkpoint."""
 
 
 @dataclass
 class Luffy(Rollouts):
-    """Rollouts and an expert response in one group, p/(p+0.1) on expert tokens (LUFFY Eq. 5)."""
+    """Rollouts and an expert response in one group, p/(p+0.1) on expert tokens (LUFFY Eq. 5).
+
+    The reward is graded, as DAPO's. Neither std nor clip, as in its script (its equations have
+    both); the token mean of its Eq. 5 (its script divides by 8,192).
+    """
 
     num_generations: int = knob(7, "sampled responses per prompt; with the expert a group of 8")
     learns_from_expert = True
 
     def advantages(self, group: Group) -> Tensor:
-        """R - mean over rollouts and expert; no std, as in LUFFY's script (its Eq. 4 has one)."""
+        """R - mean over rollouts and expert."""
         scores = _with_expert(self, group)
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
         return baselines.luffy_loss(logps, logps, A, rows.mask, rows.is_expert, num_tokens=Z)
 
 
 def _with_expert(method: Rollouts, group: Group) -> Tensor:
-    """Rewards of the group, (K + 1,): the demonstration is scored like every other response."""
+    """Rewards of the group, (K + 1,): the expert response is scored like every other."""
     own = method.reward(group.expert_outcome, len(group.target), group.max_length)
     return torch.tensor([*group.rewards, own])
 
 
 @dataclass
 class Srft(Rollouts):
-    """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13)."""
+    """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13).
 
-    num_generations: int = knob(7, "sampled responses per prompt; as LUFFY's, SRFT's own run: 8")
+    The reward is binary, as in its paper. The variant hpt shapes p and has no std; its denominators
+    are the paper's all the same.
+    """
+
+    num_generations: int = knob(7, "sampled responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
     learns_from_expert = True
-    reward = Grpo.reward  # 1 where right, else 0
+    reward = Grpo.reward
 
     def advantages(self, group: Group) -> Tensor:
-        """Over rollouts and expert, with std as printed; both public codes have none."""
+        """Over rollouts and expert, with the printed std; both public codes have none."""
         scores, std = _with_expert(self, group), self.srft_variant == "paper"
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=std), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         own = (rows.advantages[:, 0], rows.correct, rows.mask, rows.is_expert)
         kind = {"variant": self.srft_variant, "shaped": self.srft_shaped}
         counts = _both(totals)
@@ -401,21 +443,26 @@ class Srft(Rollouts):
 
 
 def _both(totals: dict[str, int]) -> dict[str, int]:
-    """The denominators of rollouts and experts."""
+    """The denominators of rollout and expert tokens."""
     return {"num_tokens": totals["tokens"], "num_expert_tokens": totals["expert_tokens"]}
 
 
 @dataclass
 class Chord(Rollouts):
-    """0.9 GRPO + 0.1 SFT weighted by p(1-p): CHORD-phi (CHORD Eq. 2)."""
+    """0.9 GRPO + 0.1 SFT weighted by p(1-p): CHORD-phi (CHORD Eq. 2).
 
-    chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; give it a decaying mu")
-    chord_mu: float = knob(0.1, "weight mu of the SFT term; with a schedule, its end")
+    mu = 0.1 is the best of its paper on tool use, and needs no schedule. The experts are those of
+    the step's own prompts; CHORD has a batch apart. ToolUPT does not say which reward this row had:
+    it is binary, as in CHORD's ToolACE example.
+    """
+
+    chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
+    chord_mu: float = knob(0.1, "weight mu of the SFT term; with a schedule, its final value")
     chord_mu_peak: float = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
     chord_mu_warmup: int = knob(0, "steps from 0 to the peak")
     chord_mu_decay: int = knob(0, "steps of the cosine from peak to --chord_mu; CHORD-mu: 30")
     learns_from_expert = True
-    reward = Grpo.reward  # as in CHORD's ToolACE example
+    reward = Grpo.reward
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -429,10 +476,10 @@ class Chord(Rollouts):
         ends = {"peak": self.chord_mu_peak, "valley": self.chord_mu}
         return {"balance": baselines.chord_mu_at(step, **steps, **ends)}
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        on, off, mu = ~rows.is_expert, rows.is_expert, self.schedule(step)["balance"]
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        on, off = ~rows.is_expert, rows.is_expert
         rollouts = (logps[on], logps[on], rows.advantages[on, 0], rows.mask[on])
-        kind = {"mu": mu, "phi": self.chord_phi}
+        kind = {"mu": balance, "phi": self.chord_phi}
         experts = (logps[off], rows.mask[off])
         loss, stats = baselines.chord_loss(*rollouts, *experts, **kind, **_both(totals))
         return loss, {name: stats[name] for name in ("chord/grpo", "chord/sft", "expert_prob")}
@@ -444,7 +491,7 @@ class ToolUpt(FgDapoStar):
 
     spo_beta: float = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
     balance_low: float = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
-    balance_high: float = knob(0.3, "its highest weight; equal to the lowest: a constant")
+    balance_high: float = knob(0.3, "its highest weight; equal to the lowest: constant")
     balance_up: int = knob(100, "steps from low to high")
     balance_down: int = knob(200, "steps from high to low")
     learns_from_expert = True
@@ -461,11 +508,16 @@ class ToolUpt(FgDapoStar):
         low, high, up, down = (getattr(self, f"balance_{x}") for x in ("low", "high", "up", "down"))
         return {"balance": spo.balance_at(step, low=low, high=high, up=up, down=down)}
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
-        policy, stats = super().objective(rows, logps, entropy, totals, step)  # Eq. 18
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
+        policy, stats = super().objective(rows, logps, entropy, totals, balance)  # Eq. 18
         preference, parts = self.expert_loss(rows, logps, totals)  # Eq. 22
-        loss = spo.toolupt_loss(preference, policy, self.schedule(step)["balance"])
-        return loss, {**stats, **parts}
+        return spo.toolupt_loss(preference, policy, balance), {**stats, **parts}
+
+    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
+        """Of SPO, "expert" are the chosen tokens and "rejected" those of rollouts."""
+        on = replace(rows, mask=rows.mask & ~rows.is_expert[:, None])
+        rejected = self.objective(on, logps, entropy, totals, 1.0)[0]
+        return {**super().terms(rows, logps, entropy, totals), "rejected": rejected}
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         """Expert tokens as chosen, rollout tokens of negative advantage as rejected (Eq. 22)."""
@@ -492,6 +544,7 @@ class ToolUptNoSpo(ToolUpt):
     """ToolUPT with a plain SFT loss in place of SPO (Figure 4, right)."""
 
     spo_beta: float = unread(1.0)
+    terms = Rollouts.terms
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         off = rows.is_expert
@@ -510,7 +563,7 @@ class DrGrpo(Grpo):
         scores = torch.tensor(group.rewards)
         return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
 
-    def objective(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
+    def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, N = rows.advantages[:, 0], totals["responses"]
         limit = {"max_length": totals["max_length"], "num_responses": N}
         return grpo.drgrpo_loss(logps, logps, A, rows.mask, **limit)[0], {}

@@ -13,29 +13,31 @@
     outcome     R_correct = 6 (w1 r_syntax + w2 r_name + w3 r_param) - 3                      Eq. 11
     outcome     R_outcome = R_format + R_correct, in [-3, 4]                                  Eq. 12
 
-(ToolUPT, section 3.2.1.) An <answer> target asks for an answer without a tool call and leaves its
-words free: R_correct is +3 or -3. error_type names what is wrong in iTool's classes (Figure 3,
-appendix A.1); form says how a response is wrapped.
+(ToolUPT, section 3.2.1.) error_type names what is wrong in iTool's classes (Figure 3, appendix
+A.1); form says how a response is wrapped.
 
 Where the paper is silent or misprinted:
-1. Format strips white space and looks at the tags of the target's type only; correctness reads the
-   first block wherever it stands.
-2. Syntax is all or nothing: one bad call, a missing or null params, an empty list, a key written
-   twice in an object at any depth, and r_syntax, r_name and r_param are 0. Extra keys are allowed.
+1. Format ignores surrounding white space and checks only the tags of the target's type. "Each tag
+   exactly once" is ours: the paper asks for tags at the start and the end of the output.
+   Correctness reads the first block wherever it is.
+2. Syntax is all or nothing: one bad call, missing or null params, an empty list, or a key repeated
+   in an object at any depth, and r_syntax, r_name and r_param are 0. Extra keys are allowed.
 3. Names are a set, as printed: a wrong number of calls shows in max(m, n) only.
 4. Eq. 10's sum runs over the n ground-truth calls and U over the m predicted ones (printed the
-   other way round). Matching is greedy in ground-truth order, the first best candidate wins, and a
-   match that scores 0 uses up nothing.
+   other way round). Matching is greedy in ground-truth order, as in ToolRL, from which this reward
+   descends; the first best candidate wins, and a match that scores 0 uses up nothing.
 5. Two calls without parameters have s_key = s_value = 1 (0/0 in print).
 6. Values are equal as JSON: 1 = 1.0, true is not 1, "1" is not 1, lists ordered, objects not.
 7. The weights are 1/3 each (no value in print), so a wrong name in good syntax still scores -1.
-8. An answer is what stands between the first <answer> and the last </answer>; an empty one is wrong.
-9. Tags of both kinds are no decision (the prompt asks for one of the two): R_correct is -3 whichever
-   is due, or a policy in doubt would be paid for hedging. Tags inside the first block are data.
+8. For an <answer> target R_correct is +3 for an answer in tags without a tool call, else -3: only
+   this gives the stated range. Its words are free, but not empty. An answer is the text between the
+   first <answer> and the last </answer>.
+9. A response with tags of both kinds has not decided, as the prompt asks it to: R_correct is -3
+   either way, or a policy in doubt would be paid for hedging. Tags inside the first block are data.
 
-Nothing a model writes raises, hangs or leaves [-3, 4]. NaN, Infinity and numbers beyond a float's
-range (1e999) do not parse, nor do integers beyond Python's digit limit, nesting beyond its recursion
-limit and calls longer than MAX_CHARS. Targets are data: a malformed one is a ValueError.
+Nothing a model writes can raise, hang or leave [-3, 4]. NaN, Infinity and numbers beyond a float's
+range (1e999) do not parse, nor do integers beyond Python's digit limit, nesting beyond its
+recursion limit or calls longer than MAX_CHARS. Targets are data: a malformed one is a ValueError.
 Copy this file on its own: it needs the standard library only.
 """
 
@@ -48,17 +50,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-# Calls longer than this do not parse: a response of 1,024 tokens has about 5,000 characters, and
-# megabytes of calls would cost seconds in ast.literal_eval and in matching.
+# Longer calls do not parse: a response of 1,024 tokens has about 5,000 characters, and megabytes
+# would take seconds in ast.literal_eval and in matching.
 MAX_CHARS = 50_000
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a response is: kind "tool_call" (then calls is a list), "answer" or "malformed"."""
+    """What a response is."""
 
-    kind: str
-    calls: list[dict] | None  # each with "name": str and "params": dict
+    kind: str  # "tool_call" | "answer" | "malformed"
+    calls: list[dict] | None  # of a tool_call: each with "name": str and "params": dict
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Form:
-    """How a response is wrapped, whether or not it is right."""
+    """How a response is wrapped, right or wrong."""
 
     kind: str  # one of FORMS
-    empty_answer: bool  # the answer tags hold nothing but white space
-    repeated_key: bool  # the first block is JSON but for a key written twice in one object
+    empty_answer: bool  # the answer tags hold only white space
+    repeated_key: bool  # the first block is JSON except for a key repeated in one object
 
 
 # A <tool_call> block; an answer; tags of both kinds; a JSON call in a code fence or between answer
@@ -95,9 +97,9 @@ FORMS = ("call", "answer", "both", "untagged call", "neither")
 def parse(response: str) -> Parsed:
     """The first <tool_call> block as calls; without a block, whether there is an <answer>.
 
-    response  str  any text; what stands outside the tags does not matter
+    response  str  any text; what is outside the tags does not matter
 
-    A block that is not JSON calls, and a text with neither block nor answer, is "malformed".
+    A block that does not hold JSON calls is "malformed", and so is a text without block and answer.
     """
     _, block, _ = _around_block(response)
     if block is not None:
@@ -107,11 +109,9 @@ def parse(response: str) -> Parsed:
 
 
 def form(response: str) -> Form:
-    """How a response is wrapped: one of FORMS, an empty answer, a repeated key.
+    """How a response is wrapped; a block that does not parse is a "call" all the same.
 
     response  str  any text
-
-    It looks at tags, not at what they hold: a block that does not parse is a "call" all the same.
     """
     _, block, _ = _around_block(response)
     answer = _answer(response)
@@ -132,9 +132,9 @@ def form(response: str) -> Form:
 
 
 def parse_python(response: str) -> Parsed:
-    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without calls is an "answer".
+    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without is an "answer".
 
-    response  str  any text; a call only if its first character, blanks apart, is a bracket
+    response  str  any text; calls start with a bracket
     """
     text = response.strip()
     if not text.startswith("["):
@@ -166,9 +166,8 @@ def outcome(
         name = _names(calls, wanted.calls) if calls else 0.0
         param = _params(calls, wanted.calls) if calls else 0.0
     score = weights[0] * syntax + weights[1] * name + weights[2] * param
-    correct = (
-        6 * (score / (weights[0] + weights[1] + weights[2])) - 3
-    )  # Eq. 11; the division keeps round-off out: 3 is 3
+    # Eq. 11; dividing by the weights added in the same order makes a perfect score exactly 3
+    correct = 6 * (score / (weights[0] + weights[1] + weights[2])) - 3
     format = _format(response, wanted.kind)
     return Outcome(format, syntax, name, param, correct, total=format + correct)  # Eq. 12
 
@@ -176,31 +175,28 @@ def outcome(
 def binary(response: str, target: str) -> float:
     """1.0 if the response is completely right, i.e. R_outcome is 4, else 0.0 (Naive GRPO).
 
-    response, target  str  as in outcome
+    Every method thus has the same notion of right. Arguments as in outcome.
     """
-    parts = outcome(response, target)
-    return float(parts.format == parts.syntax == parts.name == parts.param == 1)
+    return float(outcome(response, target).total == 4)
 
 
 def tally(responses: list[str], targets: list[str]) -> dict[str, float]:
-    """Sums over held-out examples, which add up over ranks: what evaluation divides by n and n_calls.
+    """Sums over held-out examples, which add up over ranks.
 
     responses, targets  (n,) str  as in outcome
 
     n, accuracy (completely right), reward (Eq. 12); n_calls, tool_calls: number of <tool_call>
-    targets and how many of them are right; answers: how many of the others.
+    targets and how many of them are right; answers: how many of the others are.
     """
-    totals = [outcome(response, target).total for response, target in zip(responses, targets)]
-    calls = [_read_target(target).kind == "tool_call" for target in targets]
-    right = [total == 4 for total in totals]
-    return {
-        "n": len(targets),
-        "accuracy": sum(right),
-        "reward": sum(totals),
-        "n_calls": sum(calls),
-        "tool_calls": sum(r for r, call in zip(right, calls) if call),
-        "answers": sum(r for r, call in zip(right, calls) if not call),
-    }
+    sums = dict.fromkeys(("n", "accuracy", "reward", "n_calls", "tool_calls", "answers"), 0.0)
+    for response, target in zip(responses, targets):
+        total, is_call = outcome(response, target).total, _read_target(target).calls is not None
+        sums["n"] += 1
+        sums["accuracy"] += total == 4
+        sums["reward"] += total
+        sums["n_calls"] += is_call
+        sums["tool_calls" if is_call else "answers"] += total == 4
+    return sums
 
 
 def error_type(response: str, target: str) -> str | None:
@@ -211,10 +207,10 @@ def error_type(response: str, target: str) -> str | None:
 
     In this order: "Other" (tags of both kinds), "Code Syntax", "Other" (no call on either side, but
     an <answer> target not met), "Tools Count", "Tool Name", "Parameter Count", "Parameter Name",
-    "Parameter Value". Calls may come in any order and are paired so that the first class that
-    applies comes as late as it can.
-    Looser than binary: no format, and strings are equal after BFCL's normalisation. A text against
-    a target without tags and calls is right. Raises ValueError if the target is malformed.
+    "Parameter Value". Calls may come in any order; they are paired so that the first class that
+    applies is as late as possible.
+    Looser than binary: format does not count, and strings are compared after BFCL's normalisation.
+    A text against a target without tags and calls is right. ValueError if the target is malformed.
     """
     is_answer = target.lstrip().startswith("<answer>") and bool(_read_target(target))
     calls, wanted = _any_calls(response), _any_calls(target)
@@ -316,7 +312,7 @@ def _same(g: Any, p: Any, text: Callable[[str], str] = str) -> bool:
 
 @lru_cache(maxsize=1024)  # K responses of a group share it
 def _read_target(target: str) -> Parsed:
-    """The parsed target; ValueError unless the target itself would earn the maximum of 4."""
+    """The parsed target; ValueError unless it would earn the maximum of 4 itself."""
     parsed = parse(target)
     right = parsed.calls or _is_answer(target)
     if parsed.kind == "malformed" or not (right and _format(target, parsed.kind)):
@@ -327,7 +323,7 @@ def _read_target(target: str) -> Parsed:
 
 
 def _answer(text: str) -> str | None:
-    """What stands between the first <answer> and the last </answer>, None if a tag is missing."""
+    """The text between the first <answer> and the last </answer>, None if a tag is missing."""
     _, opened, rest = text.partition("<answer>")
     content, closed, _ = rest.rpartition("</answer>")
     return content if opened and closed else None
@@ -339,7 +335,7 @@ def _is_answer(text: str) -> bool:
 
 
 def _around_block(text: str) -> tuple[str, str | None, str]:
-    """What stands before, in and after the first <tool_call> block; (text, None, "") without one."""
+    """The text before, in and after the first <tool_call> block; (text, None, "") without one."""
     before, _, rest = text.partition("<tool_call>")
     block, closed, after = rest.partition("</tool_call>")
     return (before, block, after) if closed else (text, None, "")
@@ -374,10 +370,7 @@ def _any_calls(text: str) -> list[dict] | None:
 
 
 def _pair_up(calls: list[dict], wanted: list[dict], alike: Callable[[dict, dict], bool]) -> bool:
-    """Whether every call has a partner of its own.
-
-    Taking the first one is right because `alike` is an equivalence.
-    """
+    """Whether every call has a partner of its own; greedy is right: `alike` is an equivalence."""
     rest = list(calls)
     for g in wanted:
         j = next((j for j, p in enumerate(rest) if alike(g, p)), None)
@@ -429,7 +422,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     return value
 
 
-# json.loads would build one on every call.
+# Made once: json.loads would build a decoder on every call.
 _LENIENT = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
 
@@ -445,10 +438,7 @@ def _json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:
 
 
 def _python_calls(text: str) -> list[dict] | None:
-    """Calls of '[Func Name(a="v", n=1), Other()]', or None on a syntax error.
-
-    An own parser, since tool names hold spaces, dots and slashes.
-    """
+    """Calls of '[Func Name(a="v", n=1), Other()]', or None; ast cannot: names may hold spaces."""
     if len(text) > MAX_CHARS or not text.endswith("]"):
         return None
     calls = [_python_call(item.strip()) for item in _split(text[1:-1], ",") or []]
@@ -456,7 +446,7 @@ def _python_calls(text: str) -> list[dict] | None:
 
 
 def _python_call(item: str) -> dict | None:
-    """The call of 'Func Name(a="v", n=1)', or None. Positional arguments must parse, no more."""
+    """The call of 'Func Name(a="v", n=1)', or None. Positional arguments must only parse."""
     name, _, rest = item.partition("(")
     args = _split(rest[:-1], ",") if rest.endswith(")") else None
     if args is None or not _is_plain(name):
@@ -490,7 +480,7 @@ def _literal(text: str) -> Any:
 
 
 def _is_sound(node: ast.AST) -> bool:
-    """Whether a node of a literal is a finite number, a dict without a repeated key, or another."""
+    """Whether a node is neither an infinite number nor a dict with a repeated key."""
     if isinstance(node, ast.Dict):
         return len({ast.literal_eval(key) for key in node.keys}) == len(node.keys)
     number = isinstance(node, ast.Constant) and isinstance(node.value, (float, complex))

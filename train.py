@@ -6,8 +6,8 @@
     python train.py --list                      the methods, one row each
     python train.py --algo NAME --help          the flags of one
 
-The mathematics is in grpo.py, fgae.py, spo.py and baselines.py; what a method is made of is in
-methods.py; what a rank does beside, in run.py. One step of `run_rl`:
+The mathematics is in grpo.py, fgae.py, spo.py and baselines.py, the methods are in methods.py, and
+run.py has what a rank does around them. One step of `run_rl`:
 
     1 sample a batch    prompts are a function of (seed, step)
     2 roll out          K responses per prompt from vLLM
@@ -19,6 +19,14 @@ methods.py; what a rank does beside, in run.py. One step of `run_rl`:
 
 Ranks share the prompts of a step. Every denominator is counted over all micro-batches and ranks
 before the first backward pass, and gradients are summed: the result does not depend on the split.
+
+Where the papers are silent:
+1. Examples that are too long are dropped and counted, never cut. A response cut at the limit is
+   scored like any other text.
+2. train_batch_size counts prompts, which Table 7 leaves open: 600 steps of 256 are then about two
+   epochs of Table 6's 80,119 examples, as the text says (recipes/table6.args draws that sample).
+3. A step of dynamic sampling has ten batches of prompts to itself and reads as many as it needs,
+   so a run does not pass through its data in even epochs.
 """
 
 import ctypes
@@ -39,6 +47,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+import guard
 import model as modeling
 import rollout
 import scoring
@@ -56,6 +65,7 @@ from methods import (
     knob,
     rows_of,
 )
+from metrics import rollout_metrics, starting_point, term_norms
 from run import (
     Clock,
     Run,
@@ -79,7 +89,7 @@ from tools import show
 
 @dataclass
 class Config:
-    """The knobs that are common to all methods. Those of one method are in its own dataclass."""
+    """The knobs that all methods share; those of one method are in its own dataclass."""
 
     algo: str = knob("toolupt", "a row of --list")
     # model and data
@@ -87,7 +97,7 @@ class Config:
         "Qwen/Qwen2.5-7B-Instruct", "ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B"
     )
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
-    train_file: list[str] = knob(["toy"], "NAME, FILE or NAME:FILE each (data.py)")
+    train_file: list[str] = knob(["toy"], "each a NAME, FILE or NAME:FILE; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
@@ -102,42 +112,46 @@ class Config:
     train_batch_size: int = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
     temperature: float = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
-    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "cosine: to 0; Table 7")
-    warmup_ratio: float = knob(0.0, "share of the steps with a rising rate; veRL's default")
+    lr_scheduler_type: Literal["constant", "cosine"] = knob(
+        "constant", "cosine falls to 0; ToolUPT Table 7"
+    )
+    warmup_ratio: float = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
     max_grad_norm: float = knob(1.0, "veRL's default")
     # adapters
     lora_rank: int = knob(0, "0: all weights are trained; iTool Appendix B.1: 16")
-    lora_alpha: int = knob(32, "iTool Appendix B.1")
+    lora_alpha: int = knob(32, "adapters are scaled by alpha / rank; iTool Appendix B.1")
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
     vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
-    vllm_tensor_parallel_size: int = knob(1, "GPUs that hold one vLLM model together")
-    offload_moments: bool = knob(False, "AdamW's moments stay in host memory except in the step")
-    max_num_seqs: int = knob(256, "responses that the engine decodes together, per rank")
-    max_tokens_per_row: int = knob(16384, "budget of a micro-batch: prompts counted once")
-    share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to check")
+    vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
+    offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
+    max_num_seqs: int = knob(256, "responses that the engine decodes at a time, per rank")
+    max_tokens_per_row: int = knob(16384, "budget of a micro-batch; a prompt counts once")
+    share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to compare")
     gradient_checkpointing: bool = knob(True, "recompute layers in the backward pass")
     torch_compile: bool = knob(False, "compile layers: minutes at the start, then faster steps")
     # records
     eval_steps: int = knob(50, "steps between greedy evaluations; 0: only before and after")
     eval_size: int = knob(512, "examples of eval_file, a fixed subset")
     save_steps: int = knob(100, "steps between checkpoints; the last step is always saved")
-    save_total_limit: int = knob(2, "older checkpoints are deleted; 0: keep all")
+    save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
+    term_norm_steps: int = knob(
+        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
+    )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
     max_logp_difference: float = knob(
-        0.0,
-        "nat on average between engine and trainer, or the run stops; 0: 1e-3 in fp32, else 0.1",
+        0.0, "mean nat between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "train_batch_size", "max_prompt_length", "max_completion_length")
         at_least(self, 1, "max_tokens_per_row", "eval_size", "save_steps")
-        at_least(self, 0, "max_logp_difference")
+        at_least(self, 0, "max_logp_difference", "term_norm_steps")
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: training needs a positive one")
         if not 0 <= self.warmup_ratio <= 1:
@@ -156,7 +170,7 @@ class Config:
 
 
 ROWS = {**METHODS, "itool": ItoolConfig}
-ROUNDS = 10  # DAPO's script: generation batches per step before dynamic sampling gives up
+ROUNDS = 10  # of dynamic sampling before a step gives up, as in DAPO's script
 
 
 # --------------------------------------------------------------------------------------- the loops
@@ -180,7 +194,10 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 
             # 5 loss: forward and backward, all denominators counted over the whole step
             run.engine.sleep()
-            totals, stats = count_tokens(config, run, groups), {}
+            totals, stats, norms = count_tokens(config, run, groups), {}, {}
+            if config.term_norm_steps and step % config.term_norm_steps == 0:
+                with clock("term_norms"):
+                    norms = term_norms(config, method, run.model, groups, totals)
             with clock("update"):
                 for micro in micro_batches(config, groups):
                     logps, entropy, mask = forward(config, run.model, micro, config.temperature)
@@ -208,7 +225,8 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups), **stats, **sampling, **method.schedule(step)}
+            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
+            metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
             metrics |= clock.metrics(read)
             last = step + 1 == method.max_steps
@@ -231,7 +249,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                 run.stop_if_asked(step)
                 clock = Clock()
                 if step == begin:
-                    run.restart_optimizer()
+                    run.optimizer.state.clear()
 
                 # 1 sample a batch
                 examples = [example for _, example in run.batch(step - begin, stage.examples)]
@@ -279,8 +297,8 @@ def sample_groups(
 ) -> tuple[list[Group], dict[str, float]]:
     """This rank's rewarded groups of a step, train_batch_size over all ranks; and metrics.
 
-    A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until the
-    kept ones suffice: they are pooled over the ranks and any surplus is dropped.
+    A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until
+    enough are kept; they are pooled across ranks and any surplus is dropped.
     """
 
     def rewarded(batch: list) -> list[Group]:
@@ -304,7 +322,7 @@ def sample_groups(
             return groups, {"rounds": rounds + 1, "frac_groups_kept": share}
     raise ValueError(
         f"dynamic sampling: {ROUNDS} rounds gave {count} prompts whose rewards differ, of "
-        f"{config.train_batch_size}; the data are too easy or too hard for this model: mix them, "
+        f"{config.train_batch_size}; the data is too easy or too hard for this model: mix it, "
         "raise --generation_batches, or use --algo dapo_star"
     )
 
@@ -382,12 +400,12 @@ def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> di
 
 
 def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
-    """Stop the run when the engine reads its tokens differently, or has invalid log-probs."""
+    """Stop the run if the engine decodes tokens differently or returns invalid log-probs."""
     ids, stopped = sample.token_ids, sample.finish_reason == "stop"
     text = rollout.text_of(tokenizer, ids, sample.finish_reason)
     if text != sample.text or (stopped and ids[-1] not in stop_ids):
         raise ValueError(
-            f"the engine reads its tokens {ids[-20:]} as {sample.text[-60:]!r} "
+            f"the engine decodes its tokens {ids[-20:]} as {sample.text[-60:]!r} "
             f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "
             "same tokenizer files"
         )
@@ -397,42 +415,6 @@ def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None
             f"the engine returned invalid log-probs: {invalid[:5]}; compare with --engine "
             "transformers"
         )
-
-
-def rollout_metrics(groups: list[Group]) -> dict[str, float]:
-    """Rewards and lengths of a step's rollouts, over all ranks."""
-    samples = [sample for group in groups for sample in group.samples]
-    outcomes = [outcome for group in groups for outcome in group.outcomes]
-    advantages = torch.cat(
-        [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
-    )
-    parts = [scoring.parts_of(outcome) for outcome in outcomes]
-    names = sorted(set(all_gather(list({name for own in parts for name in own}))))
-    per_group = {
-        "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
-        "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-    }
-    per_response = {
-        "reward": sum(sum(group.rewards) for group in groups),
-        "accuracy": sum(outcome.right for outcome in outcomes),
-        **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
-        "completions/mean_length": len(advantages),
-        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
-    }
-    per_token = {
-        "advantage/positive": float((advantages > 0).sum()),
-        "advantage/negative": float((advantages < 0).sum()),
-    }
-    metrics = {}
-    for sums, count in (
-        (per_group, len(groups)),
-        (per_response, len(samples)),
-        (per_token, len(advantages)),
-    ):
-        sums = all_sum({**sums, "count": count})
-        count = sums.pop("count")
-        metrics |= {name: value / count for name, value in sums.items()}
-    return metrics
 
 
 def validation_loss(config: Config, run: Run) -> float:
@@ -451,31 +433,35 @@ def validation_loss(config: Config, run: Run) -> float:
 
 
 def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> Run:
-    """Run the stages of a method and return the last one; `engine` is an earlier run's.
+    """Run the stages of a method and return the last one; `engine` is that of an earlier run.
 
-    A second stage starts from the first one's best checkpoint, with a fresh optimiser.
+    A second stage starts from the best checkpoint of the first, with a fresh optimiser.
     """
     start.check_machine(config, dist.get_world_size())
     if dist.get_rank() == 0:
         print(start.announce(config, method, dist.get_world_size()), flush=True)
     stages = stages_of(config, method)
-    for own, row, _ in stages:  # what is wrong with the second is said before hours of the first
+    for own, row, _ in stages:  # a mistake in the second must not cost the hours of the first
         checkpoint.refuse_earlier_run(start.settings(own, row))
     best, earlier = None, 0
     for own, row, loop in stages:
         own = replace(own, model_name_or_path=str(best)) if best else own
         run = Run(own, row, config, earlier)
         run.load(engine)
-        sync(run)
-        if run.first_step == 0:
-            before = evaluate(run.config, run)
+        guard.check_logps(run)
+        starts = run.first_step == 0
+        before = starting_point(run) if starts and isinstance(row, Rollouts) else {}
+        with guard.canary(run):
+            sync(run)
+        if starts:
+            before |= evaluate(run.config, run)
             run.log(-1, before)
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
         earlier = len(run.history("step"))  # a line for each step, and for step 0
-        if loop is not stages[-1][-1]:  # model and moments go before the next ones come
+        if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()
             torch.cuda.empty_cache()
@@ -483,7 +469,7 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
 
 
 def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]:
-    """The one or two stages of a method: its settings, its row and its loop each."""
+    """The one or two stages of a method, each with its settings, row and loop."""
     if isinstance(method, ItoolConfig):
         loops = {"warmup": warm_up, "itool": run_itool}
         names = [*loops] if method.stages == "both" else [method.stages]
@@ -498,7 +484,7 @@ def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]
         return [last]
     name, row, changed = first
     first = replace(config, output_dir=f"{config.output_dir}/{name}", **changed)
-    where = config.resume_from_checkpoint  # a path belongs to the stage whose folder it is in
+    where = config.resume_from_checkpoint  # a path belongs to the stage whose folder holds it
     if where not in ("", "latest"):
         in_last = Path(where).resolve().parent == Path(config.output_dir).resolve()
         first = replace(first, resume_from_checkpoint="latest" if in_last else where)
@@ -530,8 +516,8 @@ def main(argv: list[str] | None = None) -> None:
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
     init_distributed()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # where torchrun is killed its ranks save and leave too
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     try:
         run = train(config, method)
         if run.rank == 0:

@@ -1,6 +1,6 @@
 """ToolUPT on the toy world on a GPU: does it run, resume, and agree with the CPU?
 
-    python bench/gpu_toy.py                 about three minutes on one GPU -> bench/gpu-toy.json
+    python bench/gpu_toy.py                 about three minutes on one GPU -> bench/gpu_toy.json
     python bench/gpu_toy.py --device cpu --out /tmp/toy.json      the same comparison on a machine without
 
 Flags that are not its own go to train.py.
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=BENCH / "gpu-toy.json")
+    parser.add_argument("--out", type=Path, default=BENCH / "gpu_toy.json")
     args, more = parser.parse_known_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu tries the script")

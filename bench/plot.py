@@ -1,6 +1,6 @@
-"""The picture and the table under "Performance" in bench/README.md, from the recorded JSON files.
+"""The pictures and the table under "Performance" in bench/README.md, from the recorded JSON files.
 
-    python bench/plot.py     writes performance.png and the lines between README.md's two markers
+    python bench/plot.py     writes performance.png, gpu.png and the lines between README.md's markers
 
 Only what was measured is drawn and listed.
 """
@@ -37,6 +37,54 @@ def steps() -> dict[str, dict]:
     for file in files.values():
         file["results"].sort(key=lambda row: row["prompt"])
     return dict(sorted(files.items(), key=lambda item: item[1]["results"][0]["body"]))
+
+
+def gpu_rows() -> tuple[list[dict], list[dict]]:
+    """The rows of bench/gpu.py's files, the largest model first, and the machines."""
+    files = [json.loads(path.read_text()) for path in sorted(common.BENCH.glob("gpu-*.json"))]
+    files = [file for file in files if not file["settings"]["check"]]
+    rows = [row for file in files for row in file["rows"] if "seconds" in row]
+    for row in rows:
+        switches = [name for name in ("compile", "fused_norm") if row[name]]
+        row["label"] = ", ".join([row["way"], *switches]).replace("_", " ")
+    rows.sort(key=lambda row: (-row["parameters"], row["prompt"], -row["tokens_per_second"]))
+    return rows, [file["machine"] for file in files]
+
+
+def draw_gpu(rows: list[dict]) -> None:
+    """gpu.png: tokens per second of every way, a panel per model and length of the prompt."""
+    cases = list(dict.fromkeys((row["shape"], row["prompt"]) for row in rows))
+    figure, axes = plt.subplots(
+        -(-len(cases) // 2), 2, figsize=(10, 2.2 * -(-len(cases) // 2)), squeeze=False
+    )
+    for axis, case in zip(axes.flat, cases):
+        own = [row for row in rows if (row["shape"], row["prompt"]) == case][::-1]
+        colors = [THEIRS if row["way"] == "padded" else OURS for row in own]
+        rates = [row["tokens_per_second"] for row in own]
+        bars = axis.barh([row["label"] for row in own], rates, color=colors)
+        axis.bar_label(bars, [f" {r['mfu']:.0%} MFU" for r in own], fontsize=8)
+        axis.set(xlim=(0, 1.25 * max(rates)), title=f"{case[0]}, prompt {case[1]:,}")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens per second, each prompt counted once")
+    figure.tight_layout()
+    figure.savefig(common.BENCH / "gpu.png", dpi=120)
+
+
+def gpu_table(rows: list[dict]) -> list[str]:
+    """Markdown lines: a row per model, prompt and way."""
+    lines = [
+        "| model | prompt | way | tokens/s | x padded | MFU | peak memory | of the plan |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = f"{row['times_padded']:.1f}" if row.get("times_padded") else ""
+        lines.append(
+            f"| {row['shape']} | {row['prompt']:,} | {row['label']} | "
+            f"{row['tokens_per_second']:,.0f} | {times} | {row['mfu']:.0%} | "
+            f"{row['peak_bytes'] / 1e9:.0f} GB | {row['peak_to_planned']:.0%} |"
+        )
+    return lines
 
 
 def draw_times(axis, rows: list[dict]) -> None:
@@ -208,7 +256,13 @@ def main() -> None:
     machines = [file["machine"] for file in [*files.values(), *searches.values()]]
     lines = table(rows, *(files.get(name) for name in names), searches)
     picture = ["![performance](performance.png)", ""] if panels else []
+    on_gpu, gpus = gpu_rows()
+    if on_gpu:
+        draw_gpu(on_gpu)
+        picture = [*picture, *gpu_table(on_gpu), "", "![on a GPU](gpu.png)", ""]
     text = "\n".join([*lines, "", *picture, *conditions(machines)]) + "\n"
+    if on_gpu:
+        text += "\n" + "\n".join(conditions(gpus)) + "\n"
     readme = common.BENCH / "README.md"
     before, _, rest = readme.read_text().partition(MARKERS[0])
     _, _, after = rest.partition(MARKERS[1])

@@ -79,7 +79,7 @@ def on_gpu():
 @pytest.fixture(params=["cpu", "the GPU's path", "gpu"])
 def device(request, monkeypatch):
     if request.param == "gpu" and not on_gpu():
-        pytest.skip("no GPU with flash attention")
+        pytest.skip("needs a GPU with flash attention: make test-gpu")
     if request.param == "the GPU's path":
         monkeypatch.setitem(attention.KERNELS, "cpu", attention._OnGpu)
         monkeypatch.setattr(attention._OnGpu, "takes", lambda *qkv: True)
@@ -159,7 +159,7 @@ def test_takes_what_sdpa_takes():
         assert (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
-@pytest.mark.skipif(not on_gpu(), reason="no GPU with flash attention")
+@pytest.mark.skipif(not on_gpu(), reason="needs a GPU with flash attention: make test-gpu")
 def test_gpu_takes_half_precision_only():
     row = packed_row(ROWS["one group"])
     plan = attention.SharedPrefix(row.prompt_lengths, row.response_lengths, torch.device("cuda"))

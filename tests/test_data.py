@@ -649,7 +649,7 @@ def test_unknown_names_and_missing_paths(tmp_path):
         ("a.txt", b"[]", "is none of .json, .jsonl, .json.gz"),
         ("a.parquet", b"PAR1", "is not Parquet that can be read .*; is it whole"),
         ("a.json.gz", b"[]", "cannot be read .*; is it whole"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-6], "cannot be read .*; is it whole"),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-6], "cannot be read .*; is it whole"),
         ("a.json", "[]".encode("utf-16"), "is not UTF-8 .*: iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8 .*: iconv -f ITS_ENCODING"),
         ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),

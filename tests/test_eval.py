@@ -15,7 +15,7 @@ from pathlib import Path
 
 import bfcl_oracle
 import pytest
-from frozen import REPO, TOY
+from frozen import REPO, TOY, needs_vllm
 
 import data
 import eval as evaluation
@@ -995,7 +995,7 @@ def own(tmp_path):
 def test_a_file_of_examples(tmp_path, monkeypatch, own, capsys):
     file, script = own
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
-    rows = scores.read_rows(out / "results.jsonl")
+    rows = list(data.read_jsonl(out / "results.jsonl"))
     examples = data.load("jsonl", file)
     right = [
         rewards.outcome(script[r["id"]][0], e.target).total == 4 for r, e in zip(rows, examples)
@@ -1065,7 +1065,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, own):
     with pytest.raises(Interrupted):
         run(tmp_path, monkeypatch, script, stop_after=2, **given)
     part = tmp_path / "out/results.part0.jsonl"
-    assert len(scores.read_rows(part)) == 8
+    assert len(list(data.read_jsonl(part))) == 8
     with open(part, "a") as file_:
         file_.write('{"id": "cut off in the mid')  # as a crash leaves it
     out, engine = run(tmp_path, monkeypatch, script, **given)
@@ -1208,13 +1208,13 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     assert "| | L1 | L2 (part) | L2 without ToolSearcher (part) |" in scores.report(a)
     b = fake_run(tmp_path / "b", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="y")
     assert "WARNING: dtype differs: x, y" in scores.compare([a, b])
-    rows = [row | {"target": "other"} for row in scores.read_rows(b / "results.jsonl")]
+    rows = [row | {"target": "other"} for row in data.read_jsonl(b / "results.jsonl")]
     (b / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="7 common cases have different targets, level_1_0"):
         scores.compare([a, b])
 
     c = fake_run(tmp_path / "c", {"irrelevance": [True] * 4})
-    rows = scores.read_rows(c / "results.jsonl")
+    rows = list(data.read_jsonl(c / "results.jsonl"))
     said = [ANSWER, "Sure. " + ANSWER, ANSWER + "<tool_call>", ANSWER + ANSWER]
     rows = [row | {"turns": [[text]], "error_type": None} for row, text in zip(rows, said)]
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
@@ -1230,7 +1230,7 @@ def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
     (out / "results.jsonl").rename(out / "results.part0.jsonl")  # as an interrupted run leaves it
     evaluation.rescore(out)
-    assert len(scores.read_rows(out / "results.jsonl")) == 12
+    assert len(list(data.read_jsonl(out / "results.jsonl"))) == 12
     lines = Path(file).read_text().splitlines(keepends=True)
     Path(file).write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match="holds results of other settings .data"):
@@ -1403,7 +1403,8 @@ def launch(*command, ranks=0) -> subprocess.CompletedProcess:
 
 
 @needs_bfcl
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@needs_vllm
+@pytest.mark.long
 def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
     """The toy model on a few cases: torchrun with an engine per rank, one process without vLLM."""
     common = [
@@ -1421,7 +1422,7 @@ def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     done = launch(*common, "--output_dir", tmp_path / "one", "--engine", "transformers")
     assert done.returncode == 0, done.stderr[-3000:]
-    two, one = (scores.read_rows(tmp_path / name / "results.jsonl") for name in ("two", "one"))
+    two, one = (list(data.read_jsonl(tmp_path / name / "results.jsonl")) for name in ("two", "one"))
     assert [row["id"] for row in two] == [row["id"] for row in one] and len(one) == 9
     assert not list((tmp_path / "two").glob("*part*"))
     # Kernels sum in another order, which may change a greedy token near a tie, in float32 too.

@@ -22,6 +22,7 @@ import packing
 import simpo
 from methods import METHODS, Rows
 
+pytestmark = pytest.mark.long
 K = 4
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12, 13]]
 LENGTHS = [7, 1, 4, 9, 3, 8, 8, 2]

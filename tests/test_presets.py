@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from frozen import REPO, TOY
+from frozen import REPO, TOY, needs_vllm
 from presets_worker import PROMPTS, STEPS
-from test_whole_runs import launch, moved, needs_vllm, rows_of, weights_of
+from test_whole_runs import launch, moved, rows_of, weights_of
 
 from methods import METHODS, Rollouts
 from tools import audit
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, pytest.mark.long, pytest.mark.xdist_group("presets")]
 
 ALWAYS = {
     "loss",

@@ -4,7 +4,6 @@ Started once per module: one vLLM engine, one transformers engine, and one torch
 """
 
 import functools
-import importlib.util
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from frozen import needs_vllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
@@ -33,9 +33,6 @@ from rollout import Sample, derived_seed
 
 make_engine = functools.partial(rollout.make_engine, dtype="float32")  # on a GPU, too
 
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
-)
 MAX_LEN = 256
 
 
@@ -393,7 +390,7 @@ def test_the_cache_stays_within_its_bytes(folder, model, engines, rows_made):
     assert {size for size, _ in rows_made} == {1}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
 def test_graphs_compute_what_plain_steps_compute(folder, model):
     """In bfloat16; the two may part by its rounding, so each is held against a float32 forward."""
     prompts = prompts_of(1, 90, 33, 64, 17)

@@ -19,6 +19,7 @@ import httpx
 import jinja2
 import pytest
 import torch
+from frozen import needs_vllm
 from transformers import AutoTokenizer
 
 import data
@@ -475,13 +476,17 @@ def train(model: Path, out: Path, flags: str) -> list[dict]:
 TASKS = ("single", "parallel", "second_step", "done")
 
 
+def of_the_server(test):
+    """Long, and in the process that has started it."""
+    return pytest.mark.long(pytest.mark.xdist_group("server")(needs_vllm(test)))
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
 
     Returns an OpenAI client, the examples by task, and the checkpoint's folder.
     """
-    pytest.importorskip("vllm")
     openai, folder = pytest.importorskip("openai"), tmp_path_factory.mktemp("served")
     rows = data.load("toy", "valid")
     examples = {task: next(row for row in rows if row.id.endswith(task)) for task in TASKS}
@@ -562,7 +567,7 @@ def expected(example) -> tuple[str, list[dict]]:
     return ("", calls) if calls else (text, [])
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_the_server_reads_the_training_prompt(served, task):
     client, examples, checkpoint = served
@@ -574,7 +579,7 @@ def test_the_server_reads_the_training_prompt(served, task):
     assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, choice):
@@ -588,7 +593,7 @@ def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, ch
         assert answer.finish_reason == ("tool_calls" if calls else "stop")
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_streaming(served, task):
     client, examples, _ = served
@@ -606,7 +611,7 @@ def test_streaming(served, task):
     assert pieces > 2 or calls  # an answer comes as it is written
 
 
-@pytest.mark.long
+@of_the_server
 @pytest.mark.parametrize("task", TASKS)
 def test_no_tag_reaches_the_client(served, task):
     """Without a choice, without tools, and where a response is cut off anywhere."""

@@ -1,6 +1,5 @@
 """Whole runs as users start them: torchrun with two ranks and vLLM, python alone, two stages, a mistake."""
 
-import importlib.util
 import json
 import math
 import os
@@ -11,15 +10,11 @@ import frozen
 import gradient_worker
 import pytest
 import torch
-from frozen import REPO, TOY
+from frozen import REPO, TOY, needs_vllm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from methods import METHODS
 from tools import audit
-
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
-)
 
 
 def launch(*command, ranks: int = 0) -> subprocess.CompletedProcess:

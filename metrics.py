@@ -1,0 +1,227 @@
+"""Numbers that show whether a method works, beside its loss; docs/running.md says what each means.
+
+rollout_metrics   a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
+tally, shares     those by kind of example as sums that add up, and the metrics made of the sums
+term_norms        gradient norms of the terms of the loss, on one micro-batch
+starting_point    what RL starts from: log-probs of the expert's tags and of what they enclose
+
+All are over all ranks, so that every rank has the same numbers.
+"""
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+import data
+import model as modeling
+import rewards
+import scoring
+from methods import Group, Rollouts, matched_tokens, rows_of
+from run import Run, add, all_gather, all_sum, forward, micro_batches, part
+
+KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
+BY_KIND = {  # metric -> what it is per
+    "accuracy": "responses",
+    "tokens_matched": "expert_tokens",
+    "first_advantage": "begun",
+}
+FORMS = [f"form/{name.replace(' ', '_')}" for name in rewards.FORMS]
+FORMS += ["form/empty_answer", "form/repeated_key"]
+START_EXAMPLES = 4  # of each kind, read before the first step
+RARE = 1e-4  # probability of an opening tag below which no rollout will have it
+
+
+def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
+    """Rewards, lengths, forms and agreement with the expert of a step's rollouts."""
+    samples = [sample for group in groups for sample in group.samples]
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
+    advantages = torch.cat(
+        [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
+    )
+    parts = [scoring.parts_of(outcome) for outcome in outcomes]
+    names = sorted(set(all_gather(list({name for own in parts for name in own}))))
+    per_group = {
+        "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
+        "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
+    }
+    per_response = {
+        "reward": sum(sum(group.rewards) for group in groups),
+        "accuracy": sum(outcome.right for outcome in outcomes),
+        **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
+        "completions/mean_length": len(advantages),
+        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
+    }
+    per_token = {
+        "advantage/positive": float((advantages > 0).sum()),
+        "advantage/negative": float((advantages < 0).sum()),
+    }
+    metrics = {}
+    for sums, count in (
+        (per_group, len(groups)),
+        (per_response, len(samples)),
+        (per_token, len(advantages)),
+    ):
+        sums = all_sum({**sums, "count": count})
+        count = sums.pop("count")
+        metrics |= {name: value / count for name, value in sums.items()}
+    counts = {}
+    for g in groups:
+        own = tally(
+            g.example.kind,
+            g.target,
+            [s.token_ids for s in g.samples],
+            [s.text for s in g.samples],
+            [outcome.right for outcome in g.outcomes],
+            [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
+            alignment,
+        )
+        add(counts, own)
+    return metrics | shares(all_sum(counts))
+
+
+def tally(
+    kind: str,
+    target: list[int],
+    responses: list[list[int]],
+    texts: list[str],
+    right: list[bool],
+    first: list[float],
+    alignment: str = "positional",
+) -> dict[str, float]:
+    """Sums over the responses to one prompt, for `shares`: they add up over prompts and ranks.
+
+    kind       of the example, "tool_call" | "answer"
+    target     token ids of the expert response
+    responses  token ids
+    texts      what they say
+    right      whether they earn the highest reward
+    first      advantages of the first tokens; a response without tokens has none
+    alignment  of matched_tokens in fgae.py. "lcs" leaves out the last expert token, the EOS
+    """
+    sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
+    sums |= dict.fromkeys(FORMS, 0.0)
+    own = {
+        "responses": len(responses),
+        "accuracy": sum(right),
+        "begun": len(first),
+        "first_advantage": sum(first),
+        "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
+        "tokens_matched": int(matched_tokens(responses, target, alignment).sum()),
+    }
+    sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
+    for form in map(rewards.form, texts):
+        sums[f"form/{form.kind.replace(' ', '_')}"] += 1
+        sums["form/empty_answer"] += form.empty_answer
+        sums["form/repeated_key"] += form.repeated_key
+    return sums
+
+
+def shares(sums: dict[str, float]) -> dict[str, float]:
+    """The metrics of added-up tallies; a kind that no example has gets none."""
+    found = {
+        f"{name}/{kind}": sums[f"{name}/{kind}"] / sums[f"{per}/{kind}"]
+        for kind in KINDS.values()
+        for name, per in BY_KIND.items()
+        if sums[f"{per}/{kind}"]
+    }
+    responses = sum(sums[f"responses/{kind}"] for kind in KINDS.values())
+    return found | {name: sums[name] / responses for name in FORMS}
+
+
+def term_norms(
+    config, method: Rollouts, model, groups: list[Group], totals: dict[str, int]
+) -> dict[str, float]:
+    """Gradient norm of the policy term, and of the other terms relative to it.
+
+    groups, totals  this rank's part of a step, and the step's denominators
+
+    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. NaN where the
+    policy term has none: all rewards of a group are equal. Each term has a forward pass of its own,
+    since compiled layers run one backward pass per forward pass.
+    """
+    micro = micro_batches(config, groups)[0]
+
+    def terms() -> dict[str, Tensor]:
+        logps, entropy, mask = forward(config, model, micro, config.temperature)
+        return method.terms(rows_of(micro, mask), logps, entropy, totals)
+
+    with torch.no_grad():
+        norms = dict.fromkeys(terms())
+    for name in norms:
+        terms()[name].backward()
+        norms[name] = float(modeling.clip_grad_norm(model, math.inf))
+        model.zero_grad()
+    policy = norms.pop("policy")
+    relative = {
+        f"grad_norm_ratio/{x}": v / policy if policy else math.nan for x, v in norms.items()
+    }
+    return {"grad_norm/policy": policy, **relative}
+
+
+def starting_point(run: Run) -> dict[str, float]:
+    """What RL starts from, on a few training examples: can the tags be sampled?
+
+    start/tag_logp   mean log-prob, in nat, of the tokens of the expert's tags
+    start/body_logp  that of its other tokens, EOS included
+
+    Says both, and where an opening tag is so rare that rollouts cannot have it, what to do.
+    """
+    config, examples = run.config, []
+    for kind in KINDS:
+        of_kind = [example for example in run.examples if example.kind == kind]
+        order = random.Random(config.seed)
+        examples += order.sample(of_kind, min(START_EXAMPLES, len(of_kind)))
+    batch = [
+        run.demonstration(example)
+        for example in part(examples, data.characters, run.rank, run.world)
+    ]
+    names = ("tag", "tag_tokens", "body", "body_tokens")
+    sums = dict.fromkeys([*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))], 0.0)
+    with torch.no_grad():
+        for micro in micro_batches(config, batch):
+            logps, _, _ = forward(config, run.model, micro, config.temperature)
+            for one, row in zip(micro, logps.tolist()):
+                kind = one.example.kind
+                opening, closing = tag_tokens(run.tokenizer, one.target, kind)
+                for t, logp in enumerate(row[: len(one.target)]):
+                    name = "tag" if t in opening | closing else "body"
+                    add(sums, {name: logp, f"{name}_tokens": 1})
+                p = math.exp(sum(row[t] for t in opening))
+                add(sums, {f"p/{kind}": p, f"n/{kind}": 1})
+    sums = all_sum(sums)
+    found = {
+        f"start/{name}_logp": sums[name] / sums[f"{name}_tokens"]
+        for name in ("tag", "body")
+        if sums[f"{name}_tokens"]
+    }
+    where = {"start/tag_logp": "in its tags", "start/body_logp": "elsewhere"}
+    said = ", ".join(f"{value:.2f} {where[name]}" for name, value in found.items())
+    run.say(f"before training: log-prob of a token of the expert response {said}")
+    for kind in KINDS:
+        n = sums[f"n/{kind}"]
+        if n and sums[f"p/{kind}"] / n < RARE:
+            run.say(
+                f"warning: the model begins a response with <{kind}> with probability "
+                f"{sums[f'p/{kind}'] / n:.1e}: where one is due all rollouts will fail, and equal "
+                "rewards teach little or nothing. Teach the tags first: a row with an SFT stage "
+                "(--algo sft_dapo_star), or --algo sft, whose checkpoint-best is then the model"
+            )
+    return found
+
+
+def tag_tokens(tokenizer, target: list[int], kind: str) -> tuple[set[int], set[int]]:
+    """Places of the tokens of an expert response's opening and closing tag.
+
+    A token that holds more than the tag (byte-pair encodings merge ">\\n") is one of its tokens.
+    """
+    ends = [len(tokenizer.decode(target[:t])) for t in range(len(target) + 1)]
+    text, places = tokenizer.decode(target), []
+    for begin, tag in (
+        (text.find(f"<{kind}>"), f"<{kind}>"),
+        (text.rfind(f"</{kind}>"), f"</{kind}>"),
+    ):
+        end = begin + len(tag) if begin >= 0 else begin
+        places.append({t for t in range(len(target)) if ends[t] < end and ends[t + 1] > begin})
+    return places[0], places[1]
