@@ -31,7 +31,7 @@ def rewarded(folder, files, *more):
     run.engine = frozen.Frozen(run.tokenizer, frozen.answers(run.tokenizer, frozen.examples()))
     groups = train.roll_out(config, method, run, list(enumerate(frozen.examples())))
     for group in groups:
-        train.score(method, group)
+        train.score(method, group, run.reward)
         group.advantages = method.advantages(group)
     return config, method, run, groups
 
