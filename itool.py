@@ -695,7 +695,7 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "system", "content": mcts.EVAL_PROMPT["system"]},
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
     return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
 
 

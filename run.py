@@ -196,6 +196,7 @@ class Run:
         )
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
+        data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
@@ -203,6 +204,8 @@ class Run:
         self.prompts = data.read_prompts(
             config.model_name_or_path, config.system_prompt, config.user_prompt
         )
+        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
+            self.say(f"{' and '.join(saved)} prompt: as saved with {config.model_name_or_path}")
         self.examples, self.eval_examples, self.digests = start.load_examples(
             config, self.tokenizer, self.prompts, quiet=self.rank > 0
         )

@@ -103,6 +103,7 @@ PREAMBLE = """\
 {%- set user_content = %USER% -%}
 {%- set messages = [{"role": "system", "content": system_content}] -%}
 {%- set messages = messages + [{"role": "user", "content": user_content}] -%}
+{%- set enable_thinking = false -%}
 {%- set tools = none %}
 """
 FIELDS = {

@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import rewards
 import scoring
+import serving
 from methods import METHODS, Group
 from tools import audit
 from train import score
@@ -429,3 +430,39 @@ class Unlimited:
 
         model.check_disk = lambda *_, **__: None
         start.modeling.check_checkpoints = lambda *_, **__: None
+
+
+# ---- thoughts ----
+
+# as Qwen3 writes its generation prompt, and as models do that always think
+CLOSES = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+OPENS = "<think>\n"
+
+
+def with_end(tiny, end: str):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = tokenizer.chat_template.rstrip().removesuffix("{% endif %}")
+    tokenizer.chat_template += "{{ '' }}" + end + "{% endif %}"
+    return tokenizer
+
+
+def test_thinking_is_switched_off_where_the_template_can_in_training_and_when_served(tiny):
+    tokenizer = with_end(tiny, CLOSES)
+    data.check_thinking(tokenizer)
+    example = replace(RICH, tools=[], history=[], steps=[], policy="")
+    ids = data.render(example, tokenizer)
+    assert tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n")
+    assert data.fit([example], tokenizer, len(ids), 64)[0]
+    assert not data.fit([example], tokenizer, len(ids) - 1, 64)[0]
+    serving.add_tool_template(tokenizer)
+    chat = [{"role": "user", "content": example.query}]
+    template = tokenizer.get_chat_template("tool_use")
+    served = tokenizer.apply_chat_template(
+        chat, tools=[], chat_template=template, add_generation_prompt=True, return_dict=False
+    )
+    assert served == ids
+
+
+def test_a_template_that_always_opens_a_thought_is_rejected(tiny):
+    with pytest.raises(ValueError, match="opens a <think> block in every prompt"):
+        data.check_thinking(with_end(tiny, OPENS))
