@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,27 +188,48 @@ def announce(config, method, world: int) -> str:
     )
 
 
-def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | None:
-    """A function of (metrics, step), or None for "none"; ImportError with the remedy."""
-    if kind == "none":
-        return None
-    try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
+    """An object with log(metrics, step) and close(), of "tensorboard" or "wandb".
 
-            writer = SummaryWriter(out / "tensorboard")
+    out    of the whole command: all stages and resumptions are one run, on one axis
+    first  the first step to come: what an interrupted run has logged from there on is replaced, in
+           W&B kept as it was
+    """
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            def log(metrics: dict, step: int) -> None:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
+        return _tensorboard(SummaryWriter(out / "tensorboard", purge_step=first))
+    import wandb
 
-            return log
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
-    wandb.init(project="toolupt", dir=str(out), config=knobs)
-    return lambda metrics, step: wandb.log(metrics, step=step)
+    name = out / "wandb_run"  # the id of the run
+    known = name.read_text().strip() if first and name.exists() else None
+    run = wandb.init(
+        project="toolupt",
+        dir=str(out),
+        config=knobs,
+        id=known,
+        resume="allow" if known else None,
+        allow_val_change=True,
+    )
+    name.write_text(run.id + "\n")
+    logged = run.step  # wandb accepts no step below those that it has seen
+
+    def log(metrics: dict, step: int) -> None:
+        if step >= logged:
+            run.log(metrics, step=step)
+
+    return SimpleNamespace(log=log, close=run.finish)
+
+
+def _tensorboard(writer) -> SimpleNamespace:
+    """The same of a SummaryWriter."""
+
+    def log(metrics: dict, step: int) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return SimpleNamespace(log=log, close=writer.close)
 
 
 # ------------------------------------------------------------------------------ data and bad input
@@ -281,6 +301,8 @@ def check_machine(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if config.report_to != "none" and not find_spec(config.report_to):
+        raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))

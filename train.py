@@ -281,7 +281,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                     metrics["eval/loss"] = validation_loss(config, run)
                     if metrics["eval/loss"] < best_loss:
                         best_loss = metrics["eval/loss"]
-                        modeling.save(run.model, run.tokenizer, best)
+                        run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
@@ -424,9 +424,10 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     stages = stages_of(config, method)
     for own, row, _ in stages:  # a mistake in the second must not cost the hours of the first
         checkpoint.refuse_earlier_run(start.settings(own, row))
-    best = None
+    best, earlier = None, 0
     for own, row, loop in stages:
-        run = Run(replace(own, model_name_or_path=str(best)) if best else own, row)
+        own = replace(own, model_name_or_path=str(best)) if best else own
+        run = Run(own, row, config, earlier)
         run.load(engine)
         guard.check_logps(run)
         starts = run.first_step == 0
@@ -440,6 +441,7 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
+        earlier = len(run.history("step"))  # a line for each step, and for step 0
         if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()
