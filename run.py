@@ -188,6 +188,10 @@ class Run:
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
         self.longest = start.longest(config, method, self.tokenizer)
+        config, changed = start.suited(config, self.longest)
+        if changed:
+            self.say(changed)
+        self.config = config
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
             self.say(arithmetic)
