@@ -4,10 +4,9 @@
     output_dir/checkpoint-STEP-state    sharded weights and optimiser state (DCP), to resume from on
                                         any number of ranks
 
-Whatever moment a run is killed at, what carries one of these names is whole: folders are written
-under a name that starts with a dot and renamed, and what is left unfinished is cleared at the next
-start. Both folders hold safetensors: nothing is unpickled. All ranks call `save` and `resume`
-together.
+Whenever a run is killed, a folder with one of these names is complete: folders are written under a
+name that starts with a dot and then renamed, and unfinished ones are removed at the next start.
+Both folders hold safetensors: nothing is unpickled. All ranks call `save` and `resume` together.
 """
 
 import ctypes
@@ -36,13 +35,13 @@ from torch.distributed.checkpoint.state_dict import (
 import model as modeling
 from methods import Group
 
-MUST_AGREE = (  # between a run and its resumption: else its records and audit would be of two runs
+MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference"),
+    *("lora_rank", "split", "preference", "train_fraction"),
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # with adapters, not their base
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
 
 
 def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> None:
@@ -56,13 +55,13 @@ def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> N
 
 
 def resume(out: Path, where: str, model, optimizer) -> int:
-    """Load weights and optimiser; return the step they are of, 0 where there is nothing to resume.
+    """Load weights and optimiser; return their step, 0 if there is nothing to resume.
 
     where  --resume_from_checkpoint: empty, latest, or a folder checkpoint-STEP
     Checkpoints of later steps in `out` are deleted. Data and seeds follow from the step.
     """
     found = [saved_steps(out)]
-    dist.broadcast_object_list(found)  # one view of the folder for all ranks
+    dist.broadcast_object_list(found)  # all ranks must see the folder alike
     steps = found[0]
     if not where or (where == "latest" and not steps):
         return 0  # also the first start of a job that always passes latest
@@ -89,7 +88,7 @@ def saved_steps(out: Path) -> list[int]:
 
 
 def remove(out: Path, steps: list[int]) -> None:
-    """Delete the checkpoints of these steps; a kill in between leaves what `clean` clears."""
+    """Delete the checkpoints of these steps; `clean` removes what a kill in between leaves."""
     for step in steps:
         for name in (f"checkpoint-{step}", f"checkpoint-{step}-state"):
             (out / name).rename(out / f".{name}.old")
@@ -97,7 +96,7 @@ def remove(out: Path, steps: list[int]) -> None:
 
 
 def save_state(model, optimizer, path: Path) -> None:
-    """Write weights and moments as sharded safetensors; the folder appears when it is whole."""
+    """Write weights and moments as sharded safetensors; the folder appears when complete."""
     state = training_state(model, optimizer)
     sizes = {f"model.{name}": tensor.nbytes for name, tensor in state["model"].items()}
     for name, moments in state["optimizer"].items():
@@ -108,7 +107,7 @@ def save_state(model, optimizer, path: Path) -> None:
         files[name] = 1 + filled // STATE_FILE_BYTES
     files = {name: 1 + sorted({*files.values()}).index(file) for name, file in files.items()}
     temporary = path.with_name(f".{path.name}.incomplete")
-    if dist.get_rank() == 0:  # the others write when rank 0 has planned the save
+    if dist.get_rank() == 0:  # the others write only when rank 0 has planned the save
         shutil.rmtree(temporary, ignore_errors=True)
     writer = HuggingFaceStorageWriter(
         str(temporary), fqn_to_index_mapping=files, save_distributed=True
@@ -145,7 +144,7 @@ def load_state(model, optimizer, path: Path) -> None:
 
 
 def training_state(model, optimizer) -> dict:
-    """Weights and moments by name, each tensor once, sharded as they are."""
+    """Weights and moments by name, each tensor once, still sharded."""
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     once = {name for name, _ in model.named_parameters()}  # tied weights have two names
     return {
@@ -158,10 +157,10 @@ def training_state(model, optimizer) -> dict:
 
 
 def refuse_earlier_run(settings: dict) -> list[str]:
-    """ValueError where a start would overwrite, or mix with, a run that it does not resume.
+    """ValueError if a start would overwrite, or mix with, a run that it does not resume.
 
     settings  every knob, as in the first line of metrics.jsonl
-    Returns what else differs from the settings of the run that is resumed.
+    Returns the other settings that differ from those of the resumed run.
     """
     out, where = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
     steps, path = saved_steps(out), out / "metrics.jsonl"
@@ -181,7 +180,7 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     if steps and not own:
         raise ValueError(
             f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
-            "--resume_from_checkpoint latest; to start anew take another folder, or delete this one"
+            "--resume_from_checkpoint latest; to start over take another folder, or delete this one"
         )
     if not steps or not path.exists():
         return []
@@ -200,8 +199,32 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     return list(changed.values())
 
 
+def refuse_changed(out: Path, digests: dict[str, str]) -> None:
+    """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
+
+    digests  flag -> what was read, as in the first line of metrics.jsonl
+    """
+    steps, path = saved_steps(out), out / "metrics.jsonl"
+    if not steps or not path.exists():
+        return
+    earlier = next(read_lines(path)).get("digests")
+    if earlier is None:  # of a run before there were any
+        return
+    changed = [
+        f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
+        for name in {**earlier, **digests}
+        if earlier.get(name) != digests.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"what the run in --output_dir {out} reads has changed since its start "
+            f"({'; '.join(changed)}): put it back to resume. To go on with the new one, start in "
+            f"another --output_dir with --model_name_or_path {out}/checkpoint-{steps[-1]}"
+        )
+
+
 def lock(out: Path):
-    """An open file, locked until this process ends; ValueError where another run holds it."""
+    """An open file, locked until this process ends; ValueError if another run holds the lock."""
     file = open(out / ".lock", "w")  # noqa: SIM115 - open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,7 +236,7 @@ def lock(out: Path):
 
 
 def clean(out: Path) -> None:
-    """Clear what a kill left unfinished; a folder whose successor was not renamed comes back."""
+    """Remove what a kill left unfinished; restore a folder whose successor was not yet renamed."""
     for old in out.glob(".checkpoint-*.old"):
         path = out / old.name[1 : -len(".old")]
         if path.name.endswith("best") and not path.exists():
@@ -226,7 +249,7 @@ def clean(out: Path) -> None:
 
 
 def check_shared(out: Path) -> None:
-    """ValueError unless all ranks see rank 0's files: each writes a part of a checkpoint."""
+    """ValueError unless all ranks see rank 0's files, since each writes a part of a checkpoint."""
     token = out / ".shared"
     if dist.get_rank() == 0:
         token.write_text("all ranks must see this file\n")
@@ -250,21 +273,14 @@ def check_shared(out: Path) -> None:
 # ------------------------------------------------------------------------------------ .jsonl files
 
 
-def read_lines(path: Path):
-    """The rows of a .jsonl file, one after the other."""
-    with open(path) as file:
-        for line in file:
-            yield json.loads(line)
-
-
 def write(file, row: dict) -> None:
-    """Append a row to an open .jsonl file, at once."""
+    """Append a row to an open .jsonl file and flush."""
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()
 
 
 def open_records(path: Path, step: int):
-    """Open a .jsonl file for appending, without the lines of steps after `step`: they run again."""
+    """Open a .jsonl file for appending, without the lines after `step`: those steps run again."""
     kept = path.with_name(f".{path.name}.incomplete")
     with open(kept, "w") as new:
         if step and path.exists():
@@ -278,7 +294,7 @@ def open_records(path: Path, step: int):
 
 
 def records(step: int, group: Group) -> list[dict]:
-    """The lines of rollouts.jsonl for one group: all that its responses were trained on."""
+    """The lines of rollouts.jsonl for one group: everything its responses were trained on."""
     rounded = lambda values: [round(float(v), 6) for v in values]
     rows = []
     for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
@@ -306,17 +322,17 @@ def records(step: int, group: Group) -> list[dict]:
 
 
 def checksum(row: dict) -> int:
-    """CRC-32 of a line of rollouts.jsonl without this field: shows what was changed later."""
+    """CRC-32 of a line of rollouts.jsonl without this field, to detect later changes."""
     return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
 
 
 def _last_line(error: BaseException) -> str:
-    """What went wrong, at the end of DCP's traceback of tracebacks."""
+    """The cause, which is at the end of DCP's nested tracebacks."""
     return str(error).strip().splitlines()[-1]
 
 
 def _trim_memory() -> None:
-    """Return freed memory to the system: glibc keeps it, in pieces, and a long run grows."""
+    """Return freed memory to the system: glibc would keep it in pieces, and a long run grow."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
     if trim:

@@ -39,7 +39,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -148,6 +148,11 @@ SOURCES = {
     "funreason-mt": ("Bingguang/FunReason-MT", "bfcl_multi_turn.json"),
     "hammer": ("MadeAgents/xlam-irrelevance-7.5k", "xlam-7.5k-irrelevancek.json"),
 }
+PLACEHOLDERS = {
+    "system": ("__TOOL_DESCS__",),
+    "user": ("__HISTORY__", "__QUERY__", "__STEPS__"),
+}
+PROMPT_FILE = "{}_prompt.txt"  # beside a checkpoint that was trained with a prompt of one's own
 TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
 UNREAD = "turn: call in a markup that is not read"
 HARMLESS = {
@@ -169,7 +174,9 @@ class Example:
     steps: list[tuple[str, str]]  # (call text, observation text) of all rounds, oldest first
     target: str  # tagged text without EOS
     kind: str  # "tool_call" | "answer"
-    system: str = SYSTEM_PROMPT  # template that holds __TOOL_DESCS__
+    system: str = SYSTEM_PROMPT  # template that holds __TOOL_DESCS__, perhaps __POLICY__
+    user: str = USER_PROMPT  # template that holds __HISTORY__, __QUERY__ and __STEPS__
+    policy: str = ""  # the data's own system text; `policy_place` says where it stands
 
 
 class Loaded(NamedTuple):
@@ -231,13 +238,20 @@ def read_rows(path: str | Path, expected: str | None = None) -> list:
     return [row for _, rows in _read_files(path, expected) for row in rows]
 
 
-def read_jsonl(path: str | Path) -> Iterator:
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator:
     """Yield the value of each line of a .jsonl or .jsonl.gz file; ValueError names a broken line.
+
+    growing  the file is a run's record: it may not exist yet, and a last line that a crash or a
+             write in progress cut short is left out
 
     Lines end with a line feed alone: str.splitlines would also cut at U+2028, which JSON texts hold.
     """
+    if growing and not Path(path).exists():
+        return
     with _open(path) as file:
         for number, line in enumerate(file, 1):
+            if growing and not line.endswith("\n"):
+                return
             try:
                 if line.strip():
                     yield json.loads(line, object_pairs_hook=json_object)
@@ -258,12 +272,11 @@ def convert(name: str | None, rows: list, *, seed: int = 0) -> tuple[list[Exampl
 
 
 def write_jsonl(examples: list[Example], path: str | Path) -> None:
-    """Write one Example per line, without `system` where it is Figure 5; load("jsonl") reads it."""
+    """Write one Example per line, without what is as usual, Figure 5 say; load("jsonl") reads it."""
+    usual = {field.name: field.default for field in fields(Example)}
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
-            row = asdict(example)
-            if example.system == SYSTEM_PROMPT:
-                del row["system"]
+            row = {name: x for name, x in asdict(example).items() if x != usual[name]}
             file.write(_dumps(row) + "\n")
 
 
@@ -278,17 +291,55 @@ def messages(example: Example) -> list[dict]:
     )
     history = "\n".join(f"{role}: {text}" for role, text in example.history)
     tools = "\n".join(map(_dumps, example.tools))
-    system = _fill(example.system, TOOL_DESCS=tools)
-    user = _fill(USER_PROMPT, HISTORY=history, QUERY=example.query, STEPS=steps)
+    policy = f"{example.policy}\n\n" if example.policy else ""
+    system = _fill(policy_place(example.system), TOOL_DESCS=tools, POLICY=policy)
+    user = _fill(example.user, HISTORY=history, QUERY=example.query, STEPS=steps)
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 @lru_cache
-def with_policy(policy: str, template: str = SYSTEM_PROMPT) -> str:
-    """Return the system template with a policy, perhaps empty, before the descriptions of the tools."""
-    heading = "## Available Tools Description"
-    before = f"{policy}\n\n" if policy else ""
-    return template.replace(heading, before + heading)
+def policy_place(template: str = SYSTEM_PROMPT) -> str:
+    """Return the system template with __POLICY__, which stands for a policy and an empty line, or nothing.
+
+    Where it does not have one: before the lines, up to an empty one, that lead to __TOOL_DESCS__.
+    """
+    if "__POLICY__" in template:
+        return template
+    start = template.rfind("\n\n", 0, template.find("__TOOL_DESCS__"))
+    start = 0 if start < 0 else start + 2
+    return f"{template[:start]}__POLICY__{template[start:]}"
+
+
+def read_prompts(
+    model: str | Path, system_file: str | None = None, user_file: str | None = None
+) -> dict[str, str]:
+    """Return the own prompts among "system" and "user": a file's, else those saved with the model.
+
+    ValueError names the file and the placeholder that it lacks, or that nothing fills.
+    """
+    found = {}
+    for part, file in (("system", system_file), ("user", user_file)):
+        saved = Path(model) / PROMPT_FILE.format(part)
+        path = Path(file or saved)
+        if file and not path.is_file():
+            raise ValueError(f"--{part}_prompt {file}: no such file")
+        if path.is_file():
+            text = found[part] = path.read_text(encoding="utf-8")
+            needed = PLACEHOLDERS[part]
+            if missing := [name for name in needed if name not in text]:
+                raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
+            known = [*needed, *(["__POLICY__"] if part == "system" else [])]
+            if unknown := {*re.findall(r"__[A-Z_]+?__", text)} - {*known}:
+                raise ValueError(
+                    f"{path}: nothing fills {', '.join(sorted(unknown))}; it may hold "
+                    f"{', '.join(known)}"
+                )
+    return found
+
+
+def with_prompts(example: Example, prompts: dict[str, str]) -> Example:
+    """Return the example with other templates for its messages; the policy stays."""
+    return replace(example, **prompts) if prompts else example
 
 
 def render(example: Example, tokenizer) -> list[int]:
@@ -468,17 +519,16 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
 
     examples = []
     for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
-        fields = bfcl.question(entry)
-        policy, id = fields.pop("policy"), f"bfcl_half/{entry.id}/0"
+        asked = bfcl.question(entry)
+        id = f"bfcl_half/{entry.id}/0"
         calls, target, kind = bfcl.accepted(entry), "", "tool_call"
         if entry.category == "live_irrelevance":
             kind = "answer"
-            target = f"<answer>\n{_no_tool(fields['query'], f'{seed}/{id}')}\n</answer>"
+            target = f"<answer>\n{_no_tool(asked['query'], f'{seed}/{id}')}\n</answer>"
         elif calls:
             text = _dumps(calls[0] if len(calls) == 1 else calls)
             target = f"<tool_call>\n{text}\n</tool_call>"
-        system = with_policy(policy)
-        examples.append(Example(id, **fields, target=target, kind=kind, system=system))
+        examples.append(Example(id, **asked, target=target, kind=kind))
     return split(examples, 0.5, seed, ties=_live_ties)
 
 
@@ -796,7 +846,7 @@ def _steps(
                 text = content if role == "assistant" else _no_tool(query, f"{seed}/{row}")
             target = f"<{kind}>\n{text}\n</{kind}>"
             example = Example(
-                f"{row}/{turn}", tools, history, query, steps, target, kind, with_policy(policy)
+                f"{row}/{turn}", tools, history, query, steps, target, kind, policy=policy
             )
             if not (only_last and after):
                 found.append((example, _refusal(example, text, role, beside)))
@@ -868,14 +918,16 @@ def _own(row, number: int) -> Example:
         pairs = {key: [_pair(key, item) for item in row[key]] for key in ("history", "steps")}
         wrapped = row["tools"] if type(row["tools"]) is list else [None]
         example = Example(**{**row, **pairs, "tools": [bare(tool) for tool in wrapped]})
-        texts = [example.id, example.query, example.target, example.kind, example.system]
+        texts = [example.id, example.query, example.target, example.kind]
+        texts += [example.system, example.user, example.policy]
         texts += [text for pair in example.history + example.steps for text in pair]
         if {*map(type, texts)} != {str} or not all(isinstance(t, dict) for t in example.tools):
             raise ValueError("a field of the wrong type")
         if roles := {role for role, _ in example.history} - {"user", "assistant"}:
             raise ValueError(f"history with the role {min(roles)!r}, not user or assistant")
-        if "__TOOL_DESCS__" not in example.system:
-            raise ValueError("system without __TOOL_DESCS__")
+        for part, names in PLACEHOLDERS.items():
+            if missing := [name for name in names if name not in getattr(example, part)]:
+                raise ValueError(f"{part} without {missing[0]}")
         if example.kind not in ("tool_call", "answer"):
             raise ValueError(f"kind {example.kind!r}")
         tag = f"<{example.kind}>", f"</{example.kind}>"

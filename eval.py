@@ -107,13 +107,13 @@ def answer(
     write    takes the row of a case
     anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
     """
-    waiting, talks = deque(cases), []
+    waiting, talks, prompts = deque(cases), [], own_prompts(options)
     with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
         while anyone(len(waiting) + len(talks)):
             while waiting and len(talks) < options.batch:
                 talks.append(_begin(waiting.popleft()))
             for talk in talks:
-                _render(talk, engine, options.max_tokens)
+                _render(talk, engine, options.max_tokens, prompts)
             asking = [talk for talk in talks if talk.example]
             samples = engine.generate(
                 [talk.ids for talk in asking],
@@ -139,6 +139,15 @@ def judge(case: Case, row: dict) -> dict:
         verdict = {"error_type": "over_long", "error": error, "error_class": "Other"}
         return {"correct": False, "kinds": [], "decoded": [], **verdict}
     return case.score(row)
+
+
+def own_prompts(options: argparse.Namespace) -> dict[str, str]:
+    """The prompts of --system_prompt and --user_prompt, else those saved with the model, if any.
+
+    --format python asks for another form of call: it keeps its own system prompt.
+    """
+    found = data.read_prompts(options.model, options.system_prompt, options.user_prompt)
+    return {part: found[part] for part in found if part == "user" or options.format != "python"}
 
 
 def request_seed(seed: int, case: str, step: int) -> int:
@@ -232,7 +241,8 @@ def file_cases(options: argparse.Namespace) -> list[Case]:
     found = []
     for index, example in enumerate(data.load_source(options.file, seed=options.seed)):
         if options.format == "python":
-            example = _in_python(replace(example, system=_python_system(example.system)))
+            python = data.PYTHON_PROMPT if example.system == data.SYSTEM_PROMPT else example.system
+            example = _in_python(replace(example, system=python))
         found.append(example_case(replace(example, id=f"{example.id}#{index}"), options.format))
     return found
 
@@ -333,9 +343,7 @@ def _single(example, record):
 
 def _example(id, fields, form):
     template = data.PYTHON_PROMPT if form == "python" else data.SYSTEM_PROMPT
-    system = data.with_policy(fields["policy"], template)
-    rest = {key: value for key, value in fields.items() if key != "policy"}
-    return data.Example(id, **rest, target="", kind="answer", system=system)
+    return data.Example(id, **fields, target="", kind="answer", system=template)
 
 
 def _in_python(example):
@@ -361,14 +369,6 @@ def _python_calls(text, id):
     return f"[{', '.join(written)}]"
 
 
-def _python_system(system):
-    """The template for Python calls, with the policy of the one for JSON calls."""
-    before, heading = data.SYSTEM_PROMPT.split("## Available Tools Description")[0], "## Available"
-    if not system.startswith(before):
-        return system
-    return data.with_policy(system[len(before) :].split(heading)[0].strip(), data.PYTHON_PROMPT)
-
-
 def _begin(case):
     row = {"id": case.id, "category": case.category, "prompt": "", "prompt_tokens": 0}
     row |= {"over_long": False, "cut": 0, "turns": []}
@@ -376,8 +376,8 @@ def _begin(case):
     return Talk(case, row, turns, next(turns))
 
 
-def _render(talk, engine, max_tokens):
-    talk.ids = data.render(talk.example, engine.tokenizer)
+def _render(talk, engine, max_tokens, prompts):
+    talk.ids = data.render(data.with_prompts(talk.example, prompts), engine.tokenizer)
     talk.row["prompt"] = talk.row["prompt"] or engine.tokenizer.decode(talk.ids)
     talk.row["prompt_tokens"] = max(talk.row["prompt_tokens"], len(talk.ids))
     if len(talk.ids) + max_tokens > engine.max_model_len:
@@ -422,7 +422,7 @@ def _answer_rest(options, cases, chosen, settings):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out = Path(options.output_dir)
     _barrier(world)
-    done = {row["id"] for row in scores.read_rows(out / "results.jsonl")}
+    done = {row["id"] for row in data.read_jsonl(out / "results.jsonl", growing=True)}
     todo = [case for case in chosen if case.id not in done]
     if rank == 0 and len(todo) < len(chosen):
         print(
@@ -467,7 +467,7 @@ def _recorded(out):
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
-    rows = scores.read_rows(out / "results.jsonl")
+    rows = list(data.read_jsonl(out / "results.jsonl", growing=True))
     options.categories = (
         sorted({row["category"] for row in rows}) if options.bench == "bfcl" else None
     )
@@ -498,8 +498,9 @@ def describe(options: argparse.Namespace) -> dict:
     modeling.check_folder(options.model)
     config = AutoConfig.from_pretrained(options.model).get_text_config()
     room = getattr(config, "max_position_embeddings", options.max_model_len)
-    template = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
-    prompt = hashlib.sha256((template + data.USER_PROMPT).encode()).hexdigest()[:8]
+    system = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
+    prompts = {"system": system, "user": data.USER_PROMPT} | own_prompts(options)
+    prompt = hashlib.sha256("".join(prompts.values()).encode()).hexdigest()[:8]
     files = [*Path(options.model).glob("*.safetensors"), *Path(options.model).glob("*.bin")]
     weights = [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(files)]
     settings = vars(options) | {"prompt": prompt, "weights": weights}
@@ -556,9 +557,8 @@ def _open(out, settings, sizes):
 def _merge(out, cases=()):
     """Gather results.jsonl and the ranks' parts into results.jsonl, in the order of the cases."""
     parts = sorted(out.glob("results.part*.jsonl"))
-    rows = {
-        row["id"]: row for path in [out / "results.jsonl", *parts] for row in scores.read_rows(path)
-    }
+    paths = [out / "results.jsonl", *parts]
+    rows = {row["id"]: row for path in paths for row in data.read_jsonl(path, growing=True)}
     order = {case.id: i for i, case in enumerate(cases)}
     with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
         for row in sorted(rows.values(), key=lambda row: order.get(row["id"], -1)):
@@ -635,6 +635,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         action="store_false",
         help="Figure 6 to the letter: a turn does not see earlier turns' tool steps",
     )
+    add("--system_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 5")
+    add("--user_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 6")
     add("--temperature", type=float, default=0.0)
     add("--seed", type=int, default=0)
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")

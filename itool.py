@@ -1,4 +1,4 @@
-"""iTool: hard examples, tree search, preference pairs and preference optimisation, again and again.
+"""iTool: hard examples, tree search, preference pairs and preference optimisation, in iterations.
 
     stages_of, warmup_stages   easy, medium, hard: the warm-up's curriculum          Section 3.1
     run_itool                  the iterations after the warm-up, each in five stages Section 3.2
@@ -39,19 +39,18 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
 
 The code that iTool's authors published differs from their paper nearly everywhere; we follow the
 paper. Theirs selects with another bonus (value / (visits + 1) + p sqrt(ln N / (n + 1))), cuts
-finished text at ". ", ", ", "=" and "(" and joins the pieces with blanks, scores every step by format
+finished text at ". ", ", ", "=" and "(" and joins the pieces with blanks, scores steps by format
 agreement and word overlap instead of an outcome, reads C from one sample of seven tokens with a
 substring test, sums rewards instead of Eqs. 8 and 9, accepts Q from -0.3 instead of 0.3, takes 30 %
-instead of 10 %, samples with a repetition penalty of 0.75, appends an end-of-turn token to unfinished
-fragments, and merges a fresh rank-8 adapter in every iteration.
+instead of 10 %, samples with a repetition penalty of 0.75, appends an end-of-turn token to
+unfinished fragments, and merges a fresh rank-8 adapter in every iteration.
 """
 
 import itertools
-import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +93,7 @@ COUNTS = (  # what a search counts, in searches.jsonl
     *("evaluation_tokens", "evaluations_too_long"),
     *("ends", "ends_parsed", "ends_over_length", "ends_correct"),
 )
-SAMPLES_WITHOUT_SEARCH = 4  # iTool section 4.3.2: "four responses"
+SAMPLES_WITHOUT_SEARCH = 4  # section 4.3.2: "four responses"
 LEARNING_RATES = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # Table 9
 
 
@@ -171,18 +170,11 @@ class ItoolConfig(Row):
 
     @property
     def search_config(self) -> SearchConfig:
-        """The limits as mcts.py wants them."""
-        return SearchConfig(
-            depth=self.mcts_depth,
-            width=self.mcts_width,
-            simulation=self.mcts_simulation,
-            iterations=self.mcts_iterations,
-            c=self.mcts_c,
-            discount=self.mcts_discount,
-            max_similarity=self.max_similarity,
-            min_gap=self.min_gap,
-            min_q=self.min_q,
-        )
+        """The knobs mcts_* and those of the pairs, as mcts.py takes them."""
+        names = ("depth", "width", "simulation", "iterations", "c", "discount")
+        limits = {name: getattr(self, f"mcts_{name}") for name in names}
+        pairs = {name: getattr(self, name) for name in ("max_similarity", "min_gap", "min_q")}
+        return SearchConfig(**limits, **pairs)
 
     def check(self, config: Any) -> None:
         for name in ("pool_fraction", "buffer_fraction", "top_p"):
@@ -196,17 +188,17 @@ class ItoolConfig(Row):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be positive")
         if self.mcts_width < 2:
             raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
-        assert self.search_config  # refuses depths and roll-outs below the least
+        assert self.search_config  # rejects depths and roll-outs that are too small
         one = self.split == "none" or not self.warmup
         if len(self.warmup_learning_rates) not in ((1, 3) if one else (3,)):
             raise ValueError(
-                "--warmup_learning_rates: give three, for easy, medium and hard; one will do for "
+                "--warmup_learning_rates: give three, for easy, medium and hard, or one for "
                 "--split none"
             )
         if config.vllm_tensor_parallel_size > 1:
             raise ValueError(
-                "--vllm_tensor_parallel_size: each rank searches its own trees; take 1, or --quant "
-                "4bit and a lower --vllm_gpu_memory_utilization where memory is short"
+                "--vllm_tensor_parallel_size: each rank searches its own trees; take 1, and if "
+                "memory is short --quant 4bit and a lower --vllm_gpu_memory_utilization"
             )
 
     def flags_without_effect(self) -> dict[str, str]:
@@ -227,7 +219,7 @@ class ItoolConfig(Row):
         return why
 
     def check_examples(self, examples: list[data.Example], config: Any) -> None:
-        if self.stages != "warmup":  # a pool too small is rejected before the warm-up
+        if self.stages != "warmup":  # reject a pool that is too small before the warm-up
             pool_of(examples, self.pool_fraction, self.buffer_fraction, config.seed)
 
     def question_length(self, tokenizer, max_length: int) -> int:
@@ -270,18 +262,17 @@ class Tree:
 def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     """iTool's iterations (section 3.2) after the warm-up.
 
-    Returns the folder of the checkpoint with the highest accuracy (Appendix B.1), be it the one
+    Returns the folder of the checkpoint with the highest accuracy (Appendix B.1), which may be that
     before all iterations.
     """
     best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
     if run.first_step == 0:
         modeling.save(run.model, run.tokenizer, best)
-    pool, ungraded = pool_of(
-        run.examples, method.pool_fraction, method.buffer_fraction, config.seed
-    )
+    shares = method.pool_fraction, method.buffer_fraction
+    pool, ungraded = pool_of(run.examples, *shares, config.seed)
     run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
     searches = read_searches(run)  # of an interrupted run
-    end = 0  # optimiser steps up to and with the iteration
+    end = 0  # optimiser steps up to the end of the iteration
     for iteration in range(1, method.iterations + 1):
         if iteration not in searches:
             clock = Clock()
@@ -291,13 +282,8 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
             trees, counts = grow_trees(run, buffer, iteration, end, clock)
             # 3 pairs
             pairs, found = collect_pairs(run, trees, iteration, end, clock)
-            summary |= counts | found | clock.metrics()
-            summary |= {
-                "iteration": iteration,
-                "step": end,
-                "pool": len(pool),
-                "trees": len(buffer),
-            }
+            summary |= counts | found | clock.metrics() | {"iteration": iteration, "step": end}
+            summary |= {"pool": len(pool), "trees": len(buffer)}
             log_search(run, summary, pairs)
             searches[iteration] = summary, pairs
         summary, pairs = searches[iteration]
@@ -315,7 +301,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 run.stop_if_asked(step)
                 clock = Clock()
                 if step == begin:
-                    run.restart_optimizer()
+                    run.optimizer.state.clear()
                 batch = pair_batch(run, trained, iteration, step - begin)
                 with clock("update"):
                     stats = preference_gradient(run, batch)
@@ -349,7 +335,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
 
 
 class Asked(Exception):
-    """This rank was asked to stop, in the middle of its search."""
+    """This rank was asked to stop in the middle of its search."""
 
 
 def replay_buffer(
@@ -394,7 +380,7 @@ def grow_trees(
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
-            if run.signal:  # each rank has waves of its own: it ends its search, then all meet
+            if run.signal:  # ranks have waves of their own: end this search, then meet the others
                 raise Asked
 
         with suppress(Asked):
@@ -423,12 +409,12 @@ def collect_pairs(
         held_out = is_held_out(tree.example, method.held_out_pairs, config.seed)
         about = {"iteration": iteration, "tree": tree.place, "held_out": held_out}
         rows += [{**about, **row} for row in tree.rows]
-    rows = sorted(all_gather(rows), key=lambda row: row["tree"])  # whatever the ranks
+    rows = sorted(all_gather(rows), key=lambda row: row["tree"])  # whatever the number of ranks
     pairs = [PreferencePair(row) for row in rows]
     with clock("reference"):
         add_references(run, pairs)
     apart = engine_difference(pairs) if pairs else None  # nothing to compare
-    if pairs and config.quant == "none":  # else the engine's weights are not the trainer's NF4 ones
+    if pairs and config.quant == "none":  # with NF4 the engine's weights are not the trainer's
         check_engine(config, apart, step)
     held_out = [pair for pair in pairs if pair.row["held_out"]]
     dropped = count_over_ranks(sum((tree.dropped for tree in trees), Counter()))
@@ -438,7 +424,7 @@ def collect_pairs(
 
 
 def count_over_ranks(counts: Counter) -> Counter:
-    """Counts of all ranks, added up; ranks may know different names."""
+    """Counts of all ranks, added up; their names may differ between ranks."""
     return sum(map(Counter, all_gather([dict(counts)])), Counter())
 
 
@@ -457,17 +443,15 @@ def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.E
     if split == "difficulty":
         names = [data.difficulty(*size) for size in sizes]
     else:
-        order = sorted(
-            range(len(examples)), key=lambda i: (sizes[i][0] >= 4, sizes[i][1], sizes[i][2], i)
-        )
+        hardness = lambda i: (sizes[i][0] >= 4, sizes[i][1], sizes[i][2], i)
         names = [""] * len(examples)
-        for rank, i in enumerate(order):
+        for rank, i in enumerate(sorted(range(len(examples)), key=hardness)):
             names[i] = STAGES[3 * rank // len(examples)]
     return {stage: [e for e, name in zip(examples, names) if name == stage] for stage in STAGES}
 
 
 def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
-    """The warm-up, from easy to hard, or in one stage."""
+    """The warm-up from easy to hard, or in one stage."""
     parts = stages_of(run.examples, method.split if method.warmup else "none")
     rates, stages = method.warmup_learning_rates[: len(parts)], []
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
@@ -480,11 +464,10 @@ def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
 def pool_of(
     examples: list[data.Example], fraction: float, buffer_fraction: float, seed: int
 ) -> tuple[list[data.Example], int]:
-    """A random share of the examples, in their order, and how many targets of it cannot be graded.
+    """A random share of the examples, in their order, and how many were left out as ungradable.
 
     fraction         of the examples, in (0, 1]; iTool: 0.5
-    buffer_fraction  of the pool that a search takes
-    ValueError where that is less than one example.
+    buffer_fraction  of the pool, for the search; ValueError if that is less than one example
     """
     size = round(fraction * len(examples))
     drawn = sorted(random.Random(f"pool/{seed}").sample(range(len(examples)), size))
@@ -527,15 +510,15 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
 
 
 class Searcher:
-    """`mcts.search` by an engine that holds the policy.
+    """`mcts.search` with an engine that holds the policy.
 
     engine           with logprobs_mode="raw_logprobs": Eq. 5 wants p(a|s) at temperature 1
     temperature      of the samples, 1.5 in Table 7;  top_p in (0, 1]
     max_tokens       of a whole response
-    self_evaluation  "paper": Table 10's order; "cache": its fixed text first, which the engine's
-                     prefix cache then holds; "none": C = 0
-    seed             anything with a text form; a request's seed is a hash of it, the example and
-                     the node's path
+    self_evaluation  "paper": Table 10's order; "cache": its fixed text first, so that the engine's
+                     prefix cache holds it; "none": C = 0
+    seed             anything printable; a request's seed is a hash of it, the example and the
+                     node's path
     stats            counts since the last `search`
     """
 
@@ -566,7 +549,7 @@ class Searcher:
     ) -> list[Node]:
         """One tree per example, all in lock step.
 
-        prompts    token ids of each, as `data.render` gives them
+        prompts    token ids of each, from `data.render`
         progress   called with the number of finished trees
         """
         self.config, self.stats = config, Counter()
@@ -642,7 +625,7 @@ class Searcher:
         return Proposal(self._text(ids[:n]), ids[:n], logps[:n], whole, reason, rest)
 
     def _grade(self, states: list[tuple[int, str]]) -> None:
-        """Self-evaluate the states that are not yet in the cache, in one call."""
+        """Self-evaluate the states that are not in the cache yet, in one call."""
         new = [state for state in dict.fromkeys(states) if state not in self.confidences]
         prompts = [
             question(self.tokenizer, self.self_evaluation, self.examples[root].target, text)
@@ -659,20 +642,21 @@ class Searcher:
         self.stats["evaluation_tokens"] += sum(map(len, prompts))
 
     def _outcome(self, node: Node, root: int, text: str) -> float:
-        """O of Eq. 6: +1 for a finished, right response, -1 for another end, 0 before the end."""
+        """O of Eq. 6: +1 for a finished, right response, -1 for any other end, 0 before the end."""
         if not node.terminal:
             return 0.0
         error = rewards.error_type(text, self.examples[root].target)
         if not text.replace("<answer>", "").replace("</answer>", "").strip():
-            error = error or "Other"  # an empty answer is no answer
+            error = error or "Other"  # an empty answer is wrong
+        right = node.reason == "eos" and error is None
         self.stats["ends"] += 1
         self.stats["ends_parsed"] += error != "Code Syntax"
         self.stats["ends_over_length"] += node.reason == "length"
-        self.stats["ends_correct"] += node.reason == "eos" and error is None
-        return 1.0 if node.reason == "eos" and error is None else -1.0
+        self.stats["ends_correct"] += right
+        return 1.0 if right else -1.0
 
     def _state(self, node: Node) -> tuple[int, str]:
-        """The tree's root and the response so far: what a grade depends on."""
+        """What a grade depends on: the tree and the response so far."""
         root, *steps = node.path
         return id(root), self._text([i for step in steps for i in step.token_ids])
 
@@ -693,7 +677,7 @@ class Searcher:
 
 def question(tokenizer, order: str, target: str, response: str) -> list[int]:
     """Table 10's prompt as token ids, up to the option's letter; order "paper" or "cache"."""
-    for token in tokenizer.all_special_tokens:  # what a model writes must not open a turn here
+    for token in tokenizer.all_special_tokens:  # a response must not open a turn here
         response = response.replace(token, "")
     user = mcts.EVAL_PROMPT["user"]
     if order == "cache":
@@ -713,7 +697,7 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
 def pair_rows(
     root: Node, example: data.Example, config: SearchConfig
 ) -> tuple[list[dict], Counter]:
-    """The kept pairs of a tree as lines of pairs.jsonl, and the reasons of the dropped ones."""
+    """The kept pairs of a tree as lines of pairs.jsonl, and why the others were dropped."""
     rows, drops = [], Counter()
     for pair in mcts.all_pairs(root, config):
         drops.update(pair.dropped_by)
@@ -748,7 +732,7 @@ def sampled_pair(
 
 
 def is_held_out(example: data.Example, fraction: float, seed: object) -> bool:
-    """Whether the pairs of this example's tree are kept for measuring: a function of the seed."""
+    """Whether the pairs of this example's tree are only measured; a function of the seed."""
     return random.Random(f"held out/{seed}/{example.id}").random() < fraction
 
 
@@ -765,16 +749,14 @@ def describe(row: dict) -> str:
     if row["evaluations"]:
         text += f", option mass {row['option_mass']:.3f}"
     per_tree = (row["pairs"] + row["held_out"]) / max(1, row["trees"])
-    text += (
-        f"; {row['pairs']} pairs to train on, {row['held_out']} held out ({per_tree:.2f} per tree)"
-    )
-    text += f"; dropped: {drops}"
+    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out"
+    text += f" ({per_tree:.2f} per tree); dropped: {drops}"
     if row["evaluations_too_long"]:
         text += f"; {row['evaluations_too_long']} states too long to be graded"
     if row["evaluations"] and row["option_mass"] < 0.01:
         text += (
-            "\n  the model puts hardly any mass on the letters A to D: its self-evaluation says "
-            "little; consider --self_evaluation none"
+            "\n  the letters A to D have hardly any mass: the self-evaluation says little; "
+            "consider --self_evaluation none"
         )
     if not row["pairs"]:
         text += "\n  no pair to train on: this iteration leaves the model as it is; see the trees"
@@ -793,7 +775,7 @@ def _row(example: data.Example, prefix: list[int], chosen: list[int], rejected: 
 
 
 def _places(path: list[Node]) -> list[int]:
-    """The way from the root as indices among siblings."""
+    """The path from the root as indices among siblings."""
     return [parent.children.index(child) for parent, child in itertools.pairwise(path)]
 
 
@@ -801,7 +783,7 @@ def _places(path: list[Node]) -> list[int]:
 
 
 def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
-    """Batch `position` of an iteration; the last one may be short. Each epoch is a shuffle."""
+    """Batch `position` of an iteration, whose last may be short. Each epoch is a shuffle."""
     order = []
     for epoch in range(run.method.preference_epochs):
         shuffled = list(range(len(pairs)))
@@ -814,9 +796,9 @@ def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
 def preference_gradient(
     run: Run, pairs: list[PreferencePair], train: bool = True
 ) -> dict[str, float]:
-    """Backward passes of a batch of pairs, shared by the ranks; its loss and stats.
+    """Backward passes of a batch of pairs, shared by the ranks; returns its loss and stats.
 
-    train  False: the stats alone
+    train  False: only the stats
     """
     mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
     with torch.set_grad_enabled(train):
@@ -868,7 +850,7 @@ def add_references(run: Run, pairs: list[PreferencePair]) -> None:
 
 
 def engine_difference(pairs: list[PreferencePair]) -> float:
-    """Mean |trainer - engine| of the steps' mean log-probs, nat per token: same weights give 0."""
+    """Mean |trainer - engine| of the steps' mean log-probs, nat per token; 0 for equal weights."""
     apart = [
         abs(math.log(pair.row[f"{side}_p"]) - pair.row[f"{side}_ref"] / len(ids))
         for pair in pairs
@@ -878,7 +860,7 @@ def engine_difference(pairs: list[PreferencePair]) -> float:
 
 
 def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
-    """Preference margin and accuracy on pairs that were not trained on; nothing without pairs."""
+    """Preference margin and accuracy on pairs that are not trained on; {} without pairs."""
     if not pairs:
         return {}
     stats = preference_gradient(run, pairs, train=False)
@@ -905,43 +887,40 @@ def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
 def log_trees(run: Run, trees: list[Tree], limits: SearchConfig, iteration: int) -> None:
     """Write the trees of all ranks to trees-ITERATION.jsonl."""
     lines = []
-    for tree in trees:
+    for tree in filter(lambda tree: tree.root, trees):
         e, about = tree.example, {"tree": tree.place, "iteration": iteration}
-        if tree.root:
-            about |= {"id": e.id, "query": e.query, "target": e.target}
-            lines.append(mcts.tree_to_dict(tree.root, limits, **about))
+        about |= {"id": e.id, "query": e.query, "target": e.target}
+        lines.append(mcts.tree_to_dict(tree.root, limits, **about))
     lines = sorted(all_gather(lines), key=lambda line: line["tree"])
     if run.rank == 0 and lines:
-        new = run.out / f".trees-{iteration}.jsonl.incomplete"
-        with open(new, "w") as file:
-            for line in lines:
-                write(file, line)
-        new.rename(run.out / f"trees-{iteration}.jsonl")
+        write_whole(run.out / f"trees-{iteration}.jsonl", lines)
+
+
+def write_whole(path: Path, lines: Iterable[dict]) -> None:
+    """Replace a .jsonl file, which is complete at any moment."""
+    new = path.with_name(f".{path.name}.incomplete")
+    with open(new, "w") as file:
+        for line in lines:
+            write(file, line)
+    new.rename(path)
 
 
 def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
     """Iteration -> summary and pairs of the searches that an interrupted run has made.
 
-    Those made after the step that the run resumes at are forgotten: rank 0 rewrites the two files
-    and deletes their trees. A start that does not resume keeps none.
+    Those after the step that the run resumes from are dropped: rank 0 rewrites the two files and
+    deletes their trees. A start that does not resume keeps none.
     """
     resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
     step, kept = run.first_step if resumes else -1, {}
     for name in ("searches.jsonl", "pairs.jsonl"):
-        path = run.out / name
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        kept[name] = [json.loads(line) for line in lines]  # a crash may have cut the last line
+        kept[name] = list(data.read_jsonl(run.out / name, growing=True))
     searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
     pairs = {i: [row for row in kept["pairs.jsonl"] if row["iteration"] == i] for i in searches}
     dist.barrier()  # all have read
     if run.rank == 0:
-        for name, rows in (
-            ("searches.jsonl", searches.values()),
-            ("pairs.jsonl", itertools.chain(*pairs.values())),
-        ):
-            new = run.out / f".{name}.incomplete"
-            new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            new.rename(run.out / name)
+        write_whole(run.out / "searches.jsonl", searches.values())
+        write_whole(run.out / "pairs.jsonl", itertools.chain(*pairs.values()))
         for path in run.out.glob("trees-*.jsonl"):
             if path.stem not in {f"trees-{iteration}" for iteration in searches}:
                 path.unlink()

@@ -31,7 +31,6 @@ import fgae
 import grpo
 import spo
 
-BEST = 4.0  # R_outcome of a completely right response (Eq. 12): all methods share this notion
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
 
@@ -51,7 +50,8 @@ class Group:
     seed: int  # of its rollouts
     place: int = 0  # in the stream of all batches
     samples: list = field(default_factory=list)  # K rollout.Sample
-    outcomes: list = field(default_factory=list)  # K rewards.Outcome
+    outcomes: list = field(default_factory=list)  # K, of scoring.Reward
+    bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
     expert_outcome: Any = None  # the same of the expert response
     rewards: list[float] = field(default_factory=list)  # K, what the advantages are made of
     token_rewards: Tensor | None = None  # (K, T), rows with token rewards only
@@ -74,7 +74,7 @@ class Rows:
     """A micro-batch, one row per response, padded to T; a group's expert follows its rollouts."""
 
     mask: Tensor  # (R, T) bool
-    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have no more than the mask
+    is_expert: Tensor | None = None  # (R,) bool; SFT's rows have only the mask
     is_answer: Tensor | None = None  # (R,) bool, the ground truth is an answer
     correct: Tensor | None = None  # (R,) bool, completely right
     advantages: Tensor | None = None  # (R, T), 0 on experts outside the group
@@ -82,7 +82,7 @@ class Rows:
 
 
 def rows_of(groups: list[Group], mask: Tensor) -> Rows:
-    """What the losses need beside log-probs, in the shape (R, T) and on the device of `mask`."""
+    """What the losses need besides log-probs, shaped like `mask`, (R, T), and on its device."""
     advantages, sampler_logps = torch.zeros(mask.shape), torch.zeros(mask.shape)
     is_expert, is_answer, correct = [], [], []
     for group in groups:
@@ -93,7 +93,7 @@ def rows_of(groups: list[Group], mask: Tensor) -> Rows:
         advantages[first : first + in_group, :width] = group.advantages
         is_expert += [False] * K + [True] * E
         is_answer += [group.example.kind == "answer"] * (K + E)
-        correct += [outcome.total == BEST for outcome in group.outcomes] + [True] * E
+        correct += [outcome.right for outcome in group.outcomes] + [True] * E
     flags = [torch.tensor(x, dtype=torch.bool) for x in (is_expert, is_answer, correct)]
     return Rows(mask, *(x.to(mask.device) for x in (*flags, advantages, sampler_logps)))
 
@@ -160,7 +160,7 @@ class Rollouts(Row):
             raise ValueError("--num_generations: advantages compare responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
-        """The graded outcome reward in [-3, 4] (Eq. 12); lengths in tokens."""
+        """The outcome reward, in [-3, 4] (Eq. 12) or a user's bounds; lengths in tokens."""
         return outcome.total
 
     def advantages(self, group: Group) -> Tensor:
@@ -250,12 +250,12 @@ class Sft(Row):
 class Grpo(Rollouts):
     """Binary reward, group advantages, mean over responses of token means (Eq. 2).
 
-    veRL's default is the token mean, which the paper presents as DAPO's change.
+    The token mean, veRL's default, is what the paper presents as DAPO's change.
     """
 
     def reward(self, outcome, length, max_length) -> float:
         """1 where the response is completely right, else 0 (ToolUPT section 4.3)."""
-        return float(outcome.total == BEST)
+        return float(outcome.right)
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, N = rows.advantages[:, 0], totals["responses"]
@@ -337,7 +337,9 @@ class FgDapoStar(DapoStar):
         matched = matched_tokens(responses, group.target, self.alignment)
         # answers have no process rewards: "for tool_call responses"
         matched = matched & (group.example.kind == "tool_call")
-        group.token_rewards = fgae.token_rewards(torch.tensor(group.rewards), matched)
+        lower, upper = group.bounds
+        scores = torch.tensor(group.rewards)
+        group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)
         return fgae.token_advantages(group.token_rewards, mask, K)
 
 

@@ -12,12 +12,14 @@ import math
 import random
 
 import torch
+from torch import Tensor
 
 import data
 import model as modeling
 import rewards
-from methods import BEST, Group, Rollouts, matched_tokens, rows_of
-from run import Run, add, all_sum, forward, micro_batches, part
+import scoring
+from methods import Group, Rollouts, matched_tokens, rows_of
+from run import Run, add, all_gather, all_sum, forward, micro_batches, part
 
 KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
 BY_KIND = {  # metric -> what it is per
@@ -38,14 +40,16 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     advantages = torch.cat(
         [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
     )
+    parts = [scoring.parts_of(outcome) for outcome in outcomes]
+    names = sorted(set(all_gather(list({name for own in parts for name in own}))))
     per_group = {
         "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
         "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
     }
     per_response = {
         "reward": sum(sum(group.rewards) for group in groups),
-        "accuracy": sum(outcome.total == BEST for outcome in outcomes),
-        "format": sum(outcome.format for outcome in outcomes),
+        "accuracy": sum(outcome.right for outcome in outcomes),
+        **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
         "completions/mean_length": len(advantages),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
     }
@@ -69,7 +73,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
             g.target,
             [s.token_ids for s in g.samples],
             [s.text for s in g.samples],
-            [outcome.total for outcome in g.outcomes],
+            [outcome.right for outcome in g.outcomes],
             [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
             alignment,
         )
@@ -82,7 +86,7 @@ def tally(
     target: list[int],
     responses: list[list[int]],
     texts: list[str],
-    totals: list[float],
+    right: list[bool],
     first: list[float],
     alignment: str = "positional",
 ) -> dict[str, float]:
@@ -92,7 +96,7 @@ def tally(
     target     token ids of the expert response
     responses  token ids
     texts      what they say
-    totals     outcome rewards (Eq. 12)
+    right      whether they earn the highest reward
     first      advantages of the first tokens; a response without tokens has none
     alignment  of matched_tokens in fgae.py. "lcs" leaves out the last expert token, the EOS
     """
@@ -100,7 +104,7 @@ def tally(
     sums |= dict.fromkeys(FORMS, 0.0)
     own = {
         "responses": len(responses),
-        "accuracy": sum(total == BEST for total in totals),
+        "accuracy": sum(right),
         "begun": len(first),
         "first_advantage": sum(first),
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
@@ -133,13 +137,20 @@ def term_norms(
 
     groups, totals  this rank's part of a step, and the step's denominators
 
-    Of each rank's first micro-batch, before --max_grad_norm. One forward pass, a backward pass per
-    term; no gradient is left. NaN where the policy term has none: all rewards of a group are equal.
+    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. NaN where the
+    policy term has none: all rewards of a group are equal. Each term has a forward pass of its own,
+    since compiled layers run one backward pass per forward pass.
     """
-    micro, norms = micro_batches(config, groups)[0], {}
-    logps, entropy, mask = forward(config, model, micro, config.temperature)
-    for name, term in method.terms(rows_of(micro, mask), logps, entropy, totals).items():
-        term.backward(retain_graph=True)
+    micro = micro_batches(config, groups)[0]
+
+    def terms() -> dict[str, Tensor]:
+        logps, entropy, mask = forward(config, model, micro, config.temperature)
+        return method.terms(rows_of(micro, mask), logps, entropy, totals)
+
+    with torch.no_grad():
+        norms = dict.fromkeys(terms())
+    for name in norms:
+        terms()[name].backward()
         norms[name] = float(modeling.clip_grad_norm(model, math.inf))
         model.zero_grad()
     policy = norms.pop("policy")
@@ -185,8 +196,9 @@ def starting_point(run: Run) -> dict[str, float]:
         for name in ("tag", "body")
         if sums[f"{name}_tokens"]
     }
-    said = ", ".join(f"{value:.2f} ({name})" for name, value in found.items())
-    run.say(f"before training, nat per token of the expert response: {said}")
+    where = {"start/tag_logp": "in its tags", "start/body_logp": "elsewhere"}
+    said = ", ".join(f"{value:.2f} {where[name]}" for name, value in found.items())
+    run.say(f"before training: log-prob of a token of the expert response {said}")
     for kind in KINDS:
         n = sums[f"n/{kind}"]
         if n and sums[f"p/{kind}"] / n < RARE:

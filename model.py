@@ -1,15 +1,15 @@
 """A causal language model and its tokenizer: load, LoRA, shard, hand over, clip, optimise, save.
 
     load          fp32 master weights: at learning rate 1e-6 a bf16 master loses the update.
-                  Each rank reads its own part of every weight: none ever holds the whole model
+                  Each rank reads only its part of every weight
     shard         FSDP2: bf16 compute on a GPU (fp32 on a CPU), fp32 reduction. Gradients are the
                   SUM over ranks, not FSDP2's mean: every loss divides by a count of all ranks
-    full_tensors  the weights as the sampler wants them, one at a time, LoRA merged
+    full_tensors  the weights for the sampler, one at a time, LoRA merged
                   W + alpha / r * B A
     optimizer     AdamW. Weight decay acts on matrices (weights and embeddings), not on biases and
-                  norms; veRL and LLaMA-Factory decay everything, at 0.01 hardly a difference
+                  norms; veRL and LLaMA-Factory decay everything, which hardly matters at 0.01
 
-Log-probs are in packing.py. Where a process group exists, all ranks call `load`, `full_tensors`,
+Log-probs are in packing.py. In a process group all ranks call `load`, `full_tensors`,
 `clip_grad_norm` and `save` together.
 """
 
@@ -80,10 +80,10 @@ def load(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model with fp32 weights, without dropout, and its tokenizer.
 
-    Where a process group exists the model is sharded over its ranks and lies on their devices;
-    without one it is whole, on the CPU. Weights that adapters freeze are bfloat16 where there is
-    a GPU, or NF4 (QLoRA). Checkpoints that transformers converts as it reads them, and those to be
-    quantised, are first read whole by every rank; rank 0 says so.
+    In a process group the model is sharded over the ranks' devices; without one it is whole, on the
+    CPU. Weights that adapters freeze are bfloat16 on a GPU, or NF4 (QLoRA). Checkpoints that
+    transformers converts while reading, and those to be quantised, are first read whole by every
+    rank; rank 0 says so.
 
     model_name_or_path      folder written by save_pretrained, or a name on the Hugging Face Hub
     lora_rank               0: all weights are trained; r > 0: adapters of rank r on every linear
@@ -91,8 +91,8 @@ def load(
     lora_alpha              adapters are scaled by lora_alpha / lora_rank
     quant                   "4bit": the frozen linear layers in NF4 with double quantisation
                             (bitsandbytes), on this rank's device; needs lora_rank
-    gradient_checkpointing  layers compute their activations again in the backward pass
-    torch_compile           decoder layers are compiled: for the first length that they meet, then
+    gradient_checkpointing  recompute activations in the backward pass
+    torch_compile           compile the decoder layers: for the first length that they see, then
                             once more for any length, and once without gradients. A deepcopy of the
                             model would run the original's layers: load it again instead
     seed                    of the adapters, which are the same on any number of ranks
@@ -133,7 +133,7 @@ def skeleton(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model without dropout and without storage (meta device): its names, shapes and layers."""
+    """The model without dropout or storage (meta device): its names, shapes and layers."""
     config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config()):
         for name, value in [*vars(part).items()]:
@@ -211,10 +211,10 @@ def shard(
     mesh           one-dimensional; None: all ranks of the process group, GPUs where there are any
     compute_dtype  of matrix products; None: bfloat16 on a GPU, float32 on a CPU
 
-    The unit of gathering is the decoder layer; also the embedding, unless the LM head shares it.
-    Gradients are summed over ranks, in float32. Each backward pass is a collective: all ranks need
-    equally many (packing: a row without responses). A quantised model stays whole on every rank:
-    clip_grad_norm adds up the adapters' gradients.
+    Weights are gathered by decoder layer; the embedding by itself, unless the LM head shares it.
+    Gradients are summed over ranks, in float32. Each backward pass is a collective, so all ranks
+    need equally many (packing: a row without responses). A quantised model stays whole on every
+    rank, and clip_grad_norm adds up the adapters' gradients.
     """
     assert dist.is_initialized(), "shard needs torch.distributed.init_process_group, also on 1 rank"
     if mesh is None:
@@ -237,7 +237,7 @@ def shard(
 
 @torch.no_grad()
 def adapter_norm(model: nn.Module) -> float:
-    """Norm of the adapters' B matrices, 0 at their start and without adapters; all ranks call."""
+    """Norm of the adapters' B matrices: 0 at first and without adapters; all ranks call."""
     parts = [_full(p) for name, p in model.named_parameters() if ".lora_B." in name]
     return float(sum((part.float() ** 2).sum() for part in parts)) ** 0.5
 
@@ -246,10 +246,9 @@ def adapter_norm(model: nn.Module) -> float:
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and whole weight of the plain transformers model, one at a time, all ranks together.
 
-    Trained and merged weights are fp32; frozen ones come in their own dtype. Adapters have no names
-    of their own. Tied embeddings come under both of their names: a sampler that is sent the
-    embedding alone keeps its old LM head. Never a second copy of the model: a rank holds one whole
-    weight more, unless the caller keeps them.
+    Trained and merged weights are fp32; frozen ones keep their dtype. Adapters are merged into the
+    weights that they adapt. Tied embeddings come under both names, since a sampler that is sent
+    only the embedding would keep its old LM head. A rank holds one more whole weight, no more.
     """
     base = _transformer(model)
     modules = dict(base.named_modules())
@@ -290,7 +289,7 @@ def optimizer(
 
     lr, betas     as in torch.optim.AdamW
     weight_decay  of the matrices (ndim >= 2); biases and norms are not decayed
-    offload       the moments, 8 bytes per parameter, stay in the host's memory: see HostAdamW
+    offload       keep the moments, 8 bytes per parameter, in host memory: see HostAdamW
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -305,8 +304,8 @@ def optimizer(
 class HostAdamW(torch.optim.AdamW):
     """AdamW, to the bit, with its moments in pinned host memory outside the step.
 
-    The step takes one parameter's moments to the GPU at a time and back: 16 bytes per parameter
-    cross the bus, and the GPU holds one parameter's moments beside weights and gradients.
+    The step moves one parameter's moments at a time to the GPU and back: 16 bytes per parameter
+    cross the bus, and the GPU holds only that parameter's moments beside weights and gradients.
     """
 
     def __init__(self, *arguments, **settings):
@@ -314,7 +313,7 @@ class HostAdamW(torch.optim.AdamW):
         self._host, self._block = {}, torch.empty(0)
 
     def step(self, closure=None):
-        assert closure is None, "the step is taken parameter by parameter: no closure"
+        assert closure is None, "steps are taken parameter by parameter: no closure"
         groups = self.param_groups
         try:
             for group in groups:
@@ -342,7 +341,7 @@ class HostAdamW(torch.optim.AdamW):
         return [((parameter, n), m.to_local() if isinstance(m, DTensor) else m) for n, m in found]
 
     def _leave(self, parameter):
-        """Copies the moments to their place on the host and frees the GPU's copy."""
+        """Copy the moments to their place on the host and free the GPU's copy."""
         for key, moment in self._moments(parameter):
             if moment.is_cuda:
                 if key not in self._host:
@@ -350,7 +349,7 @@ class HostAdamW(torch.optim.AdamW):
                 moment.data = self._host[key].copy_(moment, non_blocking=True)
 
     def _pinned(self, moment):
-        """Room on the host, out of blocks: torch rounds each pinned tensor up to a power of two."""
+        """Host memory cut from blocks: torch rounds each pinned tensor up to a power of two."""
         n = moment.numel()
         if n > self._block.numel():
             self._block = torch.empty(max(n, 2**26), dtype=moment.dtype, pin_memory=True)
@@ -359,7 +358,7 @@ class HostAdamW(torch.optim.AdamW):
 
     def _wait(self):
         if self._host:
-            torch.cuda.synchronize()  # before anyone on the host reads them
+            torch.cuda.synchronize()  # before the host reads them
 
 
 def save(
@@ -369,14 +368,14 @@ def save(
     *,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Writes a plain save_pretrained folder, adapters merged, fp32; rank 0 writes, all ranks call.
+    """Write a plain save_pretrained folder, adapters merged, fp32; rank 0 writes, all ranks call.
 
-    Adapters lie beside it, in the folder `adapter`, in peft's format.
+    Its subfolder `adapter` holds the adapters in peft's format.
 
     path            appears when it is complete, and replaces an older folder of that name
     max_shard_size  of a safetensors file; rank 0 holds as much on the CPU
 
-    ValueError on all ranks where the disk of rank 0 has not enough space.
+    ValueError on all ranks if rank 0's disk lacks the space.
     """
     path, base, first = Path(path).resolve(), _transformer(model), _is_first()
     shapes = _shapes(base)
@@ -388,7 +387,7 @@ def save(
     plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
     files = defaultdict(dict)
     for name, tensor in full_tensors(model):
-        if not first or name not in plan.tensor_to_filename:  # the second name of tied weights
+        if not first or name not in plan.tensor_to_filename:  # a tied weight's second name
             continue
         file = plan.tensor_to_filename[name]
         files[file][name] = tensor.float().cpu().contiguous()
@@ -412,7 +411,7 @@ def save(
 
 
 def check_folder(name: str) -> None:
-    """ValueError with the remedy where `name` is no folder that can be loaded, and no Hub name."""
+    """ValueError with the remedy if `name` is neither a loadable folder nor a Hub name."""
     path = Path(name)
     if not path.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
@@ -434,7 +433,7 @@ def check_folder(name: str) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """ValueError where a Hub name is neither cached nor within reach: no minute of retries."""
+    """ValueError if a Hub name is neither cached nor reachable, without a minute of retries."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str) or getproxies():
         return
     url = urlsplit(hub_constants.ENDPOINT)
@@ -443,8 +442,8 @@ def _check_hub(name: str) -> None:
         socket.create_connection((url.hostname, port), timeout=5).close()
     except OSError as error:
         raise ValueError(
-            f"{name}: no such folder, not in the cache, and {url.hostname} is out of reach ({error}); "
-            "give a folder on this machine, e.g. toy_model"
+            f"{name}: no such folder, not in the cache, and {url.hostname} is out of reach "
+            f"({error}); give a folder on this machine, e.g. toy_model"
         ) from None
 
 
@@ -456,7 +455,7 @@ def _not_loaded(name: str | Path, error: OSError) -> ValueError:
 
 
 def weight_files(model_name_or_path: str | Path) -> list[str]:
-    """Paths of the safetensors that are the model; others in its folder are adapters or copies."""
+    """Paths of the model's own safetensors; others in its folder are adapters or copies."""
     found = partial(cached_file, model_name_or_path, _raise_exceptions_for_missing_entries=False)
     if single := found("model.safetensors"):
         return [single]
@@ -473,7 +472,7 @@ def weight_files(model_name_or_path: str | Path) -> list[str]:
 def _reader(model_name_or_path: str | Path) -> HuggingFaceStorageReader:
     files = weight_files(model_name_or_path)
     reader = HuggingFaceStorageReader(str(Path(files[0]).parent))
-    reader.fs.ls = lambda folder: files  # its own would take every safetensors file there
+    reader.fs.ls = lambda folder: files  # its own takes every safetensors file there
     return reader
 
 
@@ -500,7 +499,7 @@ def _obstacle(base: PreTrainedModel, reader: HuggingFaceStorageReader) -> str:
 def _from_pretrained(
     base: PreTrainedModel, dtype: torch.dtype, trust_remote_code: bool, quantised: dict
 ) -> PreTrainedModel:
-    """A skeleton's model as transformers reads it: whole, on the CPU unless `quantised` differs."""
+    """A skeleton's model as transformers reads it: whole, on the CPU unless `quantised` says so."""
     name = base.name_or_path
     try:
         model, info = type(base).from_pretrained(
@@ -523,7 +522,7 @@ def _from_pretrained(
 
 
 def _generation_config(model_name_or_path: str | Path, base: PreTrainedModel) -> GenerationConfig:
-    """The model's own, valid: temperature without do_sample could be read, but not saved again."""
+    """The model's own, made valid: temperature without do_sample can be read but not saved."""
     try:
         config = GenerationConfig.from_pretrained(model_name_or_path)
         try:
@@ -542,14 +541,14 @@ def _generation_config(model_name_or_path: str | Path, base: PreTrainedModel) ->
 
 @torch.no_grad()
 def _fill(model: nn.Module, reader: HuggingFaceStorageReader) -> None:
-    """Gives a skeleton, sharded or whole, its storage, weights and non-persistent buffers."""
+    """Give a skeleton, sharded or whole, its storage, weights and non-persistent buffers."""
     base, sharded = _transformer(model), dist.is_initialized()
     model.to_empty(device="cuda" if sharded and torch.cuda.is_available() else "cpu")
     base.tie_weights()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # "assuming ... single"
         checkpoint.load(_weights(base), storage_reader=reader, no_dist=not sharded)
     for tensor in (*base.parameters(), *base.buffers()):
-        tensor._is_hf_initialized = True  # transformers' mark of what it must not draw again
+        tensor._is_hf_initialized = True  # so that transformers does not draw them again
     for name, buffer in base.named_non_persistent_buffers():  # rotary frequencies: not on disk
         buffer._is_hf_initialized = False
     for module in base.modules():
@@ -559,7 +558,7 @@ def _fill(model: nn.Module, reader: HuggingFaceStorageReader) -> None:
 
 @torch.no_grad()
 def _draw_adapters(model: nn.Module, seed: int) -> None:
-    """As peft starts them, A uniform and B zero, drawn whole: the number of ranks has no part in it."""
+    """Initialise as peft does, A uniform and B zero; drawn whole, so that ranks do not matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
@@ -567,7 +566,7 @@ def _draw_adapters(model: nn.Module, seed: int) -> None:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
-                A = distribute_tensor(A, mesh, placements, src_data_rank=None)  # without a message
+                A = distribute_tensor(A, mesh, placements, src_data_rank=None)  # no communication
             parameter.copy_(A)
         elif ".lora_B." in name:
             parameter.zero_()
@@ -620,26 +619,26 @@ def _tensors(model_name_or_path: str, device: str = "cpu") -> dict[str, Callable
 
 
 def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of the merged model, without a word of quantisation."""
+    """The configuration of the merged model, without quantisation."""
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
     return config
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json on rank 0; all ranks call."""
+    """Write adapter_model.safetensors and adapter_config.json on rank 0; all ranks call."""
     state = {name: _full(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
     if _is_first():
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def _transformer(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, out of its LoRA wrapper if it has one."""
+    """The transformers model, without its LoRA wrapper if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """The whole tensor; a collective where it is sharded."""
+    """The whole tensor; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -650,14 +649,14 @@ def _lora_update(layer: nn.Module, adapter: str = "default") -> Tensor:
 
 
 def _weights(base: PreTrainedModel) -> dict[str, Tensor]:
-    """Name on disk -> what the model stores: tied weights once, no adapters, persistent buffers."""
+    """Name on disk -> tensor: tied weights once, persistent buffers, no adapters."""
     once = {name for name, _ in (*base.named_parameters(), *base.named_buffers())}
     state = {name: tensor for name, tensor in base.state_dict().items() if name in once}
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
 
 
 def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save` writes, without data: `_weights`, nothing quantised."""
+    """What `save` writes, without data and unquantised."""
     shapes = {name: tensor.shape for name, tensor in _weights(base).items()}
     for name, layer in base.named_modules():
         if hasattr(layer, "lora_A"):  # NF4 packs two weights in a byte
@@ -670,12 +669,12 @@ def _is_first() -> bool:
 
 
 def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_rank: int = 0) -> None:
-    """ValueError on all ranks where `count` checkpoints do not fit beside `path`.
+    """ValueError on all ranks if `count` checkpoints do not fit beside `path`.
 
     base  from `skeleton`; adapters are added to it
 
     A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
-    trained one for resuming; adapters lie there once more, as peft reads them.
+    trained one for resuming; adapters are saved once more in peft's format.
     """
     size = sum(tensor.nbytes for tensor in _shapes(base).values())
     model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
@@ -685,7 +684,7 @@ def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_ran
 
 
 def check_disk(path: Path, needed: int, what: str = "the model") -> None:
-    """ValueError on all ranks where rank 0 has not `needed` bytes and 5 % more free at `path`."""
+    """ValueError on all ranks unless rank 0 has `needed` bytes and 5 % more free at `path`."""
     folder = next(parent for parent in path.resolve().parents if parent.exists())
     free = [shutil.disk_usage(folder).free]
     if dist.is_initialized():
@@ -699,7 +698,7 @@ def check_disk(path: Path, needed: int, what: str = "the model") -> None:
 
 
 def check_gpu(devices: Path = Path("/dev")) -> None:
-    """ValueError where the machine has a GPU that this PyTorch cannot use: no silent CPU run."""
+    """ValueError if the machine has a GPU that this PyTorch cannot use: no silent CPU run."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or torch.cuda.is_available() or not any(devices.glob("nvidia[0-9]*")):
         return
@@ -709,13 +708,14 @@ def check_gpu(devices: Path = Path("/dev")) -> None:
     except (RuntimeError, AssertionError) as error:  # a driver too old; a build for the CPU
         why = str(error).splitlines()[0].rstrip(".")
     raise ValueError(
-        f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({why}): update the "
-        'driver, or install the PyTorch that suits it; CUDA_VISIBLE_DEVICES="" trains on the CPU'
+        f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({why}): update "
+        "the driver, or install a PyTorch that fits it; "
+        'CUDA_VISIBLE_DEVICES="" trains on the CPU'
     )
 
 
 def replace_folder(path: Path, new: Path) -> None:
-    """Renames `new` to `path`; an older folder of that name goes when its successor is on disk."""
+    """Rename `new` to `path`; an older folder of that name is deleted once `new` is on disk."""
     for file in filter(Path.is_file, new.iterdir()):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

@@ -32,13 +32,12 @@ Where the paper is silent or misprinted:
 8. For an <answer> target R_correct is +3 for an answer in tags without a tool call, else -3: only
    this gives the stated range. Its words are free, but not empty. An answer is the text between the
    first <answer> and the last </answer>.
-9. A response with tags of both kinds has not decided (the prompt asks for one of the two): R_correct
-   is -3 either way, or a policy in doubt would be paid for hedging. Tags inside the first block are
-   data.
+9. A response with tags of both kinds has not decided, as the prompt asks it to: R_correct is -3
+   either way, or a policy in doubt would be paid for hedging. Tags inside the first block are data.
 
 Nothing a model writes can raise, hang or leave [-3, 4]. NaN, Infinity and numbers beyond a float's
-range (1e999) do not parse, nor do integers beyond Python's digit limit, nesting beyond its recursion
-limit or calls longer than MAX_CHARS. Targets are data: a malformed one is a ValueError.
+range (1e999) do not parse, nor do integers beyond Python's digit limit, nesting beyond its
+recursion limit or calls longer than MAX_CHARS. Targets are data: a malformed one is a ValueError.
 Copy this file on its own: it needs the standard library only.
 """
 
@@ -74,6 +73,11 @@ class Outcome:
     param: float  # r_param in [0, 1]
     correct: float  # R_correct in [-3, 3]
     total: float  # R_outcome in [-3, 4]
+
+    @property
+    def right(self) -> bool:
+        """Whether the response is completely right."""
+        return self.total == 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def form(response: str) -> Form:
 
 
 def parse_python(response: str) -> Parsed:
-    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without calls is an "answer".
+    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without is an "answer".
 
     response  str  any text; calls start with a bracket
     """

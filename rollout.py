@@ -144,14 +144,14 @@ def make_engine(
     seed                    of generate without seeds
     enforce_eager           no CUDA graphs; None: on a CPU only
     trust_remote_code       run Python code that comes with the model folder
-    kv_cache_bytes          upper limit of the KV cache, unless the longest sequence needs more; None:
+    kv_cache_bytes          limit of the KV cache, unless the longest sequence needs more; None:
                             512 MiB on a CPU, 4 GiB on a GPU, where vLLM goes by
                             gpu_memory_utilization instead
     cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole
-                            blocks, so small blocks suit many responses to a prompt (32 is 10 % faster
-                            than 128 at 8 responses to 1,024 tokens), and large ones many prompts (128
-                            decodes one response to each of 128 prompts of 2,400 tokens in 2/3 of the
-                            time)
+                            blocks, so small blocks suit many responses to a prompt (32 is 10 %
+                            faster than 128 at 8 responses to 1,024 tokens), and large ones many
+                            prompts (128 takes 2/3 of the time for one response to each of 128
+                            prompts of 2,400 tokens)
     ImportError if vllm is not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
@@ -603,8 +603,8 @@ class TransformersEngine(Engine):
     def _rows_for(self, prompts, limits):
         """Rows ready for their first token: all but the last token of each prompt is in the cache.
 
-        The first step reads the last token, so all logits come from `_logits`. Prompts are padded on
-        the right; what padding leaves in the cache is overwritten before it is attended to.
+        The first step reads the last token, so all logits come from `_logits`. Prompts are padded
+        on the right; what padding leaves in the cache is overwritten before it is attended to.
         """
         columns = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
         rows = self._rows_of(self._padded_rows(len(prompts)), self._padded_columns(columns))
@@ -719,7 +719,7 @@ class _Rows(Cache):
         return [kept[:, :, : self.used] for kept in self.cache[layer]]
 
     def take(self, other, rows, used):
-        """Self, filled with rows of another, their first `used` columns; storage may be shared."""
+        """Self, with these rows and `used` columns of another; storage may be shared."""
         chosen, count = torch.tensor(rows, device=self.row.device), len(rows)
         for name in ("ids", "start", "count", "limit", "alive", "uniforms", "tokens", "logps"):
             mine = getattr(self, name)

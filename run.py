@@ -1,6 +1,6 @@
 """What a rank does: its part of the work, sums over ranks, forward passes, weight sync, records.
 
-Run(config, method)    reads tokenizer and data and refuses what cannot work, before anything heavy
+Run(config, method)    reads tokenizer and data and rejects what cannot work, before anything heavy
 run.load(engine)       loads model, optimiser and engine, and resumes
 run.batch(step)        this rank's examples and their places: a function of (seed, step)
 
@@ -10,13 +10,14 @@ part                   the one rule by which ranks share work
 all_sum, all_max, all_gather
 
     output_dir/metrics.jsonl     first line the settings, then a line per step (0: before training)
-    output_dir/rollouts.jsonl    a line per response with all that it was trained on
+    output_dir/rollouts.jsonl    a line per response with everything it was trained on
 
-What is batched is any record with a `prompt` (token ids) and `responses` (lists of token ids): a
-Group of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how
-ranks share the work: every denominator counts all ranks, and gradients are summed.
+Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
+of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
+share the work: every denominator counts all ranks, and gradients are summed.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -43,15 +44,16 @@ import checkpoint
 import data
 import model as modeling
 import packing
-import rewards
 import rollout
+import scoring
 import serving
 import start
-from checkpoint import open_records, read_lines, write
+from checkpoint import open_records, write
 from methods import Rollouts
 from start import Interrupted, settings
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
+TRIED = 64  # expert responses that a reward of one's own is tried on at the start
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 
 
@@ -68,7 +70,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
     def metrics(self, tokens: int | None = None) -> dict:
-        """timing_s/*; with `tokens`, what the update reads (each prompt once), those per second."""
+        """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
         step = time.perf_counter() - self.start
         timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
         speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
@@ -116,8 +118,8 @@ def init_distributed() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps one store over its restarts: without a prefix, ranks find the addresses of
-        # those that died. Agents count their own restarts, so several nodes need
+        # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
+        # of those that died. Each node counts its own restarts, so several nodes need
         # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -128,7 +130,7 @@ def init_distributed() -> None:
 def part(items: list, size: Callable[[Any], float], rank: int, world: int) -> list:
     """This rank's part of `items`, which all ranks hold, in their order.
 
-    Dealt by size, there and back, so that ranks finish together; their numbers differ by at most 1.
+    Items are dealt by size, there and back: ranks finish together, counts differ by at most 1.
     """
     largest_first = sorted(range(len(items)), key=lambda i: (-size(items[i]), i))
     there_and_back = [*range(world), *reversed(range(world))]
@@ -158,7 +160,7 @@ def all_gather(rows: list) -> list:
 
 
 def add(stats: dict[str, float], parts: dict[str, Tensor | float]) -> None:
-    """Add the stats of a micro-batch; of those named */max the largest counts."""
+    """Add the stats of a micro-batch to `stats`; of those named */max keep the largest."""
     for name, value in parts.items():
         so_far, value = stats.get(name, 0.0), float(value)
         stats[name] = max(so_far, value) if name.endswith("/max") else so_far + value
@@ -177,11 +179,12 @@ class Run:
     """What the loops share: data, model, engine, optimiser and the records of an output folder."""
 
     def __init__(self, config, method):
-        """Read tokenizer and data; what a user can get wrong is found before anything is loaded."""
+        """Read tokenizer and data, and find a user's mistakes before anything heavy is loaded."""
         self.config, self.method, self.out = config, method, Path(config.output_dir)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
+        self.reward = scoring.Reward(config.reward_file)
         self.tokenizer = modeling.load_tokenizer(
             config.model_name_or_path, trust_remote_code=config.trust_remote_code
         )
@@ -195,12 +198,26 @@ class Run:
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
             self.say(arithmetic)
-        self.examples, self.eval_examples = start.load_examples(
-            config, self.tokenizer, quiet=self.rank > 0
+        self.prompts = data.read_prompts(
+            config.model_name_or_path, config.system_prompt, config.user_prompt
         )
+        self.examples, self.eval_examples, self.digests = start.load_examples(
+            config, self.tokenizer, self.prompts, quiet=self.rank > 0
+        )
+        for part, text in self.prompts.items():
+            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.reward.file:
+            self.digests["reward_file"] = self.reward.digest
+        checkpoint.refuse_changed(self.out, self.digests)
         method.check_examples(self.examples, config)
+        if self.reward.file:
+            self.say(self.reward.try_on(self.examples[:TRIED]))
         # saved with every checkpoint
-        serving.add_tool_template(self.tokenizer, serving.system_prompt_of(self.examples))
+        serving.add_tool_template(
+            self.tokenizer,
+            serving.system_prompt_of(self.examples),
+            self.prompts.get("user", data.USER_PROMPT),
+        )
         self.tag_length = data.tag_length(self.tokenizer)
         self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
         self.saved, self.lock = 0, None
@@ -209,8 +226,8 @@ class Run:
     def load(self, engine: rollout.Engine | None = None) -> None:
         """Load model, optimiser and engine, and resume: what takes time and memory.
 
-        engine  that of an earlier stage: a process makes one only, since freeing vLLM's memory in a
-                living process fails on GPUs (vllm-project/vllm#36651)
+        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
+                cannot be freed while the process lives (vllm-project/vllm#36651)
         """
         config = self.config
         self.engine = engine or rollout.make_engine(
@@ -286,12 +303,12 @@ class Run:
         """Update the weights if loss and gradient are finite; return the steps skipped in a row.
 
         loss, grad_norm  of the whole step: equal on all ranks
-        batch            this rank's records, written down before the run stops
-        ValueError when SKIPPED_STEPS in a row are not finite. The gradient is forgotten either way.
+        batch            this rank's records, saved before the run stops
+        ValueError when SKIPPED_STEPS in a row are not finite. The gradient is cleared either way.
         """
         self.skipped = 0 if math.isfinite(loss + grad_norm) else self.skipped + 1
         if self.skipped == 0:
-            if not self.optimizer.state:  # moments must not land in segments of activations
+            if not self.optimizer.state:  # keep the new moments out of the activations' segments
                 torch.cuda.empty_cache()
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -300,22 +317,18 @@ class Run:
             raise ValueError(
                 f"no finite loss and gradient in {self.skipped} steps in a row (loss {loss}, "
                 f"gradient norm {grad_norm}); the last batch is in {self.write_batch(batch)}; "
-                "lower --learning_rate, or look for what is odd in it"
+                "lower --learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
         return self.skipped
-
-    def restart_optimizer(self) -> None:
-        """Forget the moments: a stage or iteration begins."""
-        self.optimizer.state.clear()
 
     # stopping and saving
 
     @contextmanager
     def progress(self, total: int, first: int | None = None, what: str = ""):
-        """A bar on rank 0, from `first`, or over steps from the one that the run resumed at.
+        """A bar on rank 0, from `first` or, for steps, from where the run resumed.
 
-        Within, SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
+        Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
         def note(number, frame):
@@ -336,19 +349,16 @@ class Run:
                 signal.signal(number, handler)
 
     def stop_if_asked(self, step: int) -> None:
-        """Where any rank was asked to stop: save after `step` steps and raise Interrupted, on all.
+        """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.
 
-        Call it while the weights are those after `step` steps: before the optimiser moves them.
+        Call it while the weights are those after `step` steps, before the optimiser moves them.
         """
-        number = int(all_max(self.signal))
-        if number:
+        if number := int(all_max(self.signal)):
             if step > self.saved:
                 self.save(step)
-            raise Interrupted(
-                number,
-                f"{signal.Signals(number).name}: left after step {step}; "
-                "--resume_from_checkpoint latest resumes from there",
-            )
+            name = signal.Signals(number).name
+            text = f"{name}: left after step {step}; continue with --resume_from_checkpoint latest"
+            raise Interrupted(number, text)
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP and checkpoint-STEP-state."""
@@ -368,15 +378,16 @@ class Run:
             if self.config.log_rollouts and isinstance(self.method, Rollouts):
                 self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
             if self.metrics_file.tell() == 0:
-                write(self.metrics_file, knobs)
+                write(self.metrics_file, knobs | {"digests": self.digests})
+            if self.reward.file:
+                (self.out / scoring.COPY).write_bytes(self.reward.source)
             self.tracker = start.tracker(self.config.report_to, self.out, knobs)
             self.skipped = next(reversed(self.history("skipped")), 0)
         self.skipped = int(all_max(self.skipped))
 
     def history(self, name: str) -> list[float]:
         """The values of a metric so far."""
-        path = self.out / "metrics.jsonl"
-        rows = list(read_lines(path))[1:] if path.exists() else []
+        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
         return [row[name] for row in rows if row.get(name) is not None]
 
     def highest(self, name: str) -> float:
@@ -403,26 +414,20 @@ class Run:
             self.tracker(metrics, step + 1)
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
-        """Log a step, move the bar, and save where --save_steps or the last step asks for it.
+        """Log a step, move the bar, and save if --save_steps says so or the step is the last.
 
         last   of its loop, stage or iteration
-        shown  what else the bar says
+        shown  what else the bar shows
         """
         self.log(step, metrics)
-        names = {
-            "reward": "reward",
-            "accuracy": "accuracy",
-            "eval": "eval/accuracy",
-            "loss": "loss",
-        }
-        shown |= {short: f"{metrics[name]:.3f}" for short, name in names.items() if name in metrics}
-        bar.set_postfix(shown)
+        names = ("reward", "accuracy", "eval/accuracy", "loss")
+        bar.set_postfix(shown | {n: f"{metrics[n]:.3f}" for n in names if n in metrics})
         bar.update()
         if last or (step + 1) % self.config.save_steps == 0:
             self.save(step + 1)
 
     def evaluation_is_due(self, step: int, last: bool) -> bool:
-        """Whether --eval_steps, or the end of a loop, asks for an evaluation after this step."""
+        """Whether to evaluate after this step: every --eval_steps, and at the end of a loop."""
         every = self.config.eval_steps
         return last or (every > 0 and (step + 1) % every == 0)
 
@@ -432,7 +437,7 @@ class Run:
             write(self.rollouts_file, row)
 
     def write_batch(self, batch: list) -> Path:
-        """Write the records of all ranks to bad_batch.jsonl, with prompts, tensors and NaN."""
+        """Write the records of all ranks to bad_batch.jsonl, with their prompts and tensors."""
         path = self.out / "bad_batch.jsonl"
         rows = self.to_first([asdict(x) if is_dataclass(x) else x for x in batch])
         if self.rank == 0:
@@ -459,19 +464,19 @@ class Run:
 
 
 def tokens_of(record) -> int:
-    """Tokens that a record adds to a packed row."""
+    """Tokens of a record in a packed row."""
     return len(record.prompt) + sum(map(len, record.responses))
 
 
 def micro_batches(config, records: list) -> list[list]:
-    """Records in micro-batches within the token budget: as many on every rank, of even lengths.
+    """Records in micro-batches of even length within the token budget, equally many on all ranks.
 
-    A rank with fewer records than others has empty ones, whose forward pass joins theirs.
+    A rank with too few records gets empty micro-batches, whose forward pass joins the others'.
     """
 
     def fill(bins: int) -> tuple[list[list], int]:
         parts, loads = [[] for _ in range(bins)], [0] * bins
-        for record in sorted(records, key=tokens_of, reverse=True):  # longest into the emptiest
+        for record in sorted(records, key=tokens_of, reverse=True):  # longest to emptiest
             lightest = loads.index(min(loads))
             parts[lightest].append(record)
             loads[lightest] += tokens_of(record)
@@ -485,7 +490,7 @@ def micro_batches(config, records: list) -> list[list]:
 
 def forward(config, model, records: list, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs and entropies, with gradient, and the mask, each (R, T), of a micro-batch."""
-    if not records:  # FSDP gathers weights and gradients on all ranks together
+    if not records:  # FSDP's collectives need this rank all the same
         nothing = packing.padded_logps(model, [0], [[0]])
         return *(x[:0] for x in nothing), nothing[0][:0].bool()
     rows = [packing.pack(record.prompt, record.responses) for record in records]
@@ -502,7 +507,7 @@ def forward(config, model, records: list, temperature: float) -> tuple[Tensor, T
 
 def sync(run: Run) -> None:
     """Send the trainer's weights to the engine, one whole parameter at a time."""
-    torch.cuda.empty_cache()  # the engine maps memory of its own
+    torch.cuda.empty_cache()  # the engine allocates outside torch's cache
     run.engine.load_weights(modeling.full_tensors(run.model))
     run.engine.wake()
 
@@ -515,10 +520,10 @@ def evaluate(config, run: Run) -> dict[str, float]:
         n=1,
         temperature=0.0,
         max_tokens=config.max_completion_length,
-        seeds=[0] * len(mine),  # not read: greedy
+        seeds=[0] * len(mine),  # unused: greedy
     )
     texts = [sample.text for [sample] in answers]
-    sums = all_sum(rewards.tally(texts, [example.target for example in mine]))
+    sums = all_sum(run.reward.tally(texts, mine))
     n, n_calls = sums["n"], sums["n_calls"]
     metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
     if n_calls:
@@ -541,17 +546,18 @@ def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
 
 
 def check_engine(config, difference: float, step: int) -> None:
-    """Stop the run when engine and trainer disagree about the same tokens: their models differ.
+    """Stop the run if engine and trainer disagree about the same tokens: their models differ.
 
     difference  mean |trainer - engine| over the sampled tokens, nat
-    Where both compute in float32 they agree to 1e-6 and the limit is 1e-3; bf16 and 4-bit need 0.1.
+
+    In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
     """
     exact = config.quant == "none" and not torch.cuda.is_available()
     limit = config.max_logp_difference or (1e-3 if exact else 0.1)
     if difference > limit:
         raise ValueError(
             f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
-            f"{difference:.3f} nat on average (limit {limit}): it samples from other weights, "
-            "another tokenizer or other sampling settings. Check the weight sync, or compare with "
+            f"{difference:.3f} nat on average (limit {limit}): it has other weights, another "
+            "tokenizer or other sampling settings. Check the weight sync, or compare with "
             "--engine transformers"
         )

@@ -11,7 +11,7 @@ does from a conversation, and fills the two prompts; the model's own template fo
 sees those two messages only. transformers and vLLM take it when a request has tools, and the
 default template, the model's own, otherwise.
 
-    system, developer          the policy, before the descriptions of the tools (data.with_policy)
+    system, developer          the policy, before the descriptions of the tools (data.policy_place)
     user                       the query; an earlier one moves to the history
     assistant                  the answer: query and answer move to the history
     assistant with tool_calls  a call, to the steps; text beside it is dropped, as in training
@@ -31,7 +31,6 @@ from pathlib import Path
 import data
 
 TEMPLATE = "tool_use"  # the name that transformers and vLLM look for when there are tools
-POLICY = "__POLICY__"
 
 # Filled by tool_use_template; %-fields stand for Jinja expressions of the two prompts. Blocks trim
 # the white space around them, so that the preamble writes nothing itself.
@@ -120,12 +119,10 @@ def tool_use_template(base_template: str, system_prompt: str, user_prompt: str) 
 
     base_template  the model's own chat template
     system_prompt  template with __TOOL_DESCS__; the request's system text goes where
-                   data.with_policy puts a policy, or before everything if it knows no place
+                   data.policy_place puts a policy
     user_prompt    template with __HISTORY__, __QUERY__ and __STEPS__
     """
-    place = data.with_policy(POLICY, system_prompt).replace(f"{POLICY}\n\n", POLICY)
-    if POLICY not in place:
-        place = POLICY + system_prompt
+    place = data.policy_place(system_prompt)
     prompts = {"%SYSTEM%": _concatenation(place), "%USER%": _concatenation(user_prompt)}
     preamble = re.sub("|".join(prompts), lambda match: prompts[match[0]], PREAMBLE)
     # The preamble's last block ends without a dash: it takes its own line break and no other.
@@ -143,11 +140,8 @@ def add_tool_template(
 
 
 def system_prompt_of(examples: list[data.Example]) -> str:
-    """Return the system template of most examples; Figure 5 for those that add a policy to it."""
-    head, tail = data.with_policy(POLICY).split(f"{POLICY}\n\n")
-    is_figure = lambda system: system.startswith(head) and system.endswith(tail)
-    systems = Counter(data.SYSTEM_PROMPT if is_figure(e.system) else e.system for e in examples)
-    return systems.most_common(1)[0][0]
+    """Return the system template of most examples."""
+    return Counter(example.system for example in examples).most_common(1)[0][0]
 
 
 def model_card(

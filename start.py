@@ -1,13 +1,13 @@
-"""Around the loops: the command line, the data, what cannot work, and how a run ends.
+"""Before and after the loops: the command line, the data, checks, and how a run ends.
 
     parse          flags -> the common knobs (Config of train.py) and the row that --algo names
     table          the methods, and what differs (train.py --list)
     announce       what is about to happen
     load_examples  training examples and the evaluation subset
 
-    leave          how a rank ends that cannot go on, and the exit codes
+    leave          how a rank that cannot continue ends, and the exit codes
 
-A mistake is found before anything heavy is loaded, and named with its remedy.
+Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
 import os
@@ -53,7 +53,7 @@ REFUSED = {
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
-ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as its own failure
+ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -62,9 +62,9 @@ ECHO = 10  # seconds that a rank waits before it reports the loss of a peer as i
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     """An instance of `common` and one of the row that --algo names, from the command line.
 
-    Order of precedence: a default, the row's own default, the command line. @FILE reads flags from
-    a file, # starts a comment there. Since a file may serve all rows, flags in it that belong to
-    another row are ignored and listed; a typed one is an error.
+    Later wins: a default, the row's own default, the command line. @FILE reads flags from a file,
+    in which # starts a comment. As one file may serve all rows, its flags of other rows are ignored
+    and listed; a typed one is an error.
     """
     words = list(_unfolded(argv))
     peek = ArgumentParser(add_help=False, **PROGRAM)
@@ -93,7 +93,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         config, method, rest = parser.parse_args_into_dataclasses(
             kept, look_for_args_file=False, return_remaining_strings=True
         )
-        if config.learning_rate is None:  # the row's own, which another of its flags decides
+        if config.learning_rate is None:  # the row's own depends on another of its flags
             config.learning_rate = method.learning_rate
         method.check(config)
     except ValueError as error:
@@ -117,7 +117,7 @@ def own_flags(words: list[str], common: type, row: type) -> list[str]:
 
 
 def _shorten_help(parser: ArgumentParser) -> None:
-    """--help without --max-steps beside --max_steps, types for values, --no_x in a word."""
+    """--help without --max-steps beside --max_steps, with types for values and short --no_x."""
     for action in parser._actions:
         action.option_strings = [x for x in action.option_strings if "-" not in x.strip("-")]
         if action.option_strings[0].startswith("--no_"):
@@ -127,7 +127,7 @@ def _shorten_help(parser: ArgumentParser) -> None:
 
 
 def _unfolded(argv: list[str]):
-    """(word, whether it was typed) of a command line, files in the place of their @FILE."""
+    """(word, whether it was typed) of a command line, each @FILE replaced by its words."""
     for word in argv:
         if not word.startswith("@"):
             yield word, True
@@ -182,7 +182,7 @@ def settings(config, method) -> dict:
 
 
 def announce(config, method, world: int) -> str:
-    """What is about to happen: every knob, the method in a sentence, tokens per step, folder."""
+    """What is about to run: every knob, the method in a sentence, tokens per step, the folder."""
     prompts, K = config.train_batch_size, getattr(method, "num_generations", 0)
     knobs = "\n".join(f"  {name} = {value}" for name, value in settings(config, method).items())
     step = f"{prompts} examples, prompts of up to {config.max_prompt_length} tokens"
@@ -227,19 +227,29 @@ def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | 
 # ------------------------------------------------------------------------------ data and bad input
 
 
-def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
-    """Training examples and the evaluation subset; what is too long is dropped and counted."""
-    load = lambda sources: [
-        e for source in sources for e in data.load_source(source, seed=config.seed)
-    ]
-    examples = load(config.train_file)
+def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tuple:
+    """Training examples, the evaluation subset, and a digest of each file flag's examples.
+
+    prompts  templates of the user's own: data.read_prompts
+    What is too long is dropped and counted.
+    """
+    digests = {}
+
+    def load(flag: str) -> list[data.Example]:
+        found = read_sources(getattr(config, flag), config.seed)
+        digests[flag] = digest(found)
+        return [data.with_prompts(example, prompts) for example in found]
+
+    examples = load("train_file")
     if config.eval_file:
-        held_out = load(config.eval_file)
+        held_out = load("eval_file")
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
         level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
-        held_out = data.load("toy", level)
+        held_out = [data.with_prompts(e, prompts) for e in data.load("toy", level)]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)
+    if config.train_fraction < 1:
+        examples = data.subset(examples, config.train_fraction, config.seed)
     parts = []
     for name, examples_of in (("train", examples), ("eval", held_out)):
         fitting, drops = data.fit(
@@ -261,7 +271,18 @@ def load_examples(config, tokenizer, quiet: bool) -> tuple[list, list]:
             f"{len(train)} training examples are fewer than --train_batch_size "
             f"{config.train_batch_size}; lower it"
         )
-    return train, random.Random(config.seed).sample(held_out, min(config.eval_size, len(held_out)))
+    size = min(config.eval_size, len(held_out))
+    return train, random.Random(config.seed).sample(held_out, size), digests
+
+
+def read_sources(sources: list[str], seed: int) -> list[data.Example]:
+    """The examples of --train_file or --eval_file."""
+    return [example for source in sources for example in data.load_source(source, seed=seed)]
+
+
+def digest(examples: list[data.Example]) -> str:
+    """Their number and hash: what a resumption must find again."""
+    return f"{len(examples)} examples {data.digest(examples)}"
 
 
 def suited(config, longest: int) -> tuple[Any, str]:
@@ -317,7 +338,7 @@ def suited(config, longest: int) -> tuple[Any, str]:
 
 
 def check_machine(config, world: int) -> None:
-    """ValueError or ImportError where ranks, GPU or packages do not suit the settings."""
+    """ValueError or ImportError if ranks, GPU or packages do not fit the settings."""
     modeling.check_gpu()
     if config.train_batch_size % world:
         raise ValueError(
@@ -328,11 +349,11 @@ def check_machine(config, world: int) -> None:
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
     if config.torch_compile and not compiler:
-        raise ValueError("--torch_compile: no C++ compiler; install g++, or leave the flag out")
+        raise ValueError("--torch_compile: no C++ compiler; install g++, or drop the flag")
 
 
 def check_room(config, method, out: Path) -> tuple[float, str]:
-    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk are too small."""
+    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk is too small."""
     skeleton = modeling.skeleton(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
@@ -365,7 +386,7 @@ def longest(config, method, tokenizer) -> int:
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came and the run left at a safe point; `signal` is its number."""
+    """SIGTERM or Ctrl-C stopped the run at a safe point; `signal` is its number."""
 
     def __init__(self, number: int, text: str):
         super().__init__(text)
@@ -373,17 +394,17 @@ class Interrupted(Exception):
 
 
 def end() -> None:
-    """End this process at once, all done: taking vLLM down may fail by itself (pytorch#145168)."""
+    """End this process now that all is done: shutting down vLLM may fail (pytorch#145168)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def leave(error: BaseException) -> None:
-    """Say why this rank ends and end it, at once: its peers may be waiting for it in a collective.
+    """Say why this rank ends and end it at once: its peers may be waiting in a collective.
 
     Exit code 2: a user's mistake or a failed check, one line; 143 after SIGTERM and 130 after
-    Ctrl-C, when all is saved; 1: anything else, with a traceback. torchrun prints the first failure
+    Ctrl-C, with all saved; 1: anything else, with a traceback. torchrun prints the first failure
     last, from the file that is written here.
     """
     rank = dist.get_rank()
@@ -395,9 +416,9 @@ def leave(error: BaseException) -> None:
         plain, code = "".join(traceback.format_exception(error)), 1
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(ECHO)  # a peer ended first; torchrun tells, and ends this rank meanwhile
+            time.sleep(ECHO)  # a peer ended first: torchrun reports it and ends this rank
     else:
-        error = error.with_traceback(None)  # torchrun prints one line, too
+        error = error.with_traceback(None)  # so that torchrun prints one line, too
         error.__cause__, error.__suppress_context__ = None, True
     if code in (1, 2) or rank == 0:
         print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)

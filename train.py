@@ -49,8 +49,8 @@ import checkpoint
 import data
 import guard
 import model as modeling
-import rewards
 import rollout
+import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
 from methods import (
@@ -100,6 +100,10 @@ class Config:
     train_file: list[str] = knob(["toy"], "each a NAME, FILE or NAME:FILE; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
+    train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
+    reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
+    system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
+    user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
     max_prompt_length: int = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: int = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -159,6 +163,8 @@ class Config:
                 f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
                 "between 0 and 1, or give --eval_file"
             )
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"--train_fraction {self.train_fraction}: take a share in (0, 1]")
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
@@ -243,7 +249,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                 run.stop_if_asked(step)
                 clock = Clock()
                 if step == begin:
-                    run.restart_optimizer()
+                    run.optimizer.state.clear()
 
                 # 1 sample a batch
                 examples = [example for _, example in run.batch(step - begin, stage.examples)]
@@ -300,7 +306,7 @@ def sample_groups(
             groups = roll_out(config, method, run, batch)
         with clock("reward"):
             for group in groups:
-                score(method, group)
+                score(method, group, run.reward)
         return groups
 
     if not method.keep:
@@ -349,12 +355,12 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
     return groups
 
 
-def score(method: Rollouts, group: Group) -> None:
+def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
     """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of."""
-    target = group.example.target
-    group.outcomes = [rewards.outcome(sample.text, target) for sample in group.samples]
+    group.bounds = reward.minimum, reward.maximum
+    group.outcomes = [reward.score(sample.text, group.example) for sample in group.samples]
     if group.with_expert:
-        group.expert_outcome = rewards.outcome(target, target)
+        group.expert_outcome = reward.score(group.example.target, group.example)
     group.rewards = [
         method.reward(outcome, len(sample.token_ids), group.max_length)
         for outcome, sample in zip(group.outcomes, group.samples)

@@ -46,6 +46,7 @@ sys.path.insert(0, str(REPO))
 
 import start
 import train
+from data import read_jsonl
 from methods import METHODS, AfterSft, Luffy, Rollouts, Sft, Srft
 
 FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
@@ -135,7 +136,7 @@ def evaluations(out: Path, argv: list) -> list[dict]:
         parts = [(out / "sft", 0), (out, first)]
     found, rollouts = {}, 0
     for folder, offset in parts:
-        _, *rows = (json.loads(line) for line in open(folder / "metrics.jsonl"))
+        _, *rows = read_jsonl(folder / "metrics.jsonl")
         for row in rows:
             rollouts += int(row.get("rounds", 0)) * per_round
             if "eval/accuracy" in row:
@@ -170,7 +171,7 @@ def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
 
 def read(path: Path) -> list[dict]:
     """The rows of a record, none without a file. A repeated run replaces its earlier rows."""
-    rows = [json.loads(line) for line in open(path)] if path.exists() else []
+    rows = read_jsonl(path, growing=True)
     names = ("phase", "algo", "seed", "learning_rate", "step")
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 

@@ -533,51 +533,30 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
 def read_rollouts(folder: Path, out: Path) -> dict:
     """What an arm's rollouts tell, as columns over steps; copies them to `out`, thinned to fit.
 
-    tokens_matched  share of the expert's tokens that the response has at their place (Eq. 13)
-    first_advantage mean advantage of a response's first token: what pushes towards calls or answers
-    forms           shares of the responses by rewards.form
+    The columns are the metrics of metrics.shares, of runs too that did not log them yet.
     """
-    import torch
+    import metrics
+    from run import add
 
-    import fgae
-    import rewards
-
-    path, found = folder / "rollouts.jsonl", {}
+    path, sums = folder / "rollouts.jsonl", defaultdict(dict)
     if not path.exists():
         return {}
-    sums = defaultdict(lambda: defaultdict(float))
+    alignment = read(folder / "metrics.jsonl")[0].get("alignment", "positional")
     with open(path) as file, gzip.open(out, "wt", compresslevel=5) as copy:
         for line in file:
             if not line.endswith("\n"):
                 break
-            row, at = json.loads(line), None
+            row = json.loads(line)
             copy.write(line)
-            at, kind = sums[row["step"]], "calls" if row["kind"] == "tool_call" else "answers"
-            ids, expert = (torch.tensor([row[name]]) for name in ("token_ids", "target_ids"))
-            whole = [torch.ones(x.shape, dtype=torch.bool) for x in (ids, expert)]
-            at[f"matched/{kind}"] += int(fgae.matched_tokens(ids, whole[0], expert, whole[1]).sum())
-            at[f"expert/{kind}"] += expert.shape[1]
-            at[f"first/{kind}"] += row["advantages"][0]
-            at[f"n/{kind}"] += 1
-            at[f"right/{kind}"] += row["outcome"]["total"] == 4
-            form = rewards.form(row["text"])
-            at[f"form/{form.kind}"] += 1
-            at["form/empty answer"] += form.empty_answer
-            at["form/repeated key"] += form.repeated_key
+            first, right = row["advantages"][:1], row["outcome"]["total"] == 4
+            one = [row["token_ids"]], [row["text"]], [right], first, alignment
+            add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
     steps = sorted(sums)
-    for kind in ("calls", "answers"):
-        for name, top, under in (
-            ("tokens_matched", "matched", "expert"), ("first_advantage", "first", "n"), ("right", "right", "n"),
-        ):  # fmt: skip
-            pairs = [(sums[s][f"{top}/{kind}"], sums[s][f"{under}/{kind}"]) for s in steps]
-            found[f"{name}/{kind}"] = [round(a / b, 4) if b else None for a, b in pairs]
-    for form in (*rewards.FORMS, "empty answer", "repeated key"):
-        shares = [
-            sums[s][f"form/{form}"] / (sums[s]["n/calls"] + sums[s]["n/answers"]) for s in steps
-        ]
-        found[f"form/{form}"] = [round(share, 4) for share in shares]
+    found = [metrics.shares(sums[step]) for step in steps]
+    names = sorted({name for row in found for name in row})
+    rounded = lambda x: None if x is None else round(x, 4)
     thin(path, out, steps)
-    return {"step": steps, **found}
+    return {"step": steps, **{name: [rounded(row.get(name)) for row in found] for name in names}}
 
 
 def thin(path: Path, out: Path, steps: list[int]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy
 
 import rewards
+from data import read_jsonl
 from tasks import api_bank, bfcl
 
 LABELS = {
@@ -54,7 +55,7 @@ COLUMNS = {"bfcl": bfcl.columns, "api_bank": api_bank.columns, "file": file_colu
 def report(out: Path) -> str:
     """Write report.md and report.png of a run; return the text."""
     settings = json.loads((out / "settings.json").read_text())
-    rows = read_rows(out / "results.jsonl")
+    rows = list(read_jsonl(out / "results.jsonl", growing=True))
     sizes, counts = settings["sizes"], _counts(rows)
     lines = [f"# {settings['model']} on {settings['bench']}", "", *_provenance(settings), ""]
     lines += _column_table([rows], [settings], [str(out)])
@@ -96,7 +97,7 @@ def report(out: Path) -> str:
 def compare(outs: list[Path]) -> str:
     """Columns of runs over their common cases, with intervals and differences from the first."""
     settings = [json.loads((out / "settings.json").read_text()) for out in outs]
-    results = [read_rows(out / "results.jsonl") for out in outs]
+    results = [list(read_jsonl(out / "results.jsonl", growing=True)) for out in outs]
     if len({s["bench"] for s in settings}) > 1:
         raise ValueError(f"different benchmarks: {', '.join(s['bench'] for s in settings)}")
     common = set.intersection(*({row["id"] for row in rows} for rows in results))
@@ -198,14 +199,6 @@ def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, see
         draws = rng.multinomial(len(ids), [1 / len(ids)] * len(ids), size=samples)
         counts[category] = (draws @ right, len(ids))
     return COLUMNS[bench](counts)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, [] without one; a last line that a crash cut short is left out."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def _column_table(results, settings, names):

@@ -10,13 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LONGEST = (
-    "test_presets",
-    "test_itool",
-    "test_trust",
-    "test_eval",
-    "test_whole_runs",
-    "test_rollout",
-    "test_train",
+    *("test_presets", "test_trust", "test_itool", "test_serving", "test_whole_runs"),
+    *("test_train", "test_eval", "test_rollout", "test_attention", "test_model"),
 )
 
 

@@ -67,8 +67,9 @@ class Fault:
 
 
 def stages() -> dict[str, tuple]:
-    """The seven stages of run_rl, SFT's loss, iTool's phases, and the function of each that a fault goes into."""
+    """The seven stages of run_rl, its save, SFT's loss, iTool's phases, and the function of each that a fault goes into."""
     import itool
+    import model
     import spo
     import train
     from methods import FgDapoStar, Rollouts
@@ -82,6 +83,7 @@ def stages() -> dict[str, tuple]:
         "loss": (Rollouts, "loss"),
         "optimiser": (Run, "optimizer_step"),
         "sync": (train, "sync"),
+        "save": (model, "replace_folder"),  # twice a checkpoint: all is written, nothing renamed
         "sft loss": (spo, "sft_loss"),
         "perplexity": (Run, "demonstration"),
         "search": (itool.Searcher, "propose"),

@@ -271,7 +271,7 @@ def test_figures_are_verbatim():
 def test_system_prompt_holds_tools_one_per_line_and_the_policy_before_them():
     row = raw.apigen_row(("human", "q"), ("gpt", "a"), system="# Policy é\n__TOOL_DESCS__?")
     made = data.convert("apigen-mt", [row])[0][0]
-    assert made.system.count("__TOOL_DESCS__") == 2  # hostile, but filled consistently
+    assert "# Policy é\n__TOOL_DESCS__?\n\n## Available" in messages(made)[0]["content"]
     row = raw.apigen_row(("human", "__STEPS__ __TOOL_DESCS__"), ("gpt", "a"), system="# Policy é")
     made = data.convert("apigen-mt", [row])[0][0]
     system, user = (message["content"] for message in messages(made))
@@ -649,7 +649,7 @@ def test_unknown_names_and_missing_paths(tmp_path):
         ("a.txt", b"[]", "is none of .json, .jsonl, .json.gz"),
         ("a.parquet", b"PAR1", "is not Parquet that can be read .*; is it whole"),
         ("a.json.gz", b"[]", "cannot be read .*; is it whole"),
-        ("a.jsonl.gz", gzip.compress(b"{}")[:-6], "cannot be read .*; is it whole"),
+        ("a.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-6], "cannot be read .*; is it whole"),
         ("a.json", "[]".encode("utf-16"), "is not UTF-8 .*: iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", '{"a": "é"}'.encode("latin-1"), "is not UTF-8 .*: iconv -f ITS_ENCODING"),
         ("a.json", b'[{"text": "a"}]', r"could be read as 'xlam' \(1 row: no 'tools'"),
@@ -963,7 +963,7 @@ def test_jsonl_round_trip(tmp_path):
     data.write_jsonl(examples, tmp_path / "out.jsonl")
     assert load("jsonl", tmp_path / "out.jsonl") == examples
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
-    assert ["system" in json.loads(line) for line in lines if line] == [True, True, False]
+    assert ["policy" in json.loads(line) for line in lines if line] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -189,8 +189,12 @@ def test_python_form():
         {"name": "f", "params": {"a": "new int[]{1}", "b": "3", "c": "true", "d": "null"}}
     ]
     assert decode("[f(a=[1, 'x'])]", as_source=True).calls[0]["params"] == {"a": '[1, "x"]'}
-    listed = tool_call({"name": "f", "params": {"a": [1, "x"]}})  # as the official handlers: no text
-    assert evaluation.decode(listed, "toolupt", as_source=True).calls[0]["params"] == {"a": [1, "x"]}
+    listed = tool_call(
+        {"name": "f", "params": {"a": [1, "x"]}}
+    )  # as the official handlers: no text
+    assert evaluation.decode(listed, "toolupt", as_source=True).calls[0]["params"] == {
+        "a": [1, "x"]
+    }
 
 
 HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
@@ -207,8 +211,16 @@ HUGE = "[f(a=0x" + "f" * 6000 + ")]"  # more decimal digits than Python prints
         ("python", "[f(a=1e999)]", "malformed"),
         ("python", "[f(a={'k': 1, 'k': 2})]", "malformed"),
         ("toolupt", tool_call({"name": "f", "params": {"a": math.inf}}), "malformed"),
-        ("toolupt", tool_call({"name": "f", "params": {"a": 0}}).replace("0", "-1e999"), "malformed"),
-        ("toolupt", '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>', "malformed"),
+        (
+            "toolupt",
+            tool_call({"name": "f", "params": {"a": 0}}).replace("0", "-1e999"),
+            "malformed",
+        ),
+        (
+            "toolupt",
+            '<tool_call>{"name": "f", "params": {"a": 1, "a": 1}}</tool_call>',
+            "malformed",
+        ),
         ("python", "find(city=1)", "malformed"),
         ("python", "Here:\n```python\n[f()]\n```", "malformed"),
         ("python", '<tool_call>{"name": "f"}</tool_call>', "malformed"),
@@ -579,7 +591,7 @@ def test_messages_of_one_turn(cases):
         for message in messages:
             seen[message["role"]] += 1
             if message["role"] == "system":
-                assert message["content"] + "\n\n## Available Tools" in example.system
+                assert message["content"] == example.policy
     assert seen["system"] == 42 and seen["assistant"] == 11
     assert "Java 8 SDK syntax" in example.tools[0]["description"]
     assert "Java 8 SDK syntax" not in entry.checked["function"][0]["description"]
@@ -983,7 +995,7 @@ def own(tmp_path):
 def test_a_file_of_examples(tmp_path, monkeypatch, own, capsys):
     file, script = own
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
-    rows = scores.read_rows(out / "results.jsonl")
+    rows = list(data.read_jsonl(out / "results.jsonl"))
     examples = data.load("jsonl", file)
     right = [
         rewards.outcome(script[r["id"]][0], e.target).total == 4 for r, e in zip(rows, examples)
@@ -1053,7 +1065,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, own):
     with pytest.raises(Interrupted):
         run(tmp_path, monkeypatch, script, stop_after=2, **given)
     part = tmp_path / "out/results.part0.jsonl"
-    assert len(scores.read_rows(part)) == 8
+    assert len(list(data.read_jsonl(part))) == 8
     with open(part, "a") as file_:
         file_.write('{"id": "cut off in the mid')  # as a crash leaves it
     out, engine = run(tmp_path, monkeypatch, script, **given)
@@ -1196,13 +1208,13 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     assert "| | L1 | L2 (part) | L2 without ToolSearcher (part) |" in scores.report(a)
     b = fake_run(tmp_path / "b", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="y")
     assert "WARNING: dtype differs: x, y" in scores.compare([a, b])
-    rows = [row | {"target": "other"} for row in scores.read_rows(b / "results.jsonl")]
+    rows = [row | {"target": "other"} for row in data.read_jsonl(b / "results.jsonl")]
     (b / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="7 common cases have different targets, level_1_0"):
         scores.compare([a, b])
 
     c = fake_run(tmp_path / "c", {"irrelevance": [True] * 4})
-    rows = scores.read_rows(c / "results.jsonl")
+    rows = list(data.read_jsonl(c / "results.jsonl"))
     said = [ANSWER, "Sure. " + ANSWER, ANSWER + "<tool_call>", ANSWER + ANSWER]
     rows = [row | {"turns": [[text]], "error_type": None} for row, text in zip(rows, said)]
     rows[3] |= {"correct": False, "error_class": "Other", "error_type": "multi_turn:raised"}
@@ -1218,7 +1230,7 @@ def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
     (out / "results.jsonl").rename(out / "results.part0.jsonl")  # as an interrupted run leaves it
     evaluation.rescore(out)
-    assert len(scores.read_rows(out / "results.jsonl")) == 12
+    assert len(list(data.read_jsonl(out / "results.jsonl"))) == 12
     lines = Path(file).read_text().splitlines(keepends=True)
     Path(file).write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match="holds results of other settings .data"):
@@ -1321,7 +1333,8 @@ def test_mistakes_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")]
+    ("text", "message"),
+    [("[{]", "level-1-api.json is not valid JSON"), ("[{}]", "sample 0: KeyError")],
 )
 def test_damaged_files_of_api_bank_are_named(text, message, tmp_path):
     for name in api_bank.FILES.values():
@@ -1362,11 +1375,8 @@ def test_bfcl_half_trains_on_accepted_answers_and_evaluates_the_rest(cases):
         assert case.category != "live_relevance"
         assert case.score({"turns": [[example.target]]})["correct"]
         asked = next(case.talk({}))
-        assert (asked.query, asked.tools, asked.system) == (
-            example.query,
-            example.tools,
-            example.system,
-        )
+        same = ("query", "tools", "system", "user", "policy")
+        assert all(getattr(asked, name) == getattr(example, name) for name in same)
     assert (
         len(train) + len(test) == 2251 - 16 - 4
     )  # relevance, and the four cases that no answer satisfies
@@ -1412,7 +1422,7 @@ def test_two_ranks_with_vllm_agree_with_transformers(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     done = launch(*common, "--output_dir", tmp_path / "one", "--engine", "transformers")
     assert done.returncode == 0, done.stderr[-3000:]
-    two, one = (scores.read_rows(tmp_path / name / "results.jsonl") for name in ("two", "one"))
+    two, one = (list(data.read_jsonl(tmp_path / name / "results.jsonl")) for name in ("two", "one"))
     assert [row["id"] for row in two] == [row["id"] for row in one] and len(one) == 9
     assert not list((tmp_path / "two").glob("*part*"))
     # Kernels sum in another order, which may change a greedy token near a tie, in float32 too.

@@ -499,6 +499,7 @@ def command(out, *more) -> list[str]:
 
 
 @needs_vllm
+@pytest.mark.long
 def test_itool_on_two_ranks_with_vllm(tmp_path):
     """Warm-up and two iterations with real search: files, counts, a margin that rises on held-out pairs."""
     out = tmp_path / "out"
@@ -554,6 +555,7 @@ def itool_alone(out, *more):
 WITHOUT_WARMUP = ("--stages", "itool")
 
 
+@pytest.mark.long
 def test_a_run_that_was_cut_between_its_phases_goes_on(tmp_path):
     """After the warm-up and before the first search: the same pairs, metrics and weights, and no second warm-up."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -579,6 +581,7 @@ def test_a_run_that_was_cut_between_its_phases_goes_on(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+@pytest.mark.long
 def test_no_pair_at_all_is_said_and_leaves_the_model(tmp_path):
     out = tmp_path / "out"
     done = itool_alone(

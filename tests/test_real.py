@@ -122,15 +122,16 @@ def test_what_rollouts_tell(tmp_path):
     ]
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "rollouts.jsonl").write_text(whole + '{"step": 3, "torn')
+    (tmp_path / "metrics.jsonl").write_text('{"alignment": "positional"}\n')
     found = real.read_rollouts(tmp_path, tmp_path / "copy.gz")
     assert found["step"] == [1, 2]
     assert found["tokens_matched/calls"] == [0.25, 0.5]
     assert found["tokens_matched/answers"] == [1.0, None]
     assert found["first_advantage/calls"] == [-0.5, 1.0]
-    assert found["right/calls"] == [0.5, 1.0]
+    assert found["accuracy/calls"] == [0.5, 1.0]
     assert found["form/call"] == [0.3333, 1.0]
     assert found["form/answer"] == [0.6667, 0.0]
-    assert found["form/empty answer"] == [0.3333, 0.0]
+    assert found["form/empty_answer"] == [0.3333, 0.0]
     assert gzip.decompress((tmp_path / "copy.gz").read_bytes()).decode() == whole
 
 

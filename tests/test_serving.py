@@ -120,11 +120,10 @@ def parsed(messages):
 
 @pytest.mark.parametrize("base", [None, LLAMA, WHITE])
 @pytest.mark.parametrize("prompts", [FIGURES, OWN])
-def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
+def test_a_request_reads_as_the_training_prompt(base, prompts):
     """At every assistant turn of random conversations: calls, later steps, answers; a policy."""
     tokenizer, rng = toy_tokenizer(base), random.Random(0)
     serving.add_tool_template(tokenizer, **prompts)
-    monkeypatch.setattr(data, "USER_PROMPT", prompts["user_prompt"])
     tools = [tool("f"), tool("g")]
     wrapped = [{"type": "function", "function": one} for one in tools]
     seen = {"tool_call": 0, "answer": 0, "parallel": 0, "later": 0}
@@ -137,11 +136,11 @@ def test_a_request_reads_as_the_training_prompt(base, prompts, monkeypatch):
         for example in examples:
             end = int(example.id.rpartition("/")[2])
             asked = [{"role": "system", "content": policy}] * bool(policy) + chat[:end]
-            before = f"{policy}\n\n" * bool(policy)
-            system = before + prompts["system_prompt"]  # which has no place for a policy
-            if prompts is FIGURES:
-                system = data.with_policy(policy)
-            wanted = data.render(replace(example, system=system), tokenizer)
+            example = replace(example, user=prompts["user_prompt"])
+            if prompts is OWN:  # its tools stand in the first lines: the policy is before all
+                system = f"{policy}\n\n" * bool(policy) + prompts["system_prompt"]
+                example = replace(example, system=system, policy="")
+            wanted = data.render(example, tokenizer)
             for messages in (parsed(asked), asked):
                 ids = tokenizer.apply_chat_template(
                     messages, tools=wrapped, add_generation_prompt=True, return_dict=False
@@ -212,7 +211,7 @@ def test_the_forms_in_which_clients_write_the_same():
     bare = {"name": "g", "description": None}
     example = data.Example("x/0/0", [full, {**bare, "description": "", "parameters": EMPTY}], [],
                            "a\nb", [('{"name": "g", "params": {}}', "done")], "", "answer",
-                           data.with_policy("One.\n\nTwo."))  # fmt: skip
+                           policy="One.\n\nTwo.")  # fmt: skip
     call = {
         "role": "assistant",
         "content": "Let me see.",
@@ -253,7 +252,7 @@ def test_calls_and_results_that_do_not_match_are_errors(roles):
 
 def test_the_system_prompt_that_a_run_trained_with():
     toys = data.load("toy", "valid")[:3]
-    figure = [replace(toys[0], system=data.with_policy(p)) for p in ("", "One.", "Two.")]
+    figure = [replace(toys[0], system=data.SYSTEM_PROMPT, policy=p) for p in ("", "One.", "Two.")]
     assert serving.system_prompt_of(toys) == toys[0].system
     assert serving.system_prompt_of(figure) == data.SYSTEM_PROMPT
     assert serving.system_prompt_of([*toys, *figure, toys[0]]) == toys[0].system

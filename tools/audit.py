@@ -16,8 +16,10 @@ import torch
 import data
 import model as modeling
 import rollout
+import start
 from checkpoint import checksum, records
 from methods import METHODS, Group, Rollouts
+from scoring import COPY, Reward
 from train import Config, score
 
 
@@ -28,7 +30,8 @@ def audit(out: Path) -> str:
     each step are those of metrics.jsonl, and that each line is as it was written (CRC-32).
     Returns one line that says what was checked; ValueError naming the first line that differs.
     """
-    config, method, logged = _audited_run(out)
+    config, method, logged, digests = _audited_run(out)
+    reward, examples = _own_reward(config, digests, out)
     tokenizer = modeling.load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
@@ -38,7 +41,7 @@ def audit(out: Path) -> str:
             try:
                 pending.append((number, json.loads(line)))
                 if len(pending) == method.num_generations:
-                    _audit_group(config, method, pending, tokenizer, out)
+                    _audit_group(config, method, pending, tokenizer, out, reward, examples)
             except (json.JSONDecodeError, LookupError, TypeError, OverflowError) as error:
                 raise ValueError(f"{out}/rollouts.jsonl line {number}: {error!r}") from None
             if len(pending) == method.num_generations:
@@ -68,8 +71,26 @@ def audit(out: Path) -> str:
     return f"{checked} responses agree with their text, rewards, token rewards and advantages"
 
 
-def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict]]:
-    """A run's settings and its metrics by step; ValueError where there is nothing to audit."""
+def _own_reward(config: Config, digests: dict, out: Path) -> tuple[Reward, dict]:
+    """The reward of a run, and the examples by id and target where it is a user's, which reads them."""
+    if not config.reward_file:
+        return Reward(), {}
+    reward = Reward(out / COPY)
+    if reward.digest != digests["reward_file"]:
+        raise ValueError(f"{reward.file} was changed: its hash differs from that in metrics.jsonl")
+    found = start.read_sources(config.train_file, config.seed)
+    if (now := start.digest(found)) != digests["train_file"]:
+        raise ValueError(
+            f"--train_file is not what the run read ({digests['train_file']}, now {now}): a reward "
+            "of one's own may read all of an example; put the data back to audit"
+        )
+    prompts = data.read_prompts(config.model_name_or_path, config.system_prompt, config.user_prompt)
+    examples = [data.with_prompts(example, prompts) for example in found]
+    return reward, {(example.id, example.target): example for example in examples}
+
+
+def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict], dict[str, str]]:
+    """A run's settings, its metrics by step, its digests; ValueError where there is nothing to audit."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         if not (out / name).exists():
             raise ValueError(
@@ -87,19 +108,28 @@ def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict]]:
                     "which drops a torn line"
                 ) from None
     try:
+        digests = rows[0].pop("digests", {})
         own = {f.name for f in fields(Config)}
         config = Config(**{name: rows[0].pop(name) for name in own})
-        return config, METHODS[config.algo](**rows[0]), {row["step"]: row for row in rows[1:]}
+        steps = {row["step"]: row for row in rows[1:]}
+        return config, METHODS[config.algo](**rows[0]), steps, digests
     except (LookupError, TypeError) as error:
         raise ValueError(f"{out}/metrics.jsonl is not of this version: {error!r}") from None
 
 
 def _audit_group(
-    config: Config, method: Rollouts, lines: list[tuple[int, dict]], tokenizer, out: Path
+    config: Config,
+    method: Rollouts,
+    lines: list[tuple[int, dict]],
+    tokenizer,
+    out: Path,
+    reward: Reward,
+    examples: dict[tuple[str, str], data.Example],
 ) -> None:
     rows = [row for _, row in lines]
     first = rows[0]
-    example = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
+    known = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
+    example = examples.get((known.id, known.target), known)
     group = Group(
         example,
         [],
@@ -113,7 +143,7 @@ def _audit_group(
         for r in rows
     ]
     target_ids = data.target_ids(example, tokenizer)
-    score(method, group)
+    score(method, group, reward)
     group.advantages = method.advantages(group)
     group.logps = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(r["logps"]) for r in rows], batch_first=True

@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from checkpoint import read_lines
+from data import read_jsonl
 
 PLAIN = "\033[0m"
 SHADES = {
@@ -62,10 +62,10 @@ def show(out: Path, step: int, by: str = "advantages") -> str:
     """
     from transformers import AutoTokenizer
 
-    config = next(read_lines(out / "metrics.jsonl"))
-    rows = [row for row in read_lines(out / "rollouts.jsonl") if row["step"] == step]
+    config = next(read_jsonl(out / "metrics.jsonl"))
+    rows = [row for row in read_jsonl(out / "rollouts.jsonl") if row["step"] == step]
     if not rows:
-        steps = sorted({row["step"] for row in read_lines(out / "rollouts.jsonl")})
+        steps = sorted({row["step"] for row in read_jsonl(out / "rollouts.jsonl")})
         has = f"steps {steps[0]} to {steps[-1]}: --step N" if steps else "none"
         raise ValueError(f"{out}/rollouts.jsonl has no step {step}; it has {has}")
     trust_remote_code = config["trust_remote_code"]
@@ -168,8 +168,7 @@ def milestones(out: Path) -> list[tuple[str, float]]:
     """(what, accuracy on held-out examples): before, after each stage and iteration, at the end."""
     marks = []
     for stage in ("sft", "warmup", ""):
-        path = out / stage / "metrics.jsonl"
-        rows = list(read_lines(path))[1:] if path.exists() else []
+        rows = list(read_jsonl(out / stage / "metrics.jsonl", growing=True))[1:]
         scores = [row for row in rows if row.get("eval/accuracy") is not None]
         if not scores:
             continue
@@ -177,10 +176,8 @@ def milestones(out: Path) -> list[tuple[str, float]]:
             marks.append(("before", scores[0]["eval/accuracy"]))
         last = {f"iteration {row['iteration']}": row for row in scores if "iteration" in row}
         last = last or {stage or "after": scores[-1]}
-        if not stage and marks[-1][0] in (
-            "sft",
-            "warmup",
-        ):  # the best checkpoint, not the last step
+        # RL starts from the best checkpoint, not from the last step
+        if not stage and marks[-1][0] in ("sft", "warmup"):
             marks[-1] = (marks[-1][0], scores[0]["eval/accuracy"])
         marks += [(name, row["eval/accuracy"]) for name, row in last.items()]
     return marks
@@ -189,10 +186,10 @@ def milestones(out: Path) -> list[tuple[str, float]]:
 def iterations(out: Path) -> Path:
     """Draw accuracy, pairs and the margin on held-out pairs into iterations.png; its path."""
     plt = _pyplot()
-    searches = list(read_lines(out / "searches.jsonl"))
+    searches = list(read_jsonl(out / "searches.jsonl"))
     ends = {
         row["iteration"]: row
-        for row in list(read_lines(out / "metrics.jsonl"))[1:]
+        for row in list(read_jsonl(out / "metrics.jsonl"))[1:]
         if "iteration" in row
     }
     margin = "eval/rewards/margins"
@@ -233,7 +230,7 @@ def iterations(out: Path) -> Path:
 def learning_curve(out: Path) -> Path:
     """Draw accuracy and reward over steps into learning_curve.png; return its path."""
     plt = _pyplot()
-    config, *rows = read_lines(out / "metrics.jsonl")
+    config, *rows = read_jsonl(out / "metrics.jsonl")
     panels = [("accuracy", "accuracy"), ("reward", "mean reward"), ("loss", "loss")]
     panels = [(n, t) for n, t in panels if any(n in row or f"eval/{n}" in row for row in rows)]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
@@ -269,7 +266,7 @@ def _pyplot():
 def _telling(path: Path) -> dict:
     """The last rollout with both positive and negative tokens, else the last."""
     best = None
-    for row in read_lines(path):
+    for row in read_jsonl(path):
         if best is None or (
             min(row["advantages"], default=0) < 0 < max(row["advantages"], default=0)
         ):
