@@ -14,6 +14,7 @@ Log-probs are in packing.py. In a process group all ranks call `load`, `full_ten
 """
 
 import copy
+import datetime
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -54,6 +56,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import cached_file
+
+DATE = datetime.date(2024, 7, 26)  # what Llama's templates print where they know no clock
+# Jinja: the system message moves to the head of the user's
+FOLD = """\
+{%- if messages[0]["role"] == "system" -%}
+{%- set first = messages[0]["content"] ~ "\n\n" ~ messages[1]["content"] -%}
+{%- set messages = [{"role": "user", "content": first}] + messages[2:] -%}
+{%- endif -%}
+"""
 
 
 def load(
@@ -155,7 +166,42 @@ def load_tokenizer(
             f"{model_name_or_path}: the tokenizer has no chat template; take an instruct model, or "
             "put a chat_template.jinja beside the tokenizer"
         )
+    _adapt_template(tokenizer)
     return tokenizer
+
+
+def _adapt_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change a chat template that prints today's date or takes no system message; checkpoints too.
+
+    A run that is resumed tomorrow, or served next year, must see the same prompts.
+    """
+
+    def change(edit: Callable[[str], str], why: str) -> None:
+        template = tokenizer.chat_template
+        is_dict = isinstance(template, dict)
+        new = {n: edit(t) for n, t in template.items()} if is_dict else edit(template)
+        if new != template:
+            tokenizer.chat_template = new
+            _say(f"{tokenizer.name_or_path}: the chat template {why}")
+
+    pinned = lambda call: json.dumps(DATE.strftime(call[2]))
+    date = f"prints today's date: it is {DATE:%d %b %Y} in this run and its checkpoints"
+    change(lambda text: re.sub(r"""strftime_now\((["'])(.*?)\1\)""", pinned, text), date)
+    chat = [{"role": "system", "content": "Turn-0"}, {"role": "user", "content": "Turn-1"}]
+    try:
+        takes_system = "Turn-0" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        takes_system = False
+    if not takes_system:
+        why = "takes no system message: it stands at the head of the user's, in checkpoints too"
+        change(lambda text: FOLD + text, why)
+
+
+@cache
+def _say(text: str) -> None:
+    """Print a line on rank 0, once."""
+    if _is_first():
+        print(text, flush=True)
 
 
 def shard(

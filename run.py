@@ -198,6 +198,10 @@ class Run:
         data.check_turn_end(self.tokenizer, self.stop_ids)
         data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
+        config, changed = start.suited(config, self.longest)
+        if changed:
+            self.say(changed)
+        self.config = config
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
             self.say(arithmetic)

@@ -18,10 +18,12 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,17 @@ PROGRAM = {
 }
 
 
+# what changes log-probs in ways that neither packing.py nor every engine follows, by key of config.json
+REFUSED = {
+    "attn_logit_softcapping": "caps its attention scores",
+    "final_logit_softcapping": "caps its logits",
+    "logits_scaling": "scales its logits",
+    "logit_scale": "scales its logits",
+    "lm_head_multiplier": "scales its logits",
+}
+EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
+ORIGINAL = "original_max_position_embeddings"
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
@@ -291,6 +304,58 @@ def read_sources(sources: list[str], seed: int) -> list[data.Example]:
 def digest(examples: list[data.Example]) -> str:
     """Their number and hash: what a resumption must find again."""
     return f"{len(examples)} examples {data.digest(examples)}"
+
+
+def suited(config, longest: int) -> tuple[Any, str]:
+    """The settings as this model can be trained with, and what changed, in a sentence or "".
+
+    longest  tokens of the longest sequence
+    ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
+    """
+    name = config.model_name_or_path
+    model = AutoConfig.from_pretrained(
+        name, trust_remote_code=config.trust_remote_code
+    ).get_text_config()
+    get = lambda key: getattr(model, key, None)
+    for key, what in REFUSED.items():
+        if get(key) not in (None, 1.0, False):
+            raise ValueError(f"{name} {what} ({key}), which is not supported: choose another model")
+    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
+    if on_cpu and any((get(key) or 0) > 1 for key in EXPERTS):
+        raise ValueError(
+            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of experts: "
+            "take --engine transformers"
+        )
+    ropes = get("rope_parameters") or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("longrope", "dynamic"):
+            lengths = (rope.get(ORIGINAL), get(ORIGINAL), get("max_position_embeddings"))
+            room = next(length for length in lengths if length)
+            if longest > room:
+                raise ValueError(
+                    f"{name} ({kind}): beyond {room} tokens the positions of a response would depend "
+                    f"on the longest one in its batch; {longest} are asked for: lower "
+                    "--max_prompt_length or --max_completion_length"
+                )
+    kinds, reasons = {*(get("layer_types") or ())}, []
+    for kind, key in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size")):
+        window = get(key)
+        if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
+            reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
+    if kinds - ATTENTION or any(key.startswith("mamba_") for key in vars(model)):
+        reasons.append("layers without attention")
+    if "gpt_oss" in model.model_type:
+        reasons.append("attention sinks")
+    if reasons and config.engine == "transformers":
+        raise ValueError(
+            f"{name} has {' and '.join(reasons)}, which --engine transformers does not read: take "
+            "--engine vllm, or another model"
+        )
+    if not reasons or not config.share_prefix:
+        return config, ""
+    said = f"{name} has {' and '.join(reasons)}: --no_share_prefix is taken, which is slower"
+    return replace(config, share_prefix=False), said
 
 
 def check_machine(config, world: int) -> None:
