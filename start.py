@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
