@@ -8,14 +8,14 @@ NPROC ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$gpus -eq 1 ] &&
 demo: .venv/installed
 	.venv/bin/torchrun --nproc_per_node=$(NPROC) train.py --algo toolupt @recipes/demo.args --resume_from_checkpoint latest
 
-# two processes of one thread each: a file at a time; of the long tests one at a time, or the group that shares a run
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --no-loadscope-reorder --durations=15
+# two files at a time, on one thread each
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 test: .venv/installed
-	$(PYTEST) --dist loadfile -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: .venv/installed
-	$(PYTEST) --dist loadgroup -m long
+	$(PYTEST) -m long
 
 # all other tests hide the GPU
 test-gpu: .venv/installed

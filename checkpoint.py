@@ -44,10 +44,15 @@ STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: 
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
 
 
-def save(out: Path, step: int, model, optimizer, tokenizer, limit: int = 0) -> None:
-    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them."""
+def save(
+    out: Path, step: int, model, optimizer, tokenizer, limit: int = 0, texts: dict | None = None
+) -> None:
+    """Write checkpoint-STEP, then checkpoint-STEP-state; keep the last `limit`, 0 all of them.
+
+    texts  of further files in checkpoint-STEP
+    """
     path = out / f"checkpoint-{step}"
-    modeling.save(model, tokenizer, path)
+    modeling.save(model, tokenizer, path, texts=texts)
     save_state(model, optimizer, state_of(path))
     _trim_memory()
     if dist.get_rank() == 0 and limit:
@@ -112,10 +117,8 @@ def save_state(model, optimizer, path: Path) -> None:
     writer = HuggingFaceStorageWriter(
         str(temporary), fqn_to_index_mapping=files, save_distributed=True
     )
-    try:
+    with modeling.whole_or_nothing(temporary, sum(sizes.values())):
         dcp.save(state, storage_writer=writer)
-    except dcp.CheckpointException as error:
-        raise OSError(f"{temporary} could not be written: {_last_line(error)}") from error
     if dist.get_rank() == 0:
         modeling.replace_folder(path, temporary)
     dist.barrier()
@@ -207,7 +210,8 @@ def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     steps, path = saved_steps(out), out / "metrics.jsonl"
     if not steps or not path.exists():
         return
-    earlier = next(read_lines(path)).get("digests")
+    with open(path) as file:
+        earlier = json.loads(next(file, "{}")).get("digests")
     if earlier is None:  # of a run before there were any
         return
     changed = [
@@ -274,9 +278,14 @@ def check_shared(out: Path) -> None:
 
 
 def write(file, row: dict) -> None:
-    """Append a row to an open .jsonl file and flush."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+    """Append a row to an open .jsonl file and flush; OSError with path and bytes if the disk is full."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        size = len(line.encode())
+        raise OSError(f"{file.name}: {size:,} bytes could not be written ({error})") from error
 
 
 def open_records(path: Path, step: int):

@@ -148,6 +148,8 @@ SOURCES = {
     "funreason-mt": ("Bingguang/FunReason-MT", "bfcl_multi_turn.json"),
     "hammer": ("MadeAgents/xlam-irrelevance-7.5k", "xlam-7.5k-irrelevancek.json"),
 }
+# How a chat template writes a prompt; reasoning models have it close the block that holds thoughts.
+PROMPT = {"add_generation_prompt": True, "enable_thinking": False}
 PLACEHOLDERS = {
     "system": ("__TOOL_DESCS__",),
     "user": ("__HISTORY__", "__QUERY__", "__STEPS__"),
@@ -349,7 +351,7 @@ def render(example: Example, tokenizer) -> list[int]:
     """
     _check_template(tokenizer)
     chat = messages(example)
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    return list(tokenizer.apply_chat_template(chat, return_dict=False, **PROMPT))
 
 
 def target_ids(example: Example, tokenizer) -> list[int]:
@@ -399,6 +401,19 @@ def check_turn_end(tokenizer, stop_ids: list[int]) -> None:
         )
 
 
+def check_thinking(tokenizer) -> None:
+    """Raise ValueError where the chat template opens a block of thoughts that a response must close."""
+    chat = [{"role": "user", "content": "Hi."}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, **PROMPT)
+    if prompt.rstrip().endswith("<think>"):
+        raise ValueError(
+            "the chat template opens a <think> block in every prompt and does not know "
+            "enable_thinking=False: responses would start inside it, and none would have the form "
+            "that the reward asks for. Copy the model and take <think> out of the generation prompt "
+            "in the copy's chat template, or choose an instruct model"
+        )
+
+
 def tag_length(tokenizer) -> int:
     """Return how many first tokens of an answer target hold its tag "<answer>" (Eq. 19).
 
@@ -428,7 +443,7 @@ def fit(
     for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
         batch = examples[start : start + 256]
         chats = [messages(example) for example in batch]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, **PROMPT)
         prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
         targets_fit = _fit([e.target for e in batch], room, tokenizer)
         for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):

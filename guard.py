@@ -1,4 +1,5 @@
-"""Two checks before the first step, of what no list of models can promise; all ranks take part.
+"""What stops a run whose numbers would be wrong. Two checks before the first step, of what no list
+of models can promise; all ranks take part:
 
 check_logps(run)    the log-probs that training reads, of two groups joined in a row (or padded),
                     are those of an ordinary call of the model with each sequence alone
@@ -7,7 +8,12 @@ canary(run)         the engine follows the trainer's weights: it gets perturbed 
                     the trainer's do
 
 Both read a few hundred tokens of the training data, draw no random number, and leave weights,
-optimiser and the engine's cache as they were, to the bit. ValueError with the remedy on all ranks.
+optimiser and the engine's cache as they were, to the bit. Two at every step:
+
+check_sample        the engine decodes a response as the trainer's tokenizer does
+check_engine        the engine's log-probs of its own tokens are the trainer's
+
+Each raises ValueError with the remedy.
 """
 
 import math
@@ -20,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import packing
+import rollout
 from run import Run, all_max, sync
 
 PROMPT, RESPONSE = 96, 16  # tokens, at most, of what is read here
@@ -104,6 +111,42 @@ def canary(run: Run) -> Iterator[None]:
             f"change a little, its log-probs miss {missed:.0%} of the change (limit "
             f"{SHARES[inexact]:.0%}), so that it would sample from an old model. Use another "
             "--engine or another model"
+        )
+
+
+def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
+    """Stop the run if the engine decodes tokens differently or returns invalid log-probs."""
+    ids, stopped = sample.token_ids, sample.finish_reason == "stop"
+    text = rollout.text_of(tokenizer, ids, sample.finish_reason)
+    if text != sample.text or (stopped and ids[-1] not in stop_ids):
+        raise ValueError(
+            f"the engine decodes its tokens {ids[-20:]} as {sample.text[-60:]!r} "
+            f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "
+            "same tokenizer files"
+        )
+    invalid = [logp for logp in sample.logps if not logp <= 1e-3]  # NaN too; rounding may pass 0
+    if invalid:
+        raise ValueError(
+            f"the engine returned invalid log-probs: {invalid[:5]}; compare with --engine "
+            "transformers"
+        )
+
+
+def check_engine(config, difference: float, step: int) -> None:
+    """Stop the run if engine and trainer disagree about the same tokens: their models differ.
+
+    difference  mean |trainer - engine| over the sampled tokens, nat
+
+    In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
+    """
+    exact = config.quant == "none" and not torch.cuda.is_available()
+    limit = config.max_logp_difference or (1e-3 if exact else 0.1)
+    if difference > limit:
+        raise ValueError(
+            f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
+            f"{difference:.3f} nat on average (limit {limit}): it has other weights, another "
+            "tokenizer or other sampling settings. Check the weight sync, or compare with "
+            "--engine transformers"
         )
 
 

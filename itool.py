@@ -30,7 +30,7 @@ Departures from the paper, and choices where it is silent (mcts.py has the searc
     turn. The buffer ranks calls and answers apart: prose has higher perplexity and would fill it.
  5. O is +1 or -1 at the end of a response and 0 before, after Xie et al.; the paper has no formula.
     +1 takes a finished response without an error of Figure 3's classes; an empty answer is wrong. A
-    state too long to be graded has C = 0 and is counted.
+    state too long to be graded has C = 0 and is counted. With --reward_file, +1 takes its maximum.
  6. A tenth of the trees is held out, for the preference margin on pairs that are not trained on;
     --held_out_pairs 0 is the paper's.
  7. The adapter starts on the merged warm-up weights and is trained on through all iterations;
@@ -66,6 +66,7 @@ import model as modeling
 import rewards
 import simpo
 from checkpoint import write
+from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
 from rollout import Engine, Sample, derived_seed
@@ -75,7 +76,6 @@ from run import (
     Stage,
     add,
     all_gather,
-    check_engine,
     evaluate,
     forward,
     learning_rate_at,
@@ -85,6 +85,7 @@ from run import (
     sync,
     tokens_of,
 )
+from scoring import Reward
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
@@ -267,7 +268,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     """
     best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
     if run.first_step == 0:
-        modeling.save(run.model, run.tokenizer, best)
+        run.save_best(0)
     shares = method.pool_fraction, method.buffer_fraction
     pool, ungraded = pool_of(run.examples, *shares, config.seed)
     run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
@@ -321,7 +322,7 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                     metrics |= evaluate(config, run)
                     if metrics["eval/accuracy"] > best_accuracy:
                         best_accuracy = metrics["eval/accuracy"]
-                        modeling.save(run.model, run.tokenizer, best)
+                        run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
@@ -374,6 +375,7 @@ def grow_trees(
         max_tokens=config.max_completion_length,
         self_evaluation=method.self_evaluation if method.mcts else "none",
         seed=f"{config.seed}/{iteration}",
+        reward=run.reward,
     )
     roots, found = [None] * len(mine), []
     with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
@@ -519,6 +521,7 @@ class Searcher:
                      prefix cache holds it; "none": C = 0
     seed             anything printable; a request's seed is a hash of it, the example and the
                      node's path
+    reward           a user's: then a right response is one that earns its maximum
     stats            counts since the last `search`
     """
 
@@ -532,10 +535,12 @@ class Searcher:
         max_tokens: int = 512,
         self_evaluation: str = "paper",
         seed: object = 0,
+        reward: Reward | None = None,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
         self.self_evaluation, self.seed = self_evaluation, seed
+        self.reward = reward or Reward()
         self.stop_ids = set(engine.stop_ids)
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
@@ -648,7 +653,10 @@ class Searcher:
         error = rewards.error_type(text, self.examples[root].target)
         if not text.replace("<answer>", "").replace("</answer>", "").strip():
             error = error or "Other"  # an empty answer is wrong
-        right = node.reason == "eos" and error is None
+        right = error is None
+        if self.reward.file:
+            right = self.reward.score(text, self.examples[root]).right
+        right = right and node.reason == "eos"
         self.stats["ends"] += 1
         self.stats["ends_parsed"] += error != "Code Syntax"
         self.stats["ends_over_length"] += node.reason == "length"
@@ -687,7 +695,7 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "system", "content": mcts.EVAL_PROMPT["system"]},
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
     return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
 
 
@@ -873,9 +881,8 @@ def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
 def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
     if run.rank == 0:
-        if run.tracker:
-            numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-            run.tracker({f"search/{k}": v for k, v in numbers.items()}, summary["step"])
+        numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+        run.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
         rows = [pair.row for pair in pairs]
         for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
             with open(run.out / name, "a") as file:

@@ -14,6 +14,7 @@ Log-probs are in packing.py. In a process group all ranks call `load`, `full_ten
 """
 
 import copy
+import datetime
 import json
 import math
 import os
@@ -23,7 +24,8 @@ import socket
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -32,7 +34,8 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
-from safetensors import safe_open
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint
@@ -53,6 +56,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import cached_file
+
+DATE = datetime.date(2024, 7, 26)  # what Llama's templates print where they know no clock
+# Jinja: the system message moves to the head of the user's
+FOLD = """\
+{%- if messages[0]["role"] == "system" -%}
+{%- set first = messages[0]["content"] ~ "\n\n" ~ messages[1]["content"] -%}
+{%- set messages = [{"role": "user", "content": first}] + messages[2:] -%}
+{%- endif -%}
+"""
 
 
 def load(
@@ -154,7 +166,42 @@ def load_tokenizer(
             f"{model_name_or_path}: the tokenizer has no chat template; take an instruct model, or "
             "put a chat_template.jinja beside the tokenizer"
         )
+    _adapt_template(tokenizer)
     return tokenizer
+
+
+def _adapt_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change a chat template that prints today's date or takes no system message; checkpoints too.
+
+    A run that is resumed tomorrow, or served next year, must see the same prompts.
+    """
+
+    def change(edit: Callable[[str], str], why: str) -> None:
+        template = tokenizer.chat_template
+        is_dict = isinstance(template, dict)
+        new = {n: edit(t) for n, t in template.items()} if is_dict else edit(template)
+        if new != template:
+            tokenizer.chat_template = new
+            _say(f"{tokenizer.name_or_path}: the chat template {why}")
+
+    pinned = lambda call: json.dumps(DATE.strftime(call[2]))
+    date = f"prints today's date: it is {DATE:%d %b %Y} in this run and its checkpoints"
+    change(lambda text: re.sub(r"""strftime_now\((["'])(.*?)\1\)""", pinned, text), date)
+    chat = [{"role": "system", "content": "Turn-0"}, {"role": "user", "content": "Turn-1"}]
+    try:
+        takes_system = "Turn-0" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        takes_system = False
+    if not takes_system:
+        why = "takes no system message: it stands at the head of the user's, in checkpoints too"
+        change(lambda text: FOLD + text, why)
+
+
+@cache
+def _say(text: str) -> None:
+    """Print a line on rank 0, once."""
+    if _is_first():
+        print(text, flush=True)
 
 
 def shard(
@@ -321,6 +368,7 @@ def save(
     path: str | Path,
     *,
     max_shard_size: str = "5GB",
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a plain save_pretrained folder, adapters merged, fp32; rank 0 writes, all ranks call.
 
@@ -328,38 +376,46 @@ def save(
 
     path            appears when it is complete, and replaces an older folder of that name
     max_shard_size  of a safetensors file; rank 0 holds as much on the CPU
+    texts           further files: name -> content
 
-    ValueError on all ranks if rank 0's disk lacks the space.
+    ValueError on all ranks if rank 0's disk lacks the space; OSError with path and bytes if it fills
+    up all the same. Then nothing of this folder is left.
     """
     path, base, first = Path(path).resolve(), _transformer(model), _is_first()
     shapes = _shapes(base)
-    check_disk(path, sum(tensor.nbytes for tensor in shapes.values()))
+    size = sum(tensor.nbytes for tensor in shapes.values())
+    check_disk(path, size)
     temporary = path.with_name(f".{path.name}.incomplete")
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    files = defaultdict(dict)
-    for name, tensor in full_tensors(model):
-        if not first or name not in plan.tensor_to_filename:  # a tied weight's second name
-            continue
-        file = plan.tensor_to_filename[name]
-        files[file][name] = tensor.float().cpu().contiguous()
-        if len(files[file]) == len(plan.filename_to_tensors[file]):
-            save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
-    if first:
-        assert not files, f"weights without a file: {[list(tensors) for tensors in files.values()]}"
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
-        _plain_config(base).save_pretrained(temporary)
-        base.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    if hasattr(model, "peft_config"):
-        _save_adapter(model, temporary / "adapter")
-    if first:
-        replace_folder(path, temporary)
+    with whole_or_nothing(temporary, size):
+        plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        files = defaultdict(dict)
+        for name, tensor in full_tensors(model):
+            if not first or name not in plan.tensor_to_filename:  # a tied weight's second name
+                continue
+            file = plan.tensor_to_filename[name]
+            files[file][name] = tensor.float().cpu().contiguous()
+            if len(files[file]) == len(plan.filename_to_tensors[file]):
+                save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
+        if first:
+            assert not files, (
+                f"weights without a file: {[list(tensors) for tensors in files.values()]}"
+            )
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
+            _plain_config(base).save_pretrained(temporary)
+            base.generation_config.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            for name, text in (texts or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+        if hasattr(model, "peft_config"):
+            _save_adapter(model, temporary / "adapter")
+        if first:
+            replace_folder(path, temporary)
     if dist.is_initialized():
         dist.barrier()
 
@@ -635,6 +691,21 @@ def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_ran
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size += (16 if lora_rank > 0 else 12) * trained
     check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
+
+
+@contextmanager
+def whole_or_nothing(folder: Path, size: int):
+    """Deletes `folder` where it cannot be written; OSError with its path and `size` in bytes."""
+    try:
+        yield
+    except (OSError, SafetensorError, checkpoint.CheckpointException) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"{folder}: {size:,} bytes could not be written ({reason}); make room, choose another "
+            "--output_dir, or keep fewer checkpoints (--save_total_limit); earlier checkpoints are "
+            "untouched"
+        ) from error
 
 
 def check_disk(path: Path, needed: int, what: str = "the model") -> None:

@@ -51,6 +51,7 @@ import start
 from checkpoint import open_records, write
 from methods import Rollouts
 from start import Interrupted, settings
+from tools import show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 TRIED = 64  # expert responses that a reward of one's own is tried on at the start
@@ -178,9 +179,14 @@ def over_ranks(stats: dict[str, float]) -> dict[str, float]:
 class Run:
     """What the loops share: data, model, engine, optimiser and the records of an output folder."""
 
-    def __init__(self, config, method):
-        """Read tokenizer and data, and find a user's mistakes before anything heavy is loaded."""
+    def __init__(self, config, method, command=None, earlier: int = 0):
+        """Read tokenizer and data, and find a user's mistakes before anything heavy is loaded.
+
+        command  the settings of all stages, where this is one of them
+        earlier  what the trackers' steps start from: one more than the first stage's last step
+        """
         self.config, self.method, self.out = config, method, Path(config.output_dir)
+        self.command, self.earlier = command or config, earlier
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
@@ -190,13 +196,20 @@ class Run:
         )
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
+        data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
+        config, changed = start.suited(config, self.longest)
+        if changed:
+            self.say(changed)
+        self.config = config
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
         if arithmetic:
             self.say(arithmetic)
         self.prompts = data.read_prompts(
             config.model_name_or_path, config.system_prompt, config.user_prompt
         )
+        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
+            self.say(f"{' and '.join(saved)} prompt: as saved with {config.model_name_or_path}")
         self.examples, self.eval_examples, self.digests = start.load_examples(
             config, self.tokenizer, self.prompts, quiet=self.rank > 0
         )
@@ -360,13 +373,37 @@ class Run:
         """Write checkpoint-STEP and checkpoint-STEP-state."""
         limit = self.config.save_total_limit
         self.out.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(self.out, step, self.model, self.optimizer, self.tokenizer, limit)
+        state, texts = (self.model, self.optimizer, self.tokenizer), self.texts(step)
+        checkpoint.save(self.out, step, *state, limit, texts)
         self.saved = step
+
+    def save_best(self, step: int) -> Path:
+        """Write checkpoint-best, a model alone."""
+        path = self.out / "checkpoint-best"
+        modeling.save(self.model, self.tokenizer, path, texts=self.texts(step))
+        return path
+
+    def texts(self, step: int) -> dict[str, str]:
+        """What lies beside a model: prompts of one's own, and the model card."""
+        prompts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
+        if self.rank > 0:
+            return prompts
+        card = serving.model_card(
+            settings(self.config, self.method)
+            | {"model_name_or_path": self.command.model_name_or_path},
+            self.examples,
+            show.milestones(self.out),
+            method=type(self.method).__doc__.partition("\n")[0],
+            step=step,
+            command=["python", *sys.argv],
+            commit=serving.this_commit(),
+        )
+        return prompts | {"README.md": card}
 
     # records
 
     def open_records(self) -> None:
-        """Open metrics.jsonl, rollouts.jsonl and the tracker on rank 0."""
+        """Open metrics.jsonl and rollouts.jsonl on rank 0."""
         self.metrics_file = self.rollouts_file = self.tracker = None
         if self.rank == 0:
             knobs = settings(self.config, self.method)
@@ -377,7 +414,6 @@ class Run:
                 write(self.metrics_file, knobs | {"digests": self.digests})
             if self.reward.file:
                 (self.out / scoring.COPY).write_bytes(self.reward.source)
-            self.tracker = start.tracker(self.config.report_to, self.out, knobs)
             self.skipped = next(reversed(self.history("skipped")), 0)
         self.skipped = int(all_max(self.skipped))
 
@@ -406,8 +442,17 @@ class Run:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         write(self.metrics_file, {"step": step + 1, **finite})  # NaN is not JSON
-        if self.tracker:
-            self.tracker(metrics, step + 1)
+        self.track(step + 1, metrics)
+
+    def track(self, step: int, metrics: dict) -> None:
+        """Send metrics to the tracker of --report_to; the steps of two stages follow each other."""
+        if self.config.report_to == "none":
+            return
+        if self.tracker is None:  # not before: a stage that is over must not touch the next one's
+            out, knobs = Path(self.command.output_dir), settings(self.command, self.method)
+            first = self.earlier + (self.first_step + 1 if self.first_step else 0)
+            self.tracker = start.tracker(self.config.report_to, out, knobs, first)
+        self.tracker.log(metrics, self.earlier + step)
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
@@ -449,8 +494,8 @@ class Run:
 
     def close(self) -> None:
         """Close the records; the engine stays."""
-        if self.tracker and self.config.report_to == "wandb":
-            sys.modules["wandb"].finish()
+        if self.tracker:
+            self.tracker.close()
         for file in (self.metrics_file, self.rollouts_file, self.lock):
             if file:
                 file.close()
@@ -539,21 +584,3 @@ def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
         return peak
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check_engine(config, difference: float, step: int) -> None:
-    """Stop the run if engine and trainer disagree about the same tokens: their models differ.
-
-    difference  mean |trainer - engine| over the sampled tokens, nat
-
-    In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
-    """
-    exact = config.quant == "none" and not torch.cuda.is_available()
-    limit = config.max_logp_difference or (1e-3 if exact else 0.1)
-    if difference > limit:
-        raise ValueError(
-            f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
-            f"{difference:.3f} nat on average (limit {limit}): it has other weights, another "
-            "tokenizer or other sampling settings. Check the weight sync, or compare with "
-            "--engine transformers"
-        )

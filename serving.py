@@ -103,6 +103,7 @@ PREAMBLE = """\
 {%- set user_content = %USER% -%}
 {%- set messages = [{"role": "system", "content": system_content}] -%}
 {%- set messages = messages + [{"role": "user", "content": user_content}] -%}
+{%- set enable_thinking = false -%}
 {%- set tools = none %}
 """
 FIELDS = {
@@ -170,6 +171,7 @@ def model_card(
         f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
         for source in dict.fromkeys(source for source, _ in kinds)
     ]
+    of_steps = f" of {settings['max_steps']}" if "max_steps" in settings else ""
     results = [f"| {name} | {accuracy:.1%} |" for name, accuracy in scores]
     return "\n".join(
         [
@@ -180,7 +182,7 @@ def model_card(
             "",
             f"- Base model: {base}",
             f"- Method: {algo}: {method}",
-            f"- Step {step} of {settings['max_steps']}, seed {settings['seed']}",
+            f"- Step {step}{of_steps}, seed {settings['seed']}",
             f"- Commit: {commit}",
             "",
             "| training data | tool calls | answers |",

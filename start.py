@@ -18,12 +18,12 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,17 @@ PROGRAM = {
 }
 
 
+# what changes log-probs in ways that neither packing.py nor every engine follows, by key of config.json
+REFUSED = {
+    "attn_logit_softcapping": "caps its attention scores",
+    "final_logit_softcapping": "caps its logits",
+    "logits_scaling": "scales its logits",
+    "logit_scale": "scales its logits",
+    "lm_head_multiplier": "scales its logits",
+}
+EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
+ORIGINAL = "original_max_position_embeddings"
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
@@ -200,27 +211,48 @@ def announce(config, method, world: int) -> str:
     )
 
 
-def tracker(kind: str, out: Path, knobs: dict) -> Callable[[dict, int], None] | None:
-    """A function of (metrics, step), or None for "none"; ImportError with the remedy."""
-    if kind == "none":
-        return None
-    try:
-        if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
+    """An object with log(metrics, step) and close(), of "tensorboard" or "wandb".
 
-            writer = SummaryWriter(out / "tensorboard")
+    out    of the whole command: all stages and resumptions are one run, on one axis
+    first  the first step to come: what an interrupted run has logged from there on is replaced, in
+           W&B kept as it was
+    """
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            def log(metrics: dict, step: int) -> None:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
+        return _tensorboard(SummaryWriter(out / "tensorboard", purge_step=first))
+    import wandb
 
-            return log
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"--report_to {kind}: {error}; pip install {kind}") from error
-    wandb.init(project="toolupt", dir=str(out), config=knobs)
-    return lambda metrics, step: wandb.log(metrics, step=step)
+    name = out / "wandb_run"  # the id of the run
+    known = name.read_text().strip() if first and name.exists() else None
+    run = wandb.init(
+        project="toolupt",
+        dir=str(out),
+        config=knobs,
+        id=known,
+        resume="allow" if known else None,
+        allow_val_change=True,
+    )
+    name.write_text(run.id + "\n")
+    logged = run.step  # wandb accepts no step below those that it has seen
+
+    def log(metrics: dict, step: int) -> None:
+        if step >= logged:
+            run.log(metrics, step=step)
+
+    return SimpleNamespace(log=log, close=run.finish)
+
+
+def _tensorboard(writer) -> SimpleNamespace:
+    """The same of a SummaryWriter."""
+
+    def log(metrics: dict, step: int) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return SimpleNamespace(log=log, close=writer.close)
 
 
 # ------------------------------------------------------------------------------ data and bad input
@@ -284,6 +316,58 @@ def digest(examples: list[data.Example]) -> str:
     return f"{len(examples)} examples {data.digest(examples)}"
 
 
+def suited(config, longest: int) -> tuple[Any, str]:
+    """The settings as this model can be trained with, and what changed, in a sentence or "".
+
+    longest  tokens of the longest sequence
+    ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
+    """
+    name = config.model_name_or_path
+    model = AutoConfig.from_pretrained(
+        name, trust_remote_code=config.trust_remote_code
+    ).get_text_config()
+    get = lambda key: getattr(model, key, None)
+    for key, what in REFUSED.items():
+        if get(key) not in (None, 1.0, False):
+            raise ValueError(f"{name} {what} ({key}), which is not supported: choose another model")
+    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
+    if on_cpu and any((get(key) or 0) > 1 for key in EXPERTS):
+        raise ValueError(
+            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of experts: "
+            "take --engine transformers"
+        )
+    ropes = get("rope_parameters") or {}
+    for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("longrope", "dynamic"):
+            lengths = (rope.get(ORIGINAL), get(ORIGINAL), get("max_position_embeddings"))
+            room = next(length for length in lengths if length)
+            if longest > room:
+                raise ValueError(
+                    f"{name} ({kind}): beyond {room} tokens the positions of a response would depend "
+                    f"on the longest one in its batch; {longest} are asked for: lower "
+                    "--max_prompt_length or --max_completion_length"
+                )
+    kinds, reasons = {*(get("layer_types") or ())}, []
+    for kind, key in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size")):
+        window = get(key)
+        if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
+            reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
+    if kinds - ATTENTION or any(key.startswith("mamba_") for key in vars(model)):
+        reasons.append("layers without attention")
+    if "gpt_oss" in model.model_type:
+        reasons.append("attention sinks")
+    if reasons and config.engine == "transformers":
+        raise ValueError(
+            f"{name} has {' and '.join(reasons)}, which --engine transformers does not read: take "
+            "--engine vllm, or another model"
+        )
+    if not reasons or not config.share_prefix:
+        return config, ""
+    said = f"{name} has {' and '.join(reasons)}: --no_share_prefix is taken, which is slower"
+    return replace(config, share_prefix=False), said
+
+
 def check_machine(config, world: int) -> None:
     """ValueError or ImportError if ranks, GPU or packages do not fit the settings."""
     modeling.check_gpu()
@@ -292,6 +376,8 @@ def check_machine(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if config.report_to != "none" and not find_spec(config.report_to):
+        raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))

@@ -73,7 +73,6 @@ from run import (
     add,
     all_gather,
     all_sum,
-    check_engine,
     evaluate,
     forward,
     init_distributed,
@@ -212,7 +211,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     run.log_rollouts(
                         [row for g in groups for row in checkpoint.records(step + 1, g)]
                     )
-            check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
+            guard.check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
             with clock("update"):
@@ -282,7 +281,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                     metrics["eval/loss"] = validation_loss(config, run)
                     if metrics["eval/loss"] < best_loss:
                         best_loss = metrics["eval/loss"]
-                        modeling.save(run.model, run.tokenizer, best)
+                        run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
@@ -352,7 +351,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:
-            check_sample(run.tokenizer, run.stop_ids, sample)
+            guard.check_sample(run.tokenizer, run.stop_ids, sample)
     return groups
 
 
@@ -400,24 +399,6 @@ def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> di
     return {f"{name}/mean": apart.sum() / totals["tokens"], f"{name}/max": largest}
 
 
-def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None:
-    """Stop the run if the engine decodes tokens differently or returns invalid log-probs."""
-    ids, stopped = sample.token_ids, sample.finish_reason == "stop"
-    text = rollout.text_of(tokenizer, ids, sample.finish_reason)
-    if text != sample.text or (stopped and ids[-1] not in stop_ids):
-        raise ValueError(
-            f"the engine decodes its tokens {ids[-20:]} as {sample.text[-60:]!r} "
-            f"({sample.finish_reason}), the trainer's tokenizer as {text[-60:]!r}: give both the "
-            "same tokenizer files"
-        )
-    invalid = [logp for logp in sample.logps if not logp <= 1e-3]  # NaN too; rounding may pass 0
-    if invalid:
-        raise ValueError(
-            f"the engine returned invalid log-probs: {invalid[:5]}; compare with --engine "
-            "transformers"
-        )
-
-
 def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
     mine = part(run.eval_examples, data.characters, run.rank, run.world)
@@ -444,9 +425,10 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     stages = stages_of(config, method)
     for own, row, _ in stages:  # a mistake in the second must not cost the hours of the first
         checkpoint.refuse_earlier_run(start.settings(own, row))
-    best = None
+    best, earlier = None, 0
     for own, row, loop in stages:
-        run = Run(replace(own, model_name_or_path=str(best)) if best else own, row)
+        own = replace(own, model_name_or_path=str(best)) if best else own
+        run = Run(own, row, config, earlier)
         run.load(engine)
         guard.check_logps(run)
         starts = run.first_step == 0
@@ -460,6 +442,7 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
+        earlier = len(run.history("step"))  # a line for each step, and for step 0
         if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()

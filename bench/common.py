@@ -3,6 +3,7 @@
 Nothing outside bench/ imports this. Nothing is downloaded: weights are random, the tokenizer is toy_model's.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -149,6 +150,21 @@ def machine() -> dict:
         "commit": commit,
         "command": command + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def file(text: str | Path) -> Path:
+    """The type of --out: a file that can be written, found out before work starts."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: not a file that can be written")
+    return path
+
+
+def folder(text: str | Path) -> Path:
+    """Likewise, a folder."""
+    if not (os.path.isdir(text) and os.access(text, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{text}: not a folder that can be written to")
+    return Path(text)
 
 
 def write(path: str | Path, result: dict) -> None:

@@ -358,6 +358,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [algo for algo in args.algos if algo not in COMPARED]
     if unknown:
         parser.error(f"unknown method {unknown[0]}; choose among {', '.join(COMPARED)}")
+    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK):
+        parser.error(f"--out {args.out} cannot be written")
     args.steps = train.parse_args(["--algo", "toolupt", *args.shared])[1].max_steps
     for name in ("grid", "sft_grid", "valid_file", "test_file"):
         if not args.draw and not getattr(args, name):

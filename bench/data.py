@@ -84,7 +84,7 @@ def convert(path: Path, rows: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--out", default=str(common.BENCH / "data.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "data.json"))
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:

@@ -528,7 +528,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the kernels of one pass")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=7, help="then nothing new starts")
-    parser.add_argument("--out", default=str(common.BENCH / "gpu.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "gpu.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")

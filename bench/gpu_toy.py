@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=BENCH / "gpu_toy.json")
+    parser.add_argument("--out", type=common.file, default=str(BENCH / "gpu_toy.json"))
     args, more = parser.parse_known_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu tries the script")

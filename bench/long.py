@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--out", type=Path, default=BENCH / "long.json")
+    parser.add_argument("--out", type=common.file, default=str(BENCH / "long.json"))
     args = parser.parse_args()
     machine = common.machine()
     folder = Path(tempfile.mkdtemp(prefix="long-"))

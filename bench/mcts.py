@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--naive_trees", type=int, default=0, help="0: all of them")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--self_evaluation", choices=("paper", "cache"), default="paper")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=common.file, default=str(Path(__file__).with_suffix(".json")))
     args = parser.parse_args()
     machine = common.machine()
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=100, help="tokens")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=152_064)
-    parser.add_argument("--out", default=str(common.BENCH / "memory.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "memory.json"))
     args = parser.parse_args()
     results = {}
     for way in WAYS:

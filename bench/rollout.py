@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one of warm-up")
-    parser.add_argument("--out", default=str(common.BENCH / "rollout.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "rollout.json"))
     args = parser.parse_args()
     if args.device_check:
         return device_check(args.shape, args.prompt, args.answer, args.prompts)

@@ -61,7 +61,7 @@ def main() -> None:
         "--steps", type=int, default=3, help="measured per round, after one of warm-up"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", default=str(common.BENCH / "scaling.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "scaling.json"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -236,7 +236,9 @@ def main() -> None:
         "--trl", nargs="*", default=[], metavar="NAME=JSON", help="more of its GRPOConfig"
     )
     parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
-    parser.add_argument("--out", default=str(common.BENCH), help="folder of step-SHAPE.json")
+    parser.add_argument(
+        "--out", type=common.folder, default=str(common.BENCH), help="folder of step-SHAPE.json"
+    )
     args = parser.parse_args()
     deadline, machine = time.time() + 60 * args.minutes, common.machine()
     for shape in args.shapes:

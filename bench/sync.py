@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--prompts_per_step", type=int, default=4)
     parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks per vLLM model")
     parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
-    parser.add_argument("--out", default=str(common.BENCH / "sync.json"))
+    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "sync.json"))
     args = parser.parse_args()
     init_distributed()
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]

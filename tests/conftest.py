@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LONGEST = (
-    *("test_presets", "test_trust", "test_itool", "test_serving", "test_whole_runs"),
+    *("test_trust", "test_presets", "test_itool", "test_serving", "test_whole_runs"),
     *("test_train", "test_eval", "test_rollout", "test_attention", "test_model"),
 )
 

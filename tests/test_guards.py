@@ -1,17 +1,23 @@
 """guard.py: each check fires on the fault that it is there for, and is silent on a good model."""
 
 import random
+import shutil
+from dataclasses import replace
 
 import frozen
 import pytest
 import torch
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from transformers import AutoConfig, AutoTokenizer
 
+import data
 import guard
 import model as modeling
 import packing
 import rollout
+import serving
+import start
 import train
 from run import Run, init_distributed, sync
 
@@ -148,3 +154,148 @@ def test_an_engine_that_keeps_old_weights_is_seen(run, monkeypatch, stale):
         guard.canary(run),
     ):
         sync(run)
+
+
+# --------------------------------------------------------------------------- from config.json alone
+
+
+def config_of(family, folder, **changes):
+    AutoConfig.for_model(family, **changes).save_pretrained(folder)
+    return train.Config(model_name_or_path=str(folder), engine="vllm")
+
+
+REFUSED = [
+    ("gemma2", {}, "caps its attention scores"),
+    ("granite", {"logits_scaling": 8.0}, "scales its logits"),
+    ("cohere", {"logit_scale": 0.0625}, "scales its logits"),
+    ("falcon_h1", {"lm_head_multiplier": 0.5}, "scales its logits"),
+    ("qwen3_moe", {"num_experts": 8}, "mixture of experts.*--engine transformers"),
+    ("mixtral", {}, "mixture of experts"),
+    ("gpt_oss", {}, "mixture of experts"),
+    ("deepseek_v3", {}, "mixture of experts"),
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 1000,
+            },
+            "original_max_position_embeddings": 1000,
+        },
+        "longrope.*beyond 1000 tokens",
+    ),
+    (
+        "llama",
+        {
+            "max_position_embeddings": 1000,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+        "dynamic.*beyond 1000 tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize("family, changes, why", REFUSED)
+def test_what_cannot_be_trained_is_refused_from_its_config(
+    family, changes, why, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = config_of(family, tmp_path, **changes)
+    with pytest.raises(ValueError, match=why):
+        start.suited(config, 1001)
+    if "beyond" in why:
+        assert start.suited(config, 1000) == (config, "")
+
+
+PADDED = [
+    ("mistral", {"sliding_window": 1000}, "sliding window of 1000 tokens, fewer than 1001"),
+    ("gemma3_text", {"sliding_window": 1000}, "sliding window of 1000 tokens"),
+    (
+        "lfm2",
+        {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+        "layers without attention",
+    ),
+    ("falcon_h1", {"lm_head_multiplier": 1.0}, "layers without attention"),
+]
+
+
+@pytest.mark.parametrize("family, changes, why", PADDED)
+def test_what_no_joined_row_can_hold_takes_the_padded_path(family, changes, why, tmp_path):
+    config = config_of(family, tmp_path, **changes)
+    changed, said = start.suited(config, 1001)
+    assert changed == replace(config, share_prefix=False)
+    assert why in said and "--no_share_prefix is taken" in said
+    assert start.suited(changed, 1001) == (changed, "")
+    with pytest.raises(ValueError, match=f"{why}.*--engine vllm"):
+        start.suited(replace(config, engine="transformers"), 1001)
+    if "window" in why:
+        assert start.suited(config, 1000) == (config, "")
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "glm4", "gemma", "phi3", "olmo2", "smollm3", "mistral"]
+)
+def test_ordinary_families_are_left_alone(family, tmp_path):
+    config = config_of(family, tmp_path)
+    assert start.suited(config, 1001) == (config, "")
+
+
+# ---------------------------------------------------------------------------------- chat templates
+
+TURNS = """{% for m in messages %}<|im_start|>{{ m["role"] }}
+{{ m["content"] }}<|im_end|>
+{% endfor %}"""
+NO_SYSTEM = {
+    "raises on a system role": """{% if messages[0]["role"] == "system" %}
+{{- raise_exception("System role not supported") }}{% endif %}"""
+    + TURNS,
+    "strict alternation": """{% for m in messages %}{% if (m["role"] == "user") != (loop.index0 % 2 == 0) %}
+{{- raise_exception("roles must alternate") }}{% endif %}{% endfor %}"""
+    + TURNS,
+    "drops it": TURNS.replace("in messages", 'in messages if m["role"] != "system"'),
+}
+
+
+def with_template(tiny, folder, template):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = template
+    shutil.copytree(tiny, folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", NO_SYSTEM)
+def test_a_system_text_moves_to_the_users_turn(kind, tiny, tmp_path, capsys):
+    folder = with_template(tiny, tmp_path / "model", NO_SYSTEM[kind])
+    tokenizer = modeling.load_tokenizer(folder)
+    assert "takes no system message" in capsys.readouterr().out
+    example = frozen.examples()[0]
+    system, user = (message["content"] for message in data.messages(example))
+    text = tokenizer.decode(data.render(example, tokenizer))
+    assert text.startswith(f"<|im_start|>user\n{system}\n\n{user}<|im_end|>")
+    modeling.load_tokenizer(folder)
+    assert capsys.readouterr().out == ""  # said once
+    serving.add_tool_template(tokenizer)  # and a served checkpoint does the same
+    tokenizer.save_pretrained(tmp_path / "saved")
+    shutil.copy(tiny / "config.json", tmp_path / "saved")
+    shutil.copy(tiny / "model.safetensors", tmp_path / "saved")
+    saved = modeling.load_tokenizer(tmp_path / "saved")
+    assert data.render(example, saved) == data.render(example, tokenizer)
+    chat = [{"role": "user", "content": example.query}]
+    served = saved.apply_chat_template(chat, tools=example.tools, tokenize=False)
+    assert served.startswith("<|im_start|>user\n") and "<|im_start|>system" not in served
+
+
+def test_the_date_of_a_template_is_pinned(tiny, tmp_path, capsys):
+    template = (
+        """{%- set date = strftime_now("%d %b %Y") -%}Today: {{ date }}, {{ strftime_now('%Y-%m-%d') }}
+"""
+        + TURNS
+    )
+    tokenizer = modeling.load_tokenizer(with_template(tiny, tmp_path / "model", template))
+    assert "prints today's date: it is 26 Jul 2024" in capsys.readouterr().out
+    text = tokenizer.decode(data.render(frozen.examples()[0], tokenizer))
+    assert text.startswith("Today: 26 Jul 2024, 2024-07-26\n")

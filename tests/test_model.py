@@ -35,6 +35,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import checkpoint
 import model as library
 from packing import join, pack, response_logps
 
@@ -261,6 +262,7 @@ def test_a_rank_holds_its_share_only_while_it_loads(tmp_path):
 
 
 def watch_growth(rank, world, folder, limit):
+    checkpoint._trim_memory()  # else what earlier tests freed is filled again, and nothing grows
     done, grown, start = threading.Event(), [], anonymous_bytes()
 
     def watch():

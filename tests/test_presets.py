@@ -12,7 +12,7 @@ from test_whole_runs import launch, moved, rows_of, weights_of
 from methods import METHODS, Rollouts
 from tools import audit
 
-pytestmark = [needs_vllm, pytest.mark.long, pytest.mark.xdist_group("presets")]
+pytestmark = [needs_vllm, pytest.mark.long]
 
 ALWAYS = {
     "loss",

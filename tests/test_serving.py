@@ -181,7 +181,7 @@ def test_on_published_templates(name):
     for example in examples:
         end = int(example.id.rpartition("/")[2])
         asked = say({"role": "system", "content": "P."}, *parsed(chat[:end]), tools=tools)
-        assert asked == say(*data.messages(example))
+        assert asked == say(*data.messages(example), enable_thinking=False)
 
 
 def test_the_default_template_stays():
@@ -476,11 +476,6 @@ def train(model: Path, out: Path, flags: str) -> list[dict]:
 TASKS = ("single", "parallel", "second_step", "done")
 
 
-def of_the_server(test):
-    """Long, and in the process that has started it."""
-    return pytest.mark.long(pytest.mark.xdist_group("server")(needs_vllm(test)))
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
@@ -567,7 +562,8 @@ def expected(example) -> tuple[str, list[dict]]:
     return ("", calls) if calls else (text, [])
 
 
-@of_the_server
+@needs_vllm
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_the_server_reads_the_training_prompt(served, task):
     client, examples, checkpoint = served
@@ -579,7 +575,8 @@ def test_the_server_reads_the_training_prompt(served, task):
     assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
 
 
-@of_the_server
+@needs_vllm
+@pytest.mark.long
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, choice):
@@ -593,7 +590,8 @@ def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, ch
         assert answer.finish_reason == ("tool_calls" if calls else "stop")
 
 
-@of_the_server
+@needs_vllm
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_streaming(served, task):
     client, examples, _ = served
@@ -611,7 +609,8 @@ def test_streaming(served, task):
     assert pieces > 2 or calls  # an answer comes as it is written
 
 
-@of_the_server
+@needs_vllm
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_no_tag_reaches_the_client(served, task):
     """Without a choice, without tools, and where a response is cut off anywhere."""

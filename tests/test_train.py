@@ -1600,11 +1600,11 @@ def test_summary_and_picture(finished, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
-def test_tensorboard_is_optional(tmp_path, monkeypatch):
-    assert start.tracker("none", tmp_path, {}) is None
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match="--report_to wandb"):
-        start.tracker("wandb", tmp_path, {})
+def test_a_tracker_that_is_missing_is_named_before_anything_is_loaded(monkeypatch):
+    config, _ = train.parse_args(["--algo", "grpo", "--report_to", "wandb"])
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="--report_to needs wandb: pip install wandb"):
+        start.check_machine(config, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- ranks
