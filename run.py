@@ -46,12 +46,11 @@ import model as modeling
 import packing
 import rollout
 import scoring
-import serving
 import start
 from checkpoint import open_records, write
 from methods import Rollouts
 from start import Interrupted, settings
-from tools import show
+from tools import serving, show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 TRIED = 64  # expert responses that a reward of one's own is tried on at the start

@@ -33,7 +33,7 @@ from transformers import AutoConfig, HfArgumentParser
 import checkpoint
 import data
 import model as modeling
-from bench import plan
+from tools import plan
 
 PROGRAM = {
     "prog": "train.py",

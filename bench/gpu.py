@@ -25,7 +25,7 @@ is 8: forward and backward pass are those of training, and only the optimiser, w
 
 in bf16, measured here. Recomputation (activation checkpointing, 8 instead of 6) and attention count as overhead: 75 %
 is the most that `merged` can reach, and `padded` gets no credit for reading the prompt eight times. `planned_bytes` is
-the peak that bench/plan.py works out.
+the peak that tools/plan.py works out.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from functools import lru_cache
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import common
-import plan as planning
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -49,6 +48,7 @@ from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
 import packing
+from tools import plan as planning
 
 # config.json of Qwen/Qwen2.5-1.5B-Instruct, -3B-Instruct and -7B-Instruct
 SHAPES = {
@@ -383,7 +383,7 @@ def size_of(way: str, row: list) -> int:
 
 
 def planned(shape: str, tokens: int, bytes_each: int) -> float:
-    """bench/plan.py's peak of the update, on one GPU, for a row of so many tokens and this state per parameter."""
+    """tools/plan.py's peak of the update, on one GPU, for a row of so many tokens and this state per parameter."""
     name = f"qwen2.5-{shape.lower()}"
     flags = f"{name} --max_tokens_per_row {tokens} --max_prompt 1 --max_answer 1"
     sizes, args = planning.shape_of(name), planning.parser().parse_args(flags.split())

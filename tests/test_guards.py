@@ -16,10 +16,10 @@ import guard
 import model as modeling
 import packing
 import rollout
-import serving
 import start
 import train
 from run import Run, init_distributed, sync
+from tools import serving
 
 
 @pytest.fixture(scope="module", autouse=True)

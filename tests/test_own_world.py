@@ -21,9 +21,8 @@ import data
 import eval as evaluation
 import rewards
 import scoring
-import serving
 from methods import METHODS, Group
-from tools import audit
+from tools import audit, serving
 from train import score
 
 OWN = '''

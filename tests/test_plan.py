@@ -1,16 +1,13 @@
-"""bench/plan.py against parameter counts from model cards and numbers worked out by hand."""
+"""tools/plan.py against parameter counts from model cards and numbers worked out by hand."""
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPO / "bench"))
-
-import plan
+from tools import plan
 
 # of the checkpoints on the Hugging Face Hub (safetensors metadata)
 COUNTS = {

@@ -1,4 +1,4 @@
-"""serving.py and tools/vllm_tool_parser.py: a served checkpoint reads and writes what training did."""
+"""tools/serving.py and tools/vllm_tool_parser.py: a served checkpoint reads and writes what training did."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 import data
 import rewards
-import serving
+from tools import serving
 
 REPO = Path(__file__).resolve().parent.parent
 TOY = REPO / "toy_model"

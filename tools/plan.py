@@ -1,9 +1,9 @@
 """Memory and time of a training step on given GPUs, by arithmetic from the model's config.json; train.py's check at start.
 
-    python bench/plan.py qwen2.5-7b --gpus 8 --gpu-memory 80
-    python bench/plan.py qwen2.5-7b --gpus 1 --gpu-memory 24 --lora_rank 16 --quant 4bit
-    python bench/plan.py FOLDER --gpus 8 --gpu-memory 141 --nodes 2 --prompt 3000 --answer 120
-    python bench/plan.py paper                        the paper's models on three machines, and single cards, as a table
+    python -m tools.plan qwen2.5-7b --gpus 8 --gpu-memory 80
+    python -m tools.plan qwen2.5-7b --gpus 1 --gpu-memory 24 --lora_rank 16 --quant 4bit
+    python -m tools.plan FOLDER --gpus 8 --gpu-memory 141 --nodes 2 --prompt 3000 --answer 120
+    python -m tools.plan paper                        the paper's models on three machines, and single cards, as a table
 
 Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or the adapters' A = r (in + out) per matrix.
 
