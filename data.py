@@ -887,6 +887,10 @@ def _refusal(example: Example, text: str, role: str, beside: bool) -> str | None
         return "turn: empty answer"
     if any(tag in part for part in texts for tag in TAGS):
         return "turn: a tag inside a text"
+    try:
+        rewards.binary(example.target, example.target)
+    except ValueError:  # a call of more than rewards.MAX_CHARS, say
+        return "turn: a target that the reward cannot read"
     return None
 
 

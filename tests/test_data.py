@@ -1124,3 +1124,19 @@ def test_the_rows_of_the_documentation_are_read():
         assert (answer.target, answer.steps[0][1]) == ("<answer>\nYes.\n</answer>", "rain")
     own = data.convert(None, rows[2:])[0][0]
     assert (own.query, own.steps, own.target) == (answer.query, answer.steps, answer.target)
+
+
+def test_a_call_too_long_for_the_reward_is_dropped():
+    """The reward reads calls of up to 50,000 characters; the targets are the longest ones kept."""
+
+    def row(length):
+        value = "x" * (length - len('{"name": "f", "params": {"a": ""}}'))
+        call = {"function": {"name": "f", "arguments": {"a": value}}}
+        tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+        return {"messages": turns, "tools": [tool]}
+
+    kept, drops = data.convert(None, [row(49_000)])
+    assert len(kept) == 1 and not drops
+    kept, drops = data.convert(None, [row(50_001)])
+    assert not kept and drops == {"turn: a target that the reward cannot read": 1}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -195,7 +196,8 @@ assert packing.attention is None
 model = transformers.AutoModelForCausalLM.from_pretrained("model")
 torch.save(packing.response_logps(model, packing.pack({PROMPT}, {RESPONSES})), "scores.pt")
 """
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    alone = {**os.environ, "PYTHONPATH": ""}  # jobs.py puts the repository there
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, env=alone)
     expected = response_logps(model, pack(PROMPT, RESPONSES))
     for actual, e in zip(torch.load(tmp_path / "scores.pt"), expected, strict=True):
         assert_close(actual, e)
