@@ -70,6 +70,7 @@ def stages() -> dict[str, tuple]:
     """The seven stages of run_rl, its save, SFT's loss, iTool's phases, and the function of each that a fault goes into."""
     import itool
     import model
+    import simpo
     import spo
     import train
     from methods import FgDapoStar, Rollouts
@@ -85,7 +86,7 @@ def stages() -> dict[str, tuple]:
         "sync": (train, "sync"),
         "save": (model, "replace_folder"),  # twice a checkpoint: all is written, nothing renamed
         "sft loss": (spo, "sft_loss"),
-        "perplexity": (Run, "demonstration"),
+        "perplexity": (simpo, "perplexity"),
         "search": (itool.Searcher, "propose"),
         "preference": (itool, "preference_gradient"),
     }
