@@ -28,7 +28,11 @@ RL = {
     "completions/clipped_ratio", "advantage/positive", "advantage/negative", "entropy", "rounds",
     "frac_groups_kept", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
     "timing_s/rollout", "timing_s/reward", "timing_s/advantage", "timing_s/sync",
+    "form/call", "form/answer", "form/both", "form/untagged_call", "form/neither",
+    "form/empty_answer", "form/repeated_key",
 }  # fmt: skip
+BY_KIND = ("accuracy", "tokens_matched", "first_advantage")  # of the kinds that a step's prompts have
+START = {"start/tag_logp", "start/body_logp"}
 SPO = {"spo/chosen", "spo/rejected", "spo/kept", "spo/negative"}
 SFT = {"nll", "expert_prob"}
 OF_THE_LOSS = {
@@ -71,12 +75,16 @@ def test_the_worker_runs_every_method_of_the_paper(runs):
 def check_metrics(out, expected: set) -> dict:
     """Steps and metrics of one stage; returns its config."""
     config, before, *rows = rows_of(out / "metrics.jsonl")
-    assert before.keys() == {"step", *EVAL} and [row["step"] for row in rows] == [
-        *range(1, STEPS + 1)
-    ]
+    rl = "entropy" in expected
+    assert before.keys() == {"step", *EVAL, *(START if rl else ())}
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
     for row in rows:
+        kinds = [kind for kind in ("calls", "answers") if f"accuracy/{kind}" in row]
+        assert bool(kinds) is rl
+        of_kinds = {f"{name}/{kind}" for name in BY_KIND for kind in kinds}
         last = EVAL | ({"eval/loss"} & expected) if row["step"] == STEPS else set()
-        assert row.keys() - {"timing_s/records"} == {"step", *(expected - {"eval/loss"}), *last}
+        wanted = {"step", *(expected - {"eval/loss"}), *of_kinds, *last}
+        assert row.keys() - {"timing_s/records"} == wanted
         assert all(math.isfinite(value) for value in row.values()), row
         assert row["skipped"] == 0 and row["grad_norm"] > 0
         if "entropy" in row:  # vLLM has the weights of the step before
