@@ -36,6 +36,8 @@ SHAPES = {
             "num_attention_heads": 6, "num_key_value_heads": 2},
     "187M": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4,
              "num_attention_heads": 12, "num_key_value_heads": 2},  # four of Qwen2.5-1.5B's 28 layers
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "vocab_size": 49152},  # SmolLM2-135M, with Qwen2's biases
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151936},  # Qwen2.5-0.5B; toy_model's tokenizer knows the first 1,024
 }  # fmt: skip
