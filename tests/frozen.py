@@ -3,12 +3,14 @@
 import contextlib
 import importlib.util
 import json
+import os
 import random
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
@@ -31,6 +33,20 @@ elif torch.version.cuda and not torch.cuda.is_available():
 else:
     NO_VLLM = ""
 needs_vllm = pytest.mark.skipif(bool(NO_VLLM), reason=NO_VLLM)
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(scope="module", autouse=True)  # of the files that import it
+def one_rank():
+    """A gloo group of one rank and one thread, gone after this file: other files start their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_module.init_distributed()
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def tiny_model(folder: Path, layers: int = 2) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import frozen
 import pytest
 import torch
+from frozen import one_rank  # noqa: F401 - a fixture
 from torch.nn.functional import pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoConfig, AutoTokenizer
@@ -18,14 +19,8 @@ import packing
 import rollout
 import start
 import train
-from run import Run, init_distributed, sync
+from run import Run, sync
 from tools import serving
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group():
-    if not torch.distributed.is_initialized():
-        init_distributed()
 
 
 @pytest.fixture(scope="module")

@@ -611,9 +611,9 @@ def test_a_flag_that_another_switches_off_is_refused(wrong, capsys):
 @pytest.mark.parametrize(
     "flags, needs",
     [
-        (["--max_steps", "5"], "it is one of sft, grpo"),
-        (["--num_generations", "4"], "it is one of grpo"),
-        (["--entropy_coef", "0"], "it is one of grpo"),
+        (["--max_steps", "5"], "belongs to --algo sft, grpo"),
+        (["--num_generations", "4"], "belongs to --algo grpo"),
+        (["--entropy_coef", "0"], "belongs to --algo grpo"),
         (["--stages", "warmup", "--iterations", "5"], "--stages warmup has no iterations"),
         (["--stages", "itool", "--warmup_epochs", "1"], "--stages itool has no warm-up"),
     ],

@@ -10,8 +10,8 @@ from collections import defaultdict
 import frozen
 import pytest
 import torch
-from frozen import TOY, K
-from test_train import RANK_VARIABLES, one_rank, tiny  # noqa: F401 - fixtures
+from frozen import RANK_VARIABLES, TOY, K, one_rank  # noqa: F401 - a fixture
+from test_train import tiny  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM
 
 import data

@@ -7,7 +7,6 @@ over an ordinary transformers model; the fast side is the gradient that the loop
 import copy
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -21,8 +20,7 @@ from types import SimpleNamespace
 import frozen
 import pytest
 import torch
-import torch.distributed as dist
-from frozen import LIMIT, TOY, K
+from frozen import LIMIT, TOY, K, one_rank  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -39,21 +37,7 @@ from run import Run
 from tools import audit, show
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared/data/train/toolrl_rlla"
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RL_ROWS = [name for name, row in METHODS.items() if issubclass(row, methods.Rollouts)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """A gloo group of one rank and one thread, gone after this file: other files start their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_module.init_distributed()
-    yield
-    dist.destroy_process_group()
-    torch.set_num_threads(threads)
-    for name in RANK_VARIABLES:
-        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="module")
