@@ -75,7 +75,6 @@ from run import (
     all_sum,
     evaluate,
     forward,
-    init_distributed,
     learning_rate_at,
     micro_batches,
     over_ranks,
@@ -496,7 +495,7 @@ def parse_args(argv: list[str]) -> tuple[Config, Row]:
 def main(argv: list[str] | None = None) -> None:
     """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
-    init_distributed()
+    start.init_distributed()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -88,7 +88,7 @@ def common_start(args: argparse.Namespace) -> None:
     import packing
     import rollout
     import spo
-    from run import init_distributed
+    from start import init_distributed
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     init_distributed()
