@@ -123,10 +123,8 @@ def errors(path: Path) -> str:
     does. ValueError naming the line that lacks one.
     """
     counts, right = {}, Counter()
-    text = path.read_text(encoding="utf-8").rstrip("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         try:
-            row = json.loads(line)
             response = row["response"] if "response" in row else row["text"]
             kind = rewards.error_type(response, row["target"])
         except KeyError as error:
