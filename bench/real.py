@@ -140,15 +140,15 @@ def common_start(args: argparse.Namespace) -> None:
 def sampled(engine, examples: list, tokenizer, settings: argparse.Namespace) -> dict:
     """Shares of SAMPLES responses per example that are completely right: calls, answers, all."""
     import data
-    import rewards
+    import scoring
 
     groups = engine.generate(
         [data.render(example, tokenizer) for example in examples], n=SAMPLES, temperature=1.0,
         max_tokens=settings.max_completion_length, seeds=[settings.seed + i for i in range(len(examples))],
     )  # fmt: skip
     texts = [sample.text for group in groups for sample in group]
-    targets = [example.target for example in examples for _ in range(SAMPLES)]
-    found = rewards.tally(texts, targets)
+    answered = [example for example in examples for _ in range(SAMPLES)]
+    found = scoring.Reward().tally(texts, answered)
     others = found["n"] - found["n_calls"]
     return {
         "all": found["accuracy"] / found["n"],

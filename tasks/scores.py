@@ -318,8 +318,8 @@ def _notes(rows, settings):
         lines += [f"- {raised} cases count as wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
-        sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}
-        lines += [f"- mean outcome reward {sums['reward'] / sums['n']:.3f} in [-3, 4] (Eq. 12)"]
+        mean = sum(rewards.outcome(*pair).total for pair in pairs) / (len(pairs) or float("nan"))
+        lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12)"]
     long, wrong = _sum(rows, "over_long"), _malformed(rows)
     cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
     lines += [
