@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
@@ -139,9 +140,9 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
 
 
 def own_flags(words: list[str], common: type, row: type) -> list[str]:
-    """The flags among `words` that a row reads, with their values."""
+    """The flags among `words`, and in their @FILEs, that a row reads, with their values."""
     own = _names(common) | _names(row)
-    flags = [flag for flag, _ in _flags([(word, True) for word in words])]
+    flags = [flag for flag, _ in _flags(_unfolded(words))]
     return [word for flag in flags if _name(flag) in own for word in flag]
 
 
@@ -169,7 +170,7 @@ def _unfolded(argv: list[str]):
         yield from ((part, False) for part, _ in _unfolded(nested))
 
 
-def _flags(words: list[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
+def _flags(words: Iterable[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
     """Each flag with its values, and whether it was typed."""
     flags = []
     for word, is_typed in words:
