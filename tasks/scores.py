@@ -87,6 +87,11 @@ def report(out: Path) -> str:
         k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
         for k in counts
     }
+    if settings["bench"] == "bfcl":  # Figure 3's two bars
+        for name, group in (("all non-live", "non_live"), ("all live", "live")):
+            if mine := [k for k in bfcl.GROUPS[group] if k in errors]:
+                errors[name] = sum((errors[k] for k in mine), Counter())
+                counts[name] = [sum(counts[k][i] for k in mine) for i in (0, 1)]
     lines += ["", "Error types (iTool Figure 3)", "", error_table(errors)]
     text = "\n".join(lines) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")

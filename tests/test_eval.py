@@ -1172,6 +1172,28 @@ def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
         scores.compare([a, e])
 
 
+def test_error_types_are_pooled_over_live_and_non_live(tmp_path):
+    """Figure 3's two bars: every wrong case of the group counts once, right ones and multi-turn never."""
+    rng = random.Random(3)
+    draw = {k: [rng.random() < 0.5 for _ in range(30)] for k in bfcl.CATEGORIES if "java" not in k}
+    out = fake_run(tmp_path / "a", draw)
+    rows = list(data.read_jsonl(out / "results.jsonl"))
+    for row in rows:
+        row["error_class"] = None if row["correct"] else rng.choice(bfcl.CLASSES)
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = scores.report(out).splitlines()
+    for name, live in (("all live", True), ("all non-live", False)):
+        slow = dict.fromkeys(bfcl.CLASSES, 0)
+        for row in rows:
+            of_group = row["category"].startswith("live_") == live
+            if of_group and "multi_turn" not in row["category"] and not row["correct"]:
+                slow[row["error_class"]] += 1
+        assert sum(slow.values()) > 30
+        assert f"| {name} | {' | '.join(map(str, slow.values()))} |" in lines
+    small = fake_run(tmp_path / "b", {"simple_python": [False]})
+    assert "all non-live" in (text := scores.report(small)) and "all live" not in text
+
+
 def test_bootstrap_against_a_slow_loop():
     """The spread of a column under resampling equals that of a plain loop over drawn cases."""
     rng = random.Random(1)
