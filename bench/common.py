@@ -176,6 +176,16 @@ def write(path: str | Path, result: dict) -> None:
     print(f"wrote {path}", flush=True)
 
 
+def pyplot():
+    """matplotlib, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
 def median(values: list[float]) -> float:
     """The middle value."""
     return sorted(values)[len(values) // 2]

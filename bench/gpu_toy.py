@@ -42,7 +42,7 @@ def run(out: Path, device: str, flags: list[str]) -> list[dict]:
     done = subprocess.run(command, cwd=REPO, env={**os.environ, **hidden}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return list(data.read_jsonl(out / "metrics.jsonl"))[1:]
 
 
 def against_float32(out: Path) -> dict:
@@ -50,7 +50,7 @@ def against_float32(out: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(REPO / "toy_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REPO / "toy_model")
     examples = {example.id: example for example in data.load("toy")}
-    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    rows = list(data.read_jsonl(out / "rollouts.jsonl"))
     tokens = sum(len(row["token_ids"]) for row in rows)
     apart = {"trainer": 0.0, "sampler": 0.0}
     for row in rows:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import common
-from common import BENCH, REPO
+from common import BENCH, REPO, data
 
 FLAGS = (
     "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 "
@@ -42,8 +42,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="long-"))
     try:
         rows, seconds = watch(args.steps, args.engine, folder)
-        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line)["step"] for line in lines[1:]]
+        _, *lines = data.read_jsonl(folder / "run/metrics.jsonl")
+        steps = [line["step"] for line in lines]
         assert steps == list(range(args.steps + 1)), "a step is missing"
     finally:
         shutil.rmtree(folder)

@@ -45,7 +45,7 @@ def gpu_rows() -> tuple[list[dict], list[dict]]:
     files = [file for file in files if not file["settings"]["check"]]
     rows = [row for file in files for row in file["rows"] if "seconds" in row]
     for row in rows:
-        switches = [name for name in ("compile", "fused_norm") if row[name]]
+        switches = [name for name in ("compile", "fused_norm") if row.get(name)]
         row["label"] = ", ".join([row["way"], *switches]).replace("_", " ")
     rows.sort(key=lambda row: (-row["parameters"], row["prompt"], -row["tokens_per_second"]))
     return rows, [file["machine"] for file in files]

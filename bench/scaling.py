@@ -35,7 +35,7 @@ def worker(folder: Path, args) -> None:
     """Under torchrun: measured steps as one JSON line of rank 0."""
     import torch.distributed as dist
 
-    from run import init_distributed
+    from start import init_distributed
 
     init_distributed()
     tokenizer = common.AutoTokenizer.from_pretrained(folder)

@@ -49,7 +49,7 @@ GROUP = 8
 
 def ours(pipe, folder: Path, examples: list, args) -> None:
     """The process of our arm: one step per message."""
-    from run import init_distributed
+    from start import init_distributed
 
     init_distributed()
     arm = common.Ours(

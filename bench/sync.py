@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import model as modeling
-from run import init_distributed
+from start import init_distributed
 
 
 class Watch:

@@ -167,7 +167,7 @@ def _worker(argv, fault):
     import torch.distributed as dist
 
     import train
-    from run import init_distributed
+    from start import init_distributed
     from tools import show
 
     if fault:

@@ -267,7 +267,7 @@ def test_the_iterations_of_itool(tmp_path):
         (1, "iteration 1"),
         (3, "iteration 2"),
     ]
-    table = [dict(zip(data["table"]["columns"], row)) for row in data["table"]["rows"]]
+    table = [dict(zip(data["tables"][0]["columns"], row)) for row in data["tables"][0]["rows"]]
     assert [row["dropped: gap"] for row in table] == [6, 0]
     assert [row["margin before"] for row in table] == [1.5, "–"]
     assert [row["margin after"] for row in table] == [2.5, "–"]
@@ -375,9 +375,53 @@ def test_the_last_lines_of_a_run(out):
     rows[1]["eval/accuracy"], rows[-1]["eval/accuracy"] = 0.25, 0.5
     write_lines(out / "metrics.jsonl", rows)
     text = show.summary(out, AutoTokenizer.from_pretrained(TOY))
-    assert "before 25.0%, after 50.0%" in text
+    assert "before 25.0%, after 50.0%" in text and "hours        toolupt 0.0" in text
     for name in ("metrics.jsonl", "rollouts.jsonl", "report.html"):
         assert str(out / name) in text and (out / name).exists()
     assert "\033[30;48;5;" in text
     (out / "rollouts.jsonl").unlink()
     assert "rollout" not in show.summary(out, None)
+
+
+def test_hours_add_up_what_the_records_say(tmp_path):
+    """iTool's Table 8: a warm-up, then a search and a step of 30 minutes with an evaluation beside it."""
+    warmup, last = tmp_path / "warmup", tmp_path
+    warmup.mkdir()
+    seconds = lambda **parts: {f"timing_s/{name}": value for name, value in parts.items()}
+    lines = {
+        warmup / "metrics.jsonl": [
+            {"algo": "itool"},
+            seconds(load=360, evaluate=720, step=400),
+            seconds(update=3600, step=3700),
+            seconds(update=1800, sync=36, evaluate=180, step=1836),
+        ],
+        last / "searches.jsonl": [seconds(perplexity=360, search=7200, step=7920)],
+        last / "metrics.jsonl": [{"algo": "itool"}, seconds(update=1000, evaluate=720, step=1800)],
+    }
+    for path, rows in lines.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words, found = show.write_hours(tmp_path), json.loads((tmp_path / "hours.json").read_text())
+    assert [*found] == ["warmup", "itool"]
+    expected = {"load": 0.1, "update": 1.5, "sync": 0.01, "evaluate": 0.25, "other": 140 / 3600}
+    assert found["warmup"] == pytest.approx(expected | {"total": (400 + 3700 + 1836 + 900) / 3600})
+    expected = {"perplexity": 0.1, "search": 2, "update": 1000 / 3600, "evaluate": 0.2}
+    assert found["itool"] == pytest.approx(expected | {"other": (360 + 800) / 3600, "total": 2.9})
+    assert words.startswith(
+        "warmup 1.90 (update 1.50, evaluate 0.25, load 0.10, other 0.04, sync 0.01);"
+    )
+    assert (
+        "itool 2.90 (search 2.00, other 0.32, update 0.28, evaluate 0.20, perplexity 0.10)" in words
+    )
+    table = show.hours_table(tmp_path)
+    assert table["columns"] == [
+        "stage",
+        "evaluate",
+        "load",
+        "other",
+        "perplexity",
+        "search",
+        "sync",
+        "update",
+        "total",
+    ]
+    assert [row[-1] for row in table["rows"]] == [part["total"] for part in found.values()]

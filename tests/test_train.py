@@ -1433,7 +1433,7 @@ def test_audit_finds_missing_and_unknown_steps(finished, tmp_path):
     with pytest.raises(ValueError, match="which metrics.jsonl does not have"):
         audit.audit(out)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
-    with pytest.raises(ValueError, match=f"metrics.jsonl line {len(lines)} is not JSON"):
+    with pytest.raises(ValueError, match=f"line {len(lines)} of .*metrics.jsonl is not JSON"):
         audit.audit(out)
 
 

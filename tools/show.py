@@ -18,6 +18,7 @@ import math
 import random
 import sys
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import rewards
@@ -141,7 +142,7 @@ def report(out: Path, tokenizer=None) -> Path:
         "milestones": milestones(out),
         "errors": errors,
         "samples": samples,
-        "table": iterations(out),
+        "tables": [table for table in (iterations(out), hours_table(out)) if table],
         "settings": [_settings("Settings", config)],
     }
     for stage, first in [*zip(stages, settings)][:-1]:
@@ -424,6 +425,49 @@ def milestones(out: Path) -> list[tuple[str, float]]:
     return marks
 
 
+def hours(out: Path) -> dict[str, dict[str, float]]:
+    """Hours of each stage by part, from the recorded timings (iTool Table 8); saves do not count.
+
+    Parts are those of timing_s/*; "other" is the rest of the steps, "total" the sum.
+    """
+    found = {}
+    for stage in STAGES:
+        seconds, algo = Counter(), stage
+        for name in ("metrics.jsonl", "searches.jsonl"):
+            for row in read_jsonl(out / stage / name, growing=True):
+                algo = row.get("algo", algo)  # of the settings, the first line
+                parts = {k[9:]: v for k, v in row.items() if k.startswith("timing_s/")}
+                step, evaluation = parts.pop("step", 0.0), parts.get("evaluate", 0.0)
+                seconds.update(parts | {"other": step - (sum(parts.values()) - evaluation)})
+        if seconds:
+            seconds["total"] = sum(seconds.values())
+            found[stage or algo] = {k: s / 3600 for k, s in seconds.items()}
+    return found
+
+
+def hours_table(out: Path) -> dict:
+    """The hours of the stages as a table."""
+    found = hours(out)
+    parts = sorted({part for own in found.values() for part in own} - {"total"})
+    rows = [
+        [stage, *(own.get(part, "–") for part in (*parts, "total"))] for stage, own in found.items()
+    ]
+    note = "By part of the steps, from the recorded timings; saves do not count."
+    return {"title": "Hours", "note": note, "columns": ["stage", *parts, "total"], "rows": rows}
+
+
+def write_hours(out: Path) -> str:
+    """Write hours.json; return it in words."""
+    found = hours(out)
+    (out / "hours.json").write_text(json.dumps(found, indent=1) + "\n")
+    words = []
+    for stage, parts in found.items():
+        largest = sorted((k for k in parts if k != "total"), key=parts.get, reverse=True)
+        shown = ", ".join(f"{k} {parts[k]:.2f}" for k in largest if parts[k] >= 0.005)
+        words += [f"{stage} {parts['total']:.2f}{shown and f' ({shown})'}"]
+    return "; ".join(words)
+
+
 # ------------------------------------------------------------------------------- the last lines
 
 
@@ -440,6 +484,7 @@ def summary(out: Path, tokenizer) -> str:
     ]
     names = {"rollouts": "rollouts.jsonl", "pairs": "pairs.jsonl"}
     lines += [f"{k:12} {out / name}" for k, name in names.items() if (out / name).exists()]
+    lines += [f"hours        {write_hours(out)}"]
     if (out / "trees-1.jsonl").exists():
         lines += [f"trees        python mcts.py show {out}/trees-1.jsonl"]
     lines += [f"report       {report(out, tokenizer)}"]
