@@ -218,6 +218,7 @@ class Run:
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
             logprobs_mode=self.method.logprobs_mode,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
@@ -232,6 +233,7 @@ class Run:
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
         )
         self.optimizer = modeling.optimizer(
             self.model,
