@@ -308,9 +308,10 @@ class Run:
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, first: int | None = None, what: str = ""):
+    def progress(self, total: int, first: int | None = None, what: str = "", unit: str = "step"):
         """A bar on rank 0, from `first` or, for steps, from where the run resumed.
 
+        what, unit  its title and what it counts
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
@@ -323,6 +324,7 @@ class Run:
                 total=total,
                 initial=self.first_step if first is None else first,
                 desc=what or self.config.algo,
+                unit=f" {unit}s",
                 disable=self.rank > 0,
                 dynamic_ncols=True,
             ) as bar:
@@ -330,6 +332,10 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def counts(self, what: str) -> str:
+        """The name of an engine's bar, which is rank 0's and counts its own part."""
+        return "" if self.rank else what + f" (rank 0 of {self.world})" * (self.world > 1)
 
     def stop_if_asked(self, step: int) -> None:
         """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.
@@ -536,6 +542,7 @@ def evaluate(config, run: Run) -> dict[str, float]:
         temperature=0.0,
         max_tokens=config.max_completion_length,
         seeds=[0] * len(mine),  # unused: greedy
+        progress=run.counts("held-out examples"),
     )
     texts = [sample.text for [sample] in answers]
     sums = all_sum(run.reward.tally(texts, mine))

@@ -350,6 +350,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
         seeds=[group.seed for group in groups],
+        progress=run.counts("rollouts"),
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:

@@ -22,7 +22,6 @@ import train
 from run import Run, sync
 from tools import serving
 
-
 needs_bf16 = pytest.mark.skipif(bool(start.no_bf16()), reason=start.no_bf16())
 
 
