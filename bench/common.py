@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
+from tools.serving import this_commit
 
 # Qwen2 shapes with toy_model's vocabulary of 1,024 where none is given. The name counts what multiplies: all matrices
 # of the layers.
@@ -135,9 +135,6 @@ def machine() -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() if found else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads, ranks = os.environ.get("OMP_NUM_THREADS"), os.environ.get("LOCAL_WORLD_SIZE")
     command = f"OMP_NUM_THREADS={threads} " if threads else ""
@@ -149,7 +146,7 @@ def machine() -> dict:
         "load_average": round(os.getloadavg()[0], 2),  # before the run: other work on the machine
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": this_commit(),
         "command": command + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 

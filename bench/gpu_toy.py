@@ -39,9 +39,13 @@ def run(out: Path, device: str, flags: list[str]) -> list[dict]:
     command = [sys.executable, "train.py", "@recipes/demo.args", "--engine", "transformers"]
     command += ["--output_dir", str(out), *flags]
     hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=REPO, env={**os.environ, **hidden}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=REPO, env={**os.environ, **hidden}, capture_output=True, text=True
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+        )
     return list(data.read_jsonl(out / "metrics.jsonl"))[1:]
 
 
@@ -90,14 +94,15 @@ def main() -> None:
         rows["resumed"] = run(folder / "resumed", args.device, halves)
         one = ["--algo", "fg_dapo_star", "--entropy_coef", "0", "--max_steps", "1", *more]
         [_, one] = run(folder / "one", args.device, one)
-        record["one_step"] = {**against_float32(folder / "one"), "grad_norm_of_the_run": one["grad_norm"]}
+        record["one_step"] = {
+            **against_float32(folder / "one"),
+            "grad_norm_of_the_run": one["grad_norm"],
+        }
     for name, steps in rows.items():
         accuracy = [row["eval/accuracy"] for row in steps if "eval/accuracy" in row]
         record[name] = {"accuracy": accuracy, "reward": [row["reward"] for row in steps[1:]]}
     pairs = list(zip(rows["whole"][1:], rows["resumed"][1:], strict=True))
-    record["resumed_apart"] = {
-        name: [abs(a[name] - b[name]) for a, b in pairs] for name in METRICS
-    }
+    record["resumed_apart"] = {name: [abs(a[name] - b[name]) for a, b in pairs] for name in METRICS}
     common.write(args.out, record)
     print(json.dumps(record, indent=1))
 

@@ -1,6 +1,5 @@
 """bench/compare.py: equal budgets, a resumed record, table and picture of hand-written rows."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -13,10 +12,9 @@ import train
 from methods import METHODS
 
 REPO = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("compare", REPO / "bench/compare.py")
-compare = importlib.util.module_from_spec(spec)
-sys.modules["compare"] = compare
-spec.loader.exec_module(compare)
+sys.path.append(str(REPO / "bench"))
+
+import compare
 
 SHARED = "--max_steps 24 --train_batch_size 8 --num_generations 8 --eval_steps 6".split()
 
