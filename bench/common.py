@@ -5,11 +5,13 @@ Nothing outside bench/ imports this. Nothing is downloaded: weights are random, 
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
 sys.path.insert(0, str(REPO))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
@@ -151,6 +154,28 @@ def machine() -> dict:
     }
 
 
+def parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """The flags that all scripts share: --out, by default a file of bench/."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=file, default=str(BENCH / out))
+    return parser
+
+
+def add_step_flags(parser: argparse.ArgumentParser, steps: int) -> None:
+    """Those of the scripts that measure steps of ours: the size of model, prompts and step."""
+    parser.add_argument("--shape", default="14M", choices=SHAPES)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=steps, help="measured, after one of warm-up")
+
+
+def in_a_process(function, *arguments):
+    """What the function returns in a fork, which frees its memory and shares the imports."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def file(text: str | Path) -> Path:
     """The type of --out: a file that can be written, found out before work starts."""
     path = Path(text)
@@ -230,6 +255,10 @@ class Ours:
         self.run.log = lambda step, metrics: self.metrics.update(metrics)
         train.evaluate = lambda config, run: {}
         self._run_rl = train.run_rl
+
+    def steps(self, count: int) -> list[dict]:
+        """The figures of so many steps, after one of warm-up."""
+        return [self.step() for _ in range(count + 1)][1:]
 
     def step(self) -> dict:
         """Seconds of a whole step and of its parts, as run_rl's metrics name them."""

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import start
 import train
-from methods import METHODS, AfterSft, Luffy, Rollouts, Sft, Srft
+from methods import METHODS, AfterSft, Luffy, Sft, Srft
 from tools.serving import this_commit
 
 FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
@@ -81,29 +81,19 @@ def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> l
     sft_rate  learning rate of the SFT stage, where there is one before RL
     shared    flags of all runs
     """
-    _, common = train.parse_args(["--algo", "toolupt", *shared])
-    steps, up = common.max_steps, max(1, common.max_steps // 6)  # 100 : 200, twice in the run
+    _, toolupt = train.parse_args(["--algo", "toolupt", *shared])
+    steps, up = toolupt.max_steps, max(1, toolupt.max_steps // 6)  # 100 : 200, twice in the run
     own = {"seed": seed, "learning_rate": rate, "max_steps": steps}
     if hasattr(METHODS[algo], "balance_up"):
         own |= {"balance_up": up, "balance_down": max(1, steps // 2 - up)}
     if issubclass(METHODS[algo], (Luffy, Srft)):  # the expert takes one of the places
-        own["num_generations"] = common.num_generations - 1
+        own["num_generations"] = toolupt.num_generations - 1
     if family(algo) == "sft,rl":
         first = steps // 2
         own |= {"sft_max_steps": first, "max_steps": steps - first, "sft_learning_rate": sft_rate}
         own["eval_steps"] = 0  # evaluated at the end of each stage only: the best is the last
     shared = start.own_flags(shared, train.Config, METHODS[algo])
     return ["--algo", algo, *shared, *(str(x) for k, v in own.items() for x in (f"--{k}", v))]
-
-
-def budget(argv: list) -> dict:
-    """Updates, prompts and sampled responses that a run's flags allow (dapo generates more)."""
-    config, method = train.parse_args(argv)
-    rl = method.max_steps * method.num_generations if isinstance(method, Rollouts) else 0
-    updates = method.max_steps + getattr(method, "sft_max_steps", 0)
-    prompts = config.train_batch_size
-    rollouts = rl * prompts
-    return {"updates": updates, "prompts": updates * prompts, "rollouts": rollouts}
 
 
 def evaluations(out: Path, argv: list) -> list[dict]:
@@ -157,8 +147,8 @@ def read(path: Path) -> list[dict]:
 
 def settings(args) -> str:
     """A short checksum of what all runs have in common."""
-    common = [args.shared, args.valid_file, args.test_file]
-    return hashlib.sha256(json.dumps(common).encode()).hexdigest()[:8]
+    shared = [args.shared, args.valid_file, args.test_file]
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
 
 
 def last(rows: list[dict], phase: str, steps: int) -> dict:

@@ -15,7 +15,6 @@ The record holds accuracy before and after of the first three, the differences b
 responses of `one`, log-probs and gradient norm against a plain float32 transformers model on the CPU, one response at a time.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import common
 import torch
-from common import BENCH, REPO
+from common import REPO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -70,10 +69,9 @@ def against_float32(out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "gpu_toy.json")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=common.file, default=str(BENCH / "gpu_toy.json"))
     args, more = parser.parse_known_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu tries the script")
