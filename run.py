@@ -54,7 +54,7 @@ TRIED = 64  # expert responses that a reward of one's own is tried on at the sta
 
 
 class Clock:
-    """Seconds spent in the parts of a step."""
+    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
 
     def __init__(self):
         self.start, self.seconds = time.perf_counter(), defaultdict(float)
@@ -67,7 +67,7 @@ class Clock:
 
     def metrics(self, tokens: int | None = None) -> dict:
         """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
-        step = time.perf_counter() - self.start
+        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
         timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
         speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
         return {**timing, "timing_s/step": step, **speed}

@@ -221,10 +221,11 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
             metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
             metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
-            metrics |= clock.metrics(read)
             last = step + 1 == method.max_steps
             if run.evaluation_is_due(step, last):
-                metrics |= evaluate(config, run)
+                with clock("evaluate"):
+                    metrics |= evaluate(config, run)
+            metrics |= clock.metrics(read)
             run.end_step(bar, step, metrics, last)
 
 
@@ -236,7 +237,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
     best, best_loss = Path(config.output_dir) / "checkpoint-best", run.lowest("eval/loss")
     end = 0  # of the stage
     with run.progress(sum(stage.steps for stage in stages)) as bar:
-        for stage in stages:
+        for number, stage in enumerate(stages, 1):
             begin, end = end, end + stage.steps
             for step in range(max(begin, run.first_step), end):
                 run.stop_if_asked(step)
@@ -266,16 +267,20 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
 
                 # 4 validation
                 metrics = {**stats, "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
-                metrics |= clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"])
+                if len(stages) > 1:
+                    metrics["stage"] = number
                 last = step + 1 == end
                 if run.evaluation_is_due(step, last):
-                    sync(run)
-                    metrics |= evaluate(config, run)
-                    run.engine.sleep()
-                    metrics["eval/loss"] = validation_loss(config, run)
-                    if metrics["eval/loss"] < best_loss:
-                        best_loss = metrics["eval/loss"]
-                        run.save_best(step + 1)
+                    with clock("sync"):
+                        sync(run)
+                    with clock("evaluate"):
+                        metrics |= evaluate(config, run)
+                        run.engine.sleep()
+                        metrics["eval/loss"] = validation_loss(config, run)
+                metrics |= clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"])
+                if metrics.get("eval/loss", math.inf) < best_loss:
+                    best_loss = metrics["eval/loss"]
+                    run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
@@ -422,16 +427,18 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     best, earlier = None, 0
     for own, row, loop in stages:
         own = replace(own, model_name_or_path=str(best)) if best else own
-        run = Run(own, row, config, earlier)
-        run.load(engine)
+        run, clock = Run(own, row, config, earlier), Clock()
+        with clock("load"):
+            run.load(engine)
         guard.check_logps(run)
         starts = run.first_step == 0
         before = starting_point(run) if starts and isinstance(row, Rollouts) else {}
-        with guard.canary(run):
+        with clock("sync"), guard.canary(run):
             sync(run)
         if starts:
-            before |= evaluate(run.config, run)
-            run.log(-1, before)
+            with clock("evaluate"):
+                before |= evaluate(run.config, run)
+            run.log(-1, before | clock.metrics())
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine

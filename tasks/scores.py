@@ -21,13 +21,15 @@ from tasks import api_bank, bfcl
 
 LABELS = {
     "overall_paper": "Overall (ToolUPT)",
-    "overall_v3": "Overall (v3)",
-    "live_multi_turn": "Live and Multi-turn (iTool Table 5)",
     "non_live": "Non-live AST",
     "live": "Live AST",
     "multi_turn": "Multi-turn",
     "relevance": "Relevance",
     "irrelevance": "Irrelevance",
+    "overall_v3": "Overall (iTool)",
+    "non_live_v3": "Non-live with irrelevance (iTool)",
+    "live_v3": "Live with relevance, irrelevance (iTool)",
+    "live_multi_turn": "mean of that and Multi-turn (iTool Table 5)",
     "level_1": "L1",
     "level_2": "L2",
     "level_2_without_search": "L2 without ToolSearcher",
@@ -87,6 +89,11 @@ def report(out: Path) -> str:
         k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
         for k in counts
     }
+    if settings["bench"] == "bfcl":  # Figure 3's two bars
+        for name, group in (("all non-live", "non_live"), ("all live", "live")):
+            if mine := [k for k in bfcl.GROUPS[group] if k in errors]:
+                errors[name] = sum((errors[k] for k in mine), Counter())
+                counts[name] = [sum(counts[k][i] for k in mine) for i in (0, 1)]
     lines += ["", "Error types (iTool Figure 3)", "", error_table(errors)]
     text = "\n".join(lines) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
@@ -204,8 +211,6 @@ def _column_table(results, settings, names):
     bench = settings[0]["bench"]
     exact = [_columns(rows, s) for rows, s in zip(results, settings)]
     spread = bootstrap(results, bench)
-    if "live_multi_turn" in exact[0]:
-        spread["live_multi_turn"] = (spread["live"] + spread["multi_turn"]) / 2
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
     whole = set.intersection(*(_whole(rows, s) for rows, s in zip(results, settings)))
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
@@ -234,8 +239,6 @@ def _columns(rows, settings):
     counts = _counts(rows)
     found = COLUMNS[settings["bench"]](counts)
     whole = all(counts[k][1] == settings["sizes"][k] for k in counts) and settings["half"] is None
-    if settings["half"] is not None and {"live", "multi_turn"} <= found.keys():
-        found["live_multi_turn"] = (found["live"] + found["multi_turn"]) / 2
     return {k: v for k, v in found.items() if whole or not k.startswith("overall")}
 
 
@@ -246,7 +249,7 @@ def _whole(rows, settings):
     names = set(COLUMNS[settings["bench"]](full))
     if len(full) < len(counts):
         names -= {"accuracy"}  # which is over all categories
-    return names | ({"live_multi_turn"} if {"live", "multi_turn"} <= names else set())
+    return names
 
 
 def _clean(row, form):
@@ -310,7 +313,8 @@ def _notes(rows, settings):
         lines += [
             "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6, the scale of"
             " ToolUPT's tables. A model that never calls a tool gets 16.67 on it.",
-            "- Overall (v3) is the mean of BFCL-v3's three parts, on another scale.",
+            "- Overall (iTool) is the mean of BFCL-v3's three parts, on another scale: Multi-turn,"
+            " and Non-live and Live, which there include relevance and irrelevance.",
             "- Error types: a wrong multi-turn case, a call where none is due and a missing call"
             " (relevance) count as Other.",
         ]

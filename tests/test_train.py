@@ -1576,12 +1576,43 @@ def test_summary_and_picture(finished, tmp_path):
     rows[1]["eval/accuracy"], rows[-1]["eval/accuracy"] = 0.25, 0.5
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = show.summary(out, AutoTokenizer.from_pretrained(TOY))
-    assert "before 25.0%, after 50.0%" in text
+    assert "before 25.0%, after 50.0%" in text and "hours        toolupt 0.0" in text
     for name in ("metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
         assert str(out / name) in text
     assert "\033[30;48;5;" in text
     picture = (out / "learning_curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_hours_add_up_what_the_records_say(tmp_path):
+    """iTool's Table 8: a warm-up, then a search and a step of 30 minutes with an evaluation beside it."""
+    warmup, last = tmp_path / "warmup", tmp_path
+    warmup.mkdir()
+    seconds = lambda **parts: {f"timing_s/{name}": value for name, value in parts.items()}
+    lines = {
+        warmup / "metrics.jsonl": [
+            {"algo": "itool"},
+            seconds(load=360, evaluate=720, step=400),
+            seconds(update=3600, step=3700),
+            seconds(update=1800, sync=36, evaluate=180, step=1836),
+        ],
+        last / "searches.jsonl": [seconds(perplexity=360, search=7200, step=7920)],
+        last / "metrics.jsonl": [{"algo": "itool"}, seconds(update=1000, evaluate=720, step=1800)],
+    }
+    for path, rows in lines.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words, found = show.write_hours(tmp_path), json.loads((tmp_path / "hours.json").read_text())
+    assert [*found] == ["warmup", "itool"]
+    expected = {"load": 0.1, "update": 1.5, "sync": 0.01, "evaluate": 0.25, "other": 140 / 3600}
+    assert found["warmup"] == pytest.approx(expected | {"total": (400 + 3700 + 1836 + 900) / 3600})
+    expected = {"perplexity": 0.1, "search": 2, "update": 1000 / 3600, "evaluate": 0.2}
+    assert found["itool"] == pytest.approx(expected | {"other": (360 + 800) / 3600, "total": 2.9})
+    assert words.startswith(
+        "warmup 1.90 (update 1.50, evaluate 0.25, load 0.10, other 0.04, sync 0.01);"
+    )
+    assert (
+        "itool 2.90 (search 2.00, other 0.32, update 0.28, evaluate 0.20, perplexity 0.10)" in words
+    )
 
 
 def test_a_tracker_that_is_missing_is_named_before_anything_is_loaded(monkeypatch):

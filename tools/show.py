@@ -11,8 +11,10 @@ learning_curve(out)       out/learning_curve.png
 
 import argparse
 import html
+import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 from data import read_jsonl
@@ -39,6 +41,7 @@ def summary(out: Path, tokenizer) -> str:
     ]
     if (out / "rollouts.jsonl").exists():
         lines += [f"rollouts     {out / 'rollouts.jsonl'}"]
+    lines += [f"hours        {write_hours(out)}"]
     lines += [f"picture      {learning_curve(out)}"]
     if (out / "searches.jsonl").exists():
         lines += [f"             {iterations(out)}"]
@@ -187,6 +190,38 @@ def milestones(out: Path) -> list[tuple[str, float]]:
             marks[-1] = (marks[-1][0], scores[0]["eval/accuracy"])
         marks += [(name, row["eval/accuracy"]) for name, row in last.items()]
     return marks
+
+
+def hours(out: Path) -> dict[str, dict[str, float]]:
+    """Hours of each stage by part, from the recorded timings (iTool Table 8); saves do not count.
+
+    Parts are those of timing_s/*; "other" is the rest of the steps, "total" the sum.
+    """
+    found = {}
+    for stage in ("sft", "warmup", ""):
+        seconds, algo = Counter(), stage
+        for name in ("metrics.jsonl", "searches.jsonl"):
+            for row in read_jsonl(out / stage / name, growing=True):
+                algo = row.get("algo", algo)  # of the settings, the first line
+                parts = {k[9:]: v for k, v in row.items() if k.startswith("timing_s/")}
+                step, evaluation = parts.pop("step", 0.0), parts.get("evaluate", 0.0)
+                seconds.update(parts | {"other": step - (sum(parts.values()) - evaluation)})
+        if seconds:
+            seconds["total"] = sum(seconds.values())
+            found[stage or algo] = {k: s / 3600 for k, s in seconds.items()}
+    return found
+
+
+def write_hours(out: Path) -> str:
+    """Write hours.json; return it in words."""
+    found = hours(out)
+    (out / "hours.json").write_text(json.dumps(found, indent=1) + "\n")
+    words = []
+    for stage, parts in found.items():
+        largest = sorted((k for k in parts if k != "total"), key=parts.get, reverse=True)
+        shown = ", ".join(f"{k} {parts[k]:.2f}" for k in largest if parts[k] >= 0.005)
+        words += [f"{stage} {parts['total']:.2f}{shown and f' ({shown})'}"]
+    return "; ".join(words)
 
 
 def iterations(out: Path) -> Path:
