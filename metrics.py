@@ -70,8 +70,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     for g in groups:
         own = tally(
             g.example.kind,
-            g.target,
-            [s.token_ids for s in g.samples],
+            *reversed(g.said),
             [s.text for s in g.samples],
             [outcome.right for outcome in g.outcomes],
             [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
@@ -93,8 +92,8 @@ def tally(
     """Sums over the responses to one prompt, for `shares`: they add up over prompts and ranks.
 
     kind       of the example, "tool_call" | "answer"
-    target     token ids of the expert response
-    responses  token ids
+    target     token ids of the expert response, behind its thoughts
+    responses  token ids, likewise
     texts      what they say
     right      whether they earn the highest reward
     first      advantages of the first tokens; a response without tokens has none
