@@ -53,6 +53,9 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         "completions/mean_length": len(advantages),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
     }
+    if any(group.num_thoughts for group in groups):  # thoughts are allowed
+        thoughts = [sample.num_thoughts for sample in samples]
+        per_response["completions/mean_thought_length"] = sum(thoughts)
     per_token = {
         "advantage/positive": float((advantages > 0).sum()),
         "advantage/negative": float((advantages < 0).sum()),

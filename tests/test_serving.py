@@ -499,10 +499,11 @@ def train(model: Path, out: Path, flags: str) -> list[dict]:
 TASKS = ("single", "parallel", "second_step", "done")
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
+@pytest.fixture(scope="module", params=["plain", "thinks"])
+def served(tmp_path_factory, request):
     """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
 
+    thinks: its template opens a block of thoughts, and --allow_thinking had the model close it.
     Returns an OpenAI client, the examples by task, and the checkpoint's folder.
     """
     openai, folder = pytest.importorskip("openai"), tmp_path_factory.mktemp("served")
@@ -512,7 +513,13 @@ def served(tmp_path_factory):
     file = f"jsonl:{folder / 'four.jsonl'}"
     flags = f"""--algo sft --train_file {file} --eval_file {file} --max_steps 20
     --train_batch_size 4 --learning_rate 1e-3 --eval_steps 20 --save_steps 20"""
-    log = train(TOY, folder / "out", flags)
+    model, thinks = TOY, request.param == "thinks"
+    if thinks:
+        model = shutil.copytree(TOY, folder / "model")
+        template = (TOY / "chat_template.jinja").read_text().rstrip().removesuffix("{% endif %}")
+        opens = "{{ '' if enable_thinking is false else '<think>\n' }}{% endif %}"
+        (model / "chat_template.jinja").write_text(template + opens)
+    log = train(model, folder / "out", flags + " --allow_thinking" * thinks)
     assert log[-1]["eval/accuracy"] == 1
     checkpoint = folder / "out" / "checkpoint-20"
     with socket.socket() as free:
@@ -595,7 +602,9 @@ def test_the_server_reads_the_training_prompt(served, task):
     ids = httpx.post(address, json=fields, timeout=60).json()["tokens"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert ids == data.render(examples[task], tokenizer)
-    assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
+    plain = data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
+    assert tokenizer.decode(ids).removesuffix("<think>\n") == tokenizer.decode(plain)
+    assert data.thinks(tokenizer) == tokenizer.decode(ids).endswith("<think>\n")
 
 
 @needs_vllm
@@ -648,4 +657,4 @@ def test_no_tag_reaches_the_client(served, task):
         cut = ask(client, examples[task], max_tokens=length)
         texts.append(cut.message.content)
         assert not calls or not told(cut.message.tool_calls) or cut.finish_reason == "tool_calls"
-    assert not any(tag[:-1] in (text or "") for tag in data.TAGS[:4] for text in texts), texts
+    assert not any(tag[:-1] in (text or "") for tag in data.TAGS[:6] for text in texts), texts

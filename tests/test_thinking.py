@@ -243,6 +243,7 @@ def test_a_model_that_thinks_is_trained_evaluated_audited_and_trained_on(
     run("rl", *flags)
     assert f"thoughts are allowed, as saved with {taught}" in capsys.readouterr().out
     assert log("rl")[1]["eval/accuracy"] == 1.0
+    assert log("rl")[2]["completions/mean_thought_length"] >= len(encode(tokenizer, block)) / 2
     rollouts = list(data.read_jsonl(tmp_path / "rl/rollouts.jsonl"))
     assert any(row["reward"] == 4 for row in rollouts)
     for row in rollouts:
