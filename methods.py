@@ -51,6 +51,7 @@ class Group:
     with_expert: bool  # whether the expert response is trained on
     seed: int  # of its rollouts
     place: int = 0  # in the stream of all batches
+    num_thoughts: int = 0  # first tokens of `target` that are an empty block of thoughts
     samples: list = field(default_factory=list)  # K rollout.Sample
     outcomes: list = field(default_factory=list)  # K, of scoring.Reward
     bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
@@ -64,6 +65,12 @@ class Group:
     def responses(self) -> list[list[int]]:
         """Token ids of the rollouts, then of the expert where it is trained on."""
         return [sample.token_ids for sample in self.samples] + [self.target] * self.with_expert
+
+    @property
+    def said(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of the rollouts, and of the expert response, behind their thoughts."""
+        rollouts = [sample.token_ids[sample.num_thoughts :] for sample in self.samples]
+        return rollouts, self.target[self.num_thoughts :]
 
     @property
     def width(self) -> int:
@@ -349,11 +356,13 @@ class FgDapoStar(DapoStar):
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
-        responses = [sample.token_ids for sample in group.samples]
-        _, mask = _padded(responses)
-        matched = matched_tokens(responses, group.target, self.alignment)
+        _, mask = _padded([sample.token_ids for sample in group.samples])
+        matched = torch.zeros_like(mask)
         # answers have no process rewards: "for tool_call responses"
-        matched = matched & (group.example.kind == "tool_call")
+        if group.example.kind == "tool_call":
+            for k, own in enumerate(matched_tokens(*group.said, self.alignment)):
+                first, end = group.samples[k].num_thoughts, len(group.samples[k].token_ids)
+                matched[k, first:end] = own[: end - first]
         lower, upper = group.bounds
         scores = torch.tensor(group.rewards)
         group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)

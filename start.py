@@ -104,7 +104,10 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
     parser.set_defaults(output_dir=f"runs/{algo}")
-    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    defaults = {name: value for name, (value, _) in row.defaults.items()}
+    if {"--help", "-h"} & {word for word, _ in words}:  # None: the row computes it
+        defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
+    parser.set_defaults(**defaults)
     kept, ignored = [], []
     for flag, is_typed in _flags(words):
         name = _name(flag)
@@ -131,7 +134,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     if rest:
         parser.error(f"unknown argument {rest[0]}")
     typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
-    for name, why in method.flags_without_effect().items():
+    for name, why in {**config.flags_without_effect(), **method.flags_without_effect()}.items():
         if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":

@@ -41,7 +41,7 @@ SAMPLES = 1000  # of the bootstrap
 # Entries of settings.json, other than the model, that a figure depends on.
 SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
 SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
-SETTINGS += ("versions",)
+SETTINGS += ("versions", "allow_thinking")
 
 
 def file_columns(counts: dict) -> dict:
