@@ -26,7 +26,6 @@ is the most that `merged` can reach, and `padded` gets no credit for reading the
 the peak that tools/plan.py works out.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -417,7 +416,7 @@ def check(args) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "gpu.json")
     parser.add_argument("--shapes", nargs="+", default=["7B", "1.5B", "3B"], choices=SHAPES)
     parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192], help="tokens, mean")
     parser.add_argument("--answer", type=int, default=100, help="tokens, mean")
@@ -431,7 +430,6 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=7, help="then nothing new starts")
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "gpu.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")

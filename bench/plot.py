@@ -8,20 +8,11 @@ Only what was measured is drawn and listed.
 import json
 
 import common
-import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+plt = common.pyplot()
 OURS, THEIRS = "#1f77b4", "#c44e52"
-PARTS = {
-    "rollout": "rollout",
-    "reward": "reward",
-    "advantage": "advantage",
-    "update": "training part",
-    "records": "records",
-    "sync": "weight sync",
-}
+PARTS = {part: part for part in ("rollout", "reward", "advantage", "update", "records", "sync")}
+PARTS |= {"update": "training part", "sync": "weight sync"}
 MARKERS = "<!-- bench -->\n", "<!-- /bench -->\n"
 
 

@@ -27,7 +27,6 @@ its cost alone; the record says who ran when.
 
 import argparse
 import ctypes
-import fcntl
 import hashlib
 import json
 import os

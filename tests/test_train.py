@@ -10,6 +10,8 @@ import math
 import random
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
 from itertools import chain
@@ -745,6 +747,32 @@ def test_a_flag_of_another_row_is_rejected(argv, named, owner, tmp_path, capsys)
     file.write_text(argv.replace(" --", "\n--"))
     train.parse_args([f"@{file}"])
     assert f"ignored: --{named}\n" in capsys.readouterr().out
+
+
+def test_lora_alpha_without_adapters_is_an_error_where_it_is_typed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--lora_alpha", "64"])
+    assert "--lora_alpha has no effect here: all weights" in capsys.readouterr().err
+    file = tmp_path / "my.args"
+    file.write_text("--lora_alpha 64")  # a recipe may serve both
+    assert train.parse_args([f"@{file}"])[0].lora_alpha == 64
+    for more in (["--lora_rank", "8"], ["--algo", "itool"]):
+        assert train.parse_args(["--lora_alpha", "64", *more])[0].lora_alpha == 64
+
+
+def test_help_prints_the_rate_that_itool_computes(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--algo", "itool", "--help"])
+    assert re.search(r"--learning_rate float\s[^-]*\(default: 1e-06\)", capsys.readouterr().out)
+
+
+def test_a_closed_pipe_ends_the_list_quietly():
+    command = [sys.executable, str(frozen.REPO / "train.py"), "--list"]
+    listing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listing.stdout.close()  # as `| head` does
+    with listing:
+        assert listing.stderr.read() == ""
+    assert listing.returncode == -signal.SIGPIPE
 
 
 @pytest.mark.parametrize("flag", ["reward", "advantage", "loss", "expert", "balance", "stages"])
