@@ -952,11 +952,12 @@ def _no_tool(query: str, seed: str) -> str:
 def _toy(split_name: str, seed: int) -> list[Example]:
     from tasks import toy
 
-    name, hard = split_name.removeprefix("hard-"), split_name.startswith("hard-")
-    if name not in TOY_SIZES:
-        names = ", ".join(f"{name}, hard-{name}" for name in TOY_SIZES)
+    level, _, name = split_name.rpartition("-")
+    if name not in TOY_SIZES or level not in ("", "hard", "house"):
+        names = ", ".join(f"{name}, hard-{name}, house-{name}" for name in TOY_SIZES)
         raise ValueError(f"unknown split {split_name!r} of the toy world; choose one of {names}")
-    rows = toy.generate(name, TOY_SIZES[name], seed=seed, hard=hard)
+    levels = {"hard": level == "hard", "house": level == "house"}
+    rows = toy.generate(name, TOY_SIZES[name], seed=seed, **levels)
     return [Example(**row) for row in rows]
 
 

@@ -49,7 +49,8 @@ import data
 import model as modeling
 import rewards
 import rollout
-from run import init_distributed, part
+from run import part
+from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
