@@ -66,10 +66,10 @@ import mcts
 import model as modeling
 import rewards
 import simpo
-from checkpoint import write
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
+from records import write
 from rollout import Engine, Sample, derived_seed
 from run import (
     Clock,
@@ -920,7 +920,7 @@ def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
     if run.rank == 0:
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        run.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
+        run.records.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
         rows = [pair.row for pair in pairs]
         for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
             with open(run.out / name, "a") as file:

@@ -29,12 +29,9 @@ Where the papers are silent:
    so a run does not pass through its data in even epochs.
 """
 
-import ctypes
 import gc
 import math
-import os
 import random
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -202,9 +199,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 stats = over_ranks(stats)
             if config.log_rollouts:
                 with clock("records"):
-                    run.log_rollouts(
-                        [row for g in groups for row in checkpoint.records(step + 1, g)]
-                    )
+                    run.records.log_rollouts(step + 1, groups)
             guard.check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
@@ -438,12 +433,12 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         if starts:
             with clock("evaluate"):
                 before |= evaluate(run.config, run)
-            run.log(-1, before | clock.metrics())
+            run.records.log(-1, before | clock.metrics())
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
-        earlier = len(run.history("step"))  # a line for each step, and for step 0
+        earlier = len(run.records.history("step"))  # a line for each step, and for step 0
         if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()
@@ -498,9 +493,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
     start.init_distributed()
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     try:
         run = train(config, method)
         if run.rank == 0:

@@ -50,6 +50,7 @@ from common import REPO, data
 import checkpoint
 import metrics
 import model as modeling
+import records
 import start
 import train
 from methods import Rows, Sft
@@ -86,7 +87,7 @@ def common_start(args: argparse.Namespace) -> None:
     for step in range(args.start_steps + 1):
         sync(run)
         row = {"step": step, **sampled(run, probed)}
-        checkpoint.write(rows, row)
+        records.write(rows, row)
         print(row, flush=True)
         if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
             break
@@ -276,7 +277,7 @@ def note(args: argparse.Namespace, event: str, name: str, **more) -> None:
     """A line of OUT/events.jsonl: who ran when, beside whom."""
     with open(args.output_dir / "events.jsonl", "a") as file:
         row = {"time": round(time.time(), 1), "event": event, "name": name, **more}
-        checkpoint.write(file, row)
+        records.write(file, row)
     print(f"{datetime.now():%H:%M:%S} {event} {name} {more.get('code', '')}", flush=True)
 
 

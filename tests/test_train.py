@@ -27,6 +27,7 @@ import checkpoint
 import data
 import methods
 import model as modeling
+import records
 import rewards
 import rollout
 import run as run_module
@@ -1402,7 +1403,7 @@ def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(
         forged = copy.deepcopy(rows)
         change(forged)
         for row in forged:
-            row["crc32"] = checkpoint.checksum(row)
+            row["crc32"] = records.checksum(row)
         (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged))
 
     def other_token(forged):  # in the noise of an answer: neither reward nor advantage change

@@ -17,8 +17,8 @@ import data
 import model as modeling
 import rollout
 import start
-from checkpoint import checksum, records
 from methods import METHODS, Group, Rollouts
+from records import checksum, lines_of
 from scoring import COPY, Reward
 from train import Config, score
 
@@ -136,7 +136,7 @@ def _audit_group(
     group.logps = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(r["logps"]) for r in rows], batch_first=True
     )
-    for (number, row), again in zip(lines, records(first["step"], group)):
+    for (number, row), again in zip(lines, lines_of(first["step"], group)):
         for name, value in again.items():
             if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
                 where, there, value = _first_difference(name, row[name], value)
