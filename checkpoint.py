@@ -34,7 +34,7 @@ import model as modeling
 MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference", "train_fraction"),
+    *("lora_rank", "split", "preference", "train_fraction", "allow_thinking"),
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
@@ -200,12 +200,14 @@ def refuse_earlier_run(settings: dict) -> list[str]:
 def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
 
-    digests  flag -> what was read, as in the first line of metrics.jsonl
+    digests  flag -> what was read, as in the first line of metrics.jsonl; --model_name_or_path: what
+             its chat template and tokenizer make of a prompt
     """
     steps = saved_steps(out)
     earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")
     if not steps or earlier is None:  # None: of a run before there were any
         return
+    earlier.setdefault("model_name_or_path", digests.get("model_name_or_path"))  # of an older run
     changed = [
         f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
         for name in {**earlier, **digests}

@@ -51,6 +51,7 @@ class Group:
     with_expert: bool  # whether the expert response is trained on
     seed: int  # of its rollouts
     place: int = 0  # in the stream of all batches
+    num_thoughts: int = 0  # first tokens of `target` that are an empty block of thoughts
     samples: list = field(default_factory=list)  # K rollout.Sample
     outcomes: list = field(default_factory=list)  # K, of scoring.Reward
     bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
@@ -64,6 +65,12 @@ class Group:
     def responses(self) -> list[list[int]]:
         """Token ids of the rollouts, then of the expert where it is trained on."""
         return [sample.token_ids for sample in self.samples] + [self.target] * self.with_expert
+
+    @property
+    def said(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of the rollouts, and of the expert response, behind their thoughts."""
+        rollouts = [sample.token_ids[sample.num_thoughts :] for sample in self.samples]
+        return rollouts, self.target[self.num_thoughts :]
 
     @property
     def width(self) -> int:
@@ -194,8 +201,8 @@ class Rollouts(Row):
         rows     a micro-batch of R responses, at most T tokens long
         logps    (R, T) log-probs, with grad
         entropy  (R, T) entropy of the policy at each token, nats, with grad
-        totals   tokens, responses and expert_tokens of the whole step, the denominators; max_length
-                 of a response and tag_length of "<answer>", tokens
+        totals   tokens, responses, expert_tokens and kept_tokens (Eq. 19) of the whole step, the
+                 denominators; max_length of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
         The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss
@@ -349,11 +356,13 @@ class FgDapoStar(DapoStar):
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
-        responses = [sample.token_ids for sample in group.samples]
-        _, mask = _padded(responses)
-        matched = matched_tokens(responses, group.target, self.alignment)
+        _, mask = _padded([sample.token_ids for sample in group.samples])
+        matched = torch.zeros_like(mask)
         # answers have no process rewards: "for tool_call responses"
-        matched = matched & (group.example.kind == "tool_call")
+        if group.example.kind == "tool_call":
+            for k, own in enumerate(matched_tokens(*group.said, self.alignment)):
+                first, end = group.samples[k].num_thoughts, len(group.samples[k].token_ids)
+                matched[k, first:end] = own[: end - first]
         lower, upper = group.bounds
         scores = torch.tensor(group.rewards)
         group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)
@@ -432,15 +441,18 @@ def _with_expert(method: Rollouts, group: Group) -> Tensor:
 class Srft(Rollouts):
     """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13).
 
-    The reward is binary, as in its paper. The variant hpt shapes p and has no std; its denominators
-    are the paper's all the same.
+    The reward is binary, as in its paper, unless --graded_reward. The variant hpt shapes p and has
+    no std; its denominators are the paper's all the same.
     """
 
     num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
+    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-    reward = Grpo.reward
+
+    def reward(self, outcome, length, max_length) -> float:
+        return outcome.total if self.graded_reward else float(outcome.right)
 
     def advantages(self, group: Group) -> Tensor:
         """Over rollouts and expert, with the printed std; both public codes have none."""
@@ -466,7 +478,7 @@ class Chord(Rollouts):
 
     mu = 0.1 is the best of its paper on tool use, and needs no schedule. The experts are those of
     the step's own prompts; CHORD has a batch apart. ToolUPT does not say which reward this row had:
-    it is binary, as in CHORD's ToolACE example.
+    it is binary, as in CHORD's ToolACE example, unless --graded_reward.
     """
 
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
@@ -476,8 +488,9 @@ class Chord(Rollouts):
     chord_mu_decay: Annotated[int, ">= 0"] = knob(
         0, "steps of the cosine to --chord_mu; theirs: 30"
     )
+    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-    reward = Grpo.reward
+    reward = Srft.reward
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -510,6 +523,12 @@ class ToolUpt(FgDapoStar):
     balance_high: Share = knob(0.3, "its highest weight; equal to the lowest: constant")
     balance_up: Count = knob(100, "steps from low to high")
     balance_down: Count = knob(200, "steps from high to low")
+    spo_phi: Literal["factor", "weight", "none"] = knob(
+        "factor", "of Eq. 22; weight: phi [1 - sigm] weighs -log p and is detached; none: Eq. 20"
+    )
+    spo_denominator: Literal["all", "kept"] = knob(
+        "all", "expert tokens that SPO averages over; kept: those that Eq. 19 does not mask"
+    )
     learns_from_expert = True
 
     def check(self, config: Any) -> None:
@@ -539,7 +558,11 @@ class ToolUpt(FgDapoStar):
         keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])  # Eq. 19
         experts = (logps[off], rows.mask[off], keep)
         rollouts = (logps[on], rows.advantages[on], rows.mask[on])
-        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **_both(totals))
+        form = {"weighted": self.spo_phi != "none", "detached": self.spo_phi == "weight"}
+        counts = _both(totals)
+        if self.spo_denominator == "kept":
+            counts["num_expert_tokens"] = totals["kept_tokens"]
+        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **form, **counts)
 
 
 # ---------------------------------------------------------------------------------------- Figure 4
@@ -558,6 +581,8 @@ class ToolUptNoSpo(ToolUpt):
     """ToolUPT with a plain SFT loss in place of SPO (Figure 4, right)."""
 
     spo_beta: float = unread(1.0)
+    spo_phi: str = unread("factor")
+    spo_denominator: str = unread("all")
     terms = Rollouts.terms
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:

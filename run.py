@@ -163,6 +163,10 @@ class Run:
         )
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {config.model_name_or_path}")
         data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
         config, changed = start.suited(config, self.longest)
@@ -179,6 +183,7 @@ class Run:
         self.examples, self.eval_examples, self.digests = start.load_examples(
             config, self.tokenizer, self.prompts, quiet=self.rank > 0
         )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
         for part, text in self.prompts.items():
             self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.reward.file:
@@ -216,6 +221,7 @@ class Run:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
+        self.engine.tokenizer = self.tokenizer  # marked if thoughts are allowed
         self.engine.sleep()
         self.model, _ = modeling.load(
             config.model_name_or_path,
@@ -358,7 +364,8 @@ class Run:
             return prompts
         card = serving.model_card(
             settings(self.config, self.method)
-            | {"model_name_or_path": self.command.model_name_or_path},
+            | {"model_name_or_path": self.command.model_name_or_path}
+            | {"allow_thinking": data.thinks(self.tokenizer)},
             self.examples,
             show.milestones(self.out),
             method=type(self.method).__doc__.partition("\n")[0],

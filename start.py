@@ -108,7 +108,10 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
     parser.set_defaults(output_dir=f"runs/{algo}")
-    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    defaults = {name: value for name, (value, _) in row.defaults.items()}
+    if {"--help", "-h"} & {word for word, _ in words}:  # None: the row computes it
+        defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
+    parser.set_defaults(**defaults)
     kept, ignored = [], []
     for flag, is_typed in _flags(words):
         name = _name(flag)
@@ -135,7 +138,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     if rest:
         parser.error(f"unknown argument {rest[0]}")
     typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
-    for name, why in method.flags_without_effect().items():
+    for name, why in {**config.flags_without_effect(), **method.flags_without_effect()}.items():
         if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
@@ -265,8 +268,11 @@ def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tu
     if config.eval_file:
         held_out = load("eval_file")
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
-        level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
-        held_out = [data.with_prompts(e, prompts) for e in data.load("toy", level)]
+        levels = [
+            x for x in ("hard-", "house-") if any(x in source for source in config.train_file)
+        ]
+        held_out = data.load("toy", f"{levels[0] if levels else ''}test")
+        held_out = [data.with_prompts(e, prompts) for e in held_out]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)
     if config.train_fraction < 1:

@@ -104,6 +104,9 @@ class Config:
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
+    allow_thinking: bool = knob(
+        False, "cut a <think> block before a response is judged; else prompts ask for none"
+    )
     max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -157,6 +160,11 @@ class Config:
             )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
+
+    def flags_without_effect(self) -> dict[str, str]:
+        """Knobs that other knobs switch off, and why."""
+        why = {"lora_alpha": "all weights are trained; give a --lora_rank too, 16 in iTool"}
+        return {} if self.lora_rank else why
 
 
 ROWS = {**METHODS, "itool": ItoolConfig}
@@ -334,6 +342,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
             with_expert=method.learns_from_expert,
             seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
             place=place,
+            num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
         groups.append(group)
     samples = run.engine.generate(
@@ -364,12 +373,14 @@ def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
 def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
-    experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
+    experts = [x for x in batch if not isinstance(x, Group) or x.with_expert]
+    longest = {"answer": run.tag_length}  # of what Eq. 19 keeps
     sums = all_sum(
         {
             "tokens": sum(map(len, rollouts)),
             "responses": len(rollouts),
-            "expert_tokens": sum(map(len, experts)),
+            "expert_tokens": sum(len(x.target) for x in experts),
+            "kept_tokens": sum(len(x.target[: longest.get(x.example.kind)]) for x in experts),
             "prompt_tokens": sum(len(x.prompt) for x in batch),
         }
     )
@@ -502,5 +513,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if {"--list", "--help", "-h"} & {*sys.argv}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
     start.end()

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 import data
 import eval as evaluation
 import rewards
+import rollout
 import scoring
 from methods import METHODS, Group
 from tools import audit, serving
@@ -101,8 +102,8 @@ def test_every_method_sees_the_reward_and_its_bounds(algo, tmp_path):
     )
     ids = [[7, 1], [1, 8, 9], [2], [3, 8]]
     group.samples = [
-        SimpleNamespace(token_ids=i, text=t, logps=[-1.0] * len(i), finish_reason="stop")
-        for i, t in zip(ids, texts)
+        rollout.Sample(token_ids, [-1.0] * len(token_ids), text, "stop")
+        for token_ids, text in zip(ids, texts)
     ]
     score(method, group, scoring.Reward(own_file(tmp_path)))
     totals = [2.5, 1.5, 0.0, -1.0]

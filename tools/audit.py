@@ -35,6 +35,14 @@ def audit(out: Path) -> str:
     tokenizer = modeling.load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
+    if config.allow_thinking:
+        data.allow_thinking(tokenizer)
+    there, now = digests.get("model_name_or_path"), f"prompt {data.template_digest(tokenizer)}"
+    if there != now:
+        raise ValueError(
+            f"{config.model_name_or_path} writes other prompts than in the run ({there}, now {now}): "
+            "put its chat template and tokenizer back to audit"
+        )
     checked, pending, seen = 0, [], defaultdict(list)
     for number, row in enumerate(data.read_jsonl(out / "rollouts.jsonl"), 1):
         pending.append((number, row))
@@ -125,9 +133,16 @@ def _audit_group(
         max_length=config.max_completion_length,
         with_expert=method.learns_from_expert,
         seed=first["seed"],
+        num_thoughts=len(data.no_thoughts(tokenizer)),
     )
     group.samples = [
-        rollout.Sample(r["token_ids"], r["sampler_logps"], r["text"], r["finish_reason"])
+        rollout.Sample(
+            r["token_ids"],
+            r["sampler_logps"],
+            r["text"],
+            r["finish_reason"],
+            rollout.num_thoughts(tokenizer, r["token_ids"]),
+        )
         for r in rows
     ]
     target_ids = data.target_ids(example, tokenizer)
