@@ -32,6 +32,7 @@ Where the papers are silent:
 import gc
 import math
 import random
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
