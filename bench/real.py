@@ -26,14 +26,12 @@ its cost alone; the record says who ran when.
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -46,6 +44,7 @@ from statistics import mean, median
 
 import common
 from common import REPO, data
+from paper import Process
 
 import checkpoint
 import metrics
@@ -161,7 +160,8 @@ def drive(args: argparse.Namespace) -> None:
                     continue
                 if name.startswith("eval/") and measured >= 2:
                     continue
-                running[name] = Process(args, name, argv)
+                threads = max(1, (os.cpu_count() or 1) // args.jobs)
+                running[name] = Process(argv, log_of(args, name), threads)
                 note(args, "start", name, command=argv, beside=[n for n in running if n != name])
                 last_start = time.time() if name in ARMS else last_start
             if not running and not wanted:
@@ -178,29 +178,6 @@ def drive(args: argparse.Namespace) -> None:
     for name in sorted(failed):
         print(f"{name} failed: the end of its log {log_of(args, name)} says why", file=sys.stderr)
     sys.exit(1 if failed else 0)
-
-
-class Process(subprocess.Popen):
-    """A program of this repository with a log; it gets SIGTERM when the driver ends, however."""
-
-    def __init__(self, args: argparse.Namespace, name: str, argv: list[str]):
-        self.began = time.time()
-        log_of(args, name).parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        die = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        with open(log_of(args, name), "a") as log:
-            super().__init__(
-                [sys.executable, *argv],
-                cwd=REPO,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die if sys.platform == "linux" else None,
-                env={**own, **os.environ},
-            )
-
-    def seconds(self) -> float:
-        return round(time.time() - self.began, 1)
 
 
 def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
