@@ -200,8 +200,8 @@ def refuse_earlier_run(settings: dict) -> list[str]:
 def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
 
-    digests  flag -> what was read, as in the first line of metrics.jsonl; --model_name_or_path: what
-             its chat template and tokenizer make of a prompt
+    digests  flag -> what was read, as in the first line of metrics.jsonl; of --model_name_or_path
+             what its chat template and tokenizer make of a prompt
     """
     steps = saved_steps(out)
     earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")

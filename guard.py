@@ -200,7 +200,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _plain(model: nn.Module, ids: list[int]) -> Tensor:
-    """Log-probs (L, V) of what follows each token: an ordinary call, as the model's authors meant it.
+    """Log-probs (L, V) of what follows each token: an ordinary call, as its authors meant it.
 
     In training mode: dropout that is still on shows as a difference, and bitsandbytes packs the
     weights of a model in evaluation mode anew.

@@ -29,7 +29,7 @@ class Records:
     """The records of one stage of a command, on all ranks: the others only send their part."""
 
     def __init__(self, config, method, command, earlier: int):
-        """Settings of the stage and of the whole command; `earlier`: where trackers' steps start."""
+        """Settings of the stage and of the whole command; what the trackers' steps start from."""
         self.config, self.method, self.command, self.earlier = config, method, command, earlier
         self.out, self.is_first = Path(config.output_dir), dist.get_rank() == 0
         self.metrics = self.rollouts = self.tracker = None

@@ -297,10 +297,11 @@ class Run:
                 group["lr"] = lr
             self.optimizer.step()
         elif self.skipped == SKIPPED_STEPS:
+            written = self.records.write_batch(batch)
             raise ValueError(
                 f"no finite loss and gradient in {self.skipped} steps in a row (loss {loss}, "
-                f"gradient norm {grad_norm}); the last batch is in {self.records.write_batch(batch)}; "
-                "lower --learning_rate, or look for bad data in it"
+                f"gradient norm {grad_norm}); the last batch is in {written}; lower "
+                "--learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
         return self.skipped
