@@ -7,7 +7,7 @@
     python train.py --algo NAME --help          the flags of one
 
 The mathematics is in grpo.py, fgae.py, spo.py and baselines.py, the methods are in methods.py, and
-run.py has what a rank does around them. One step of `run_rl`:
+run.py has what a rank does around them, records.py what it writes. One step of `run_rl`:
 
     1 sample a batch    prompts are a function of (seed, step)
     2 roll out          K responses per prompt from vLLM
