@@ -129,6 +129,7 @@ Count = Annotated[int, ">= 1"]
 Several = Annotated[int, ">= 2"]
 Positive = Annotated[float, "> 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
 
 
 def check_bounds(knobs: Any) -> None:
@@ -138,13 +139,6 @@ def check_bounds(knobs: Any) -> None:
         for sign, limit in map(str.split, bounds):
             if not OPERATORS[sign](value, float(limit)):
                 raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
-
-
-def at_least(knobs: Any, least: float, *names: str) -> None:
-    """ValueError naming the first of these knobs that is below `least`."""
-    for name in names:
-        if getattr(knobs, name) < least:
-            raise ValueError(f"--{name} {getattr(knobs, name)}: must be at least {least}")
 
 
 class Row:

@@ -55,6 +55,7 @@ from methods import (
     METHODS,
     AfterSft,
     Count,
+    Fraction,
     Group,
     Positive,
     Rollouts,
@@ -99,9 +100,7 @@ class Config:
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
-    train_fraction: Annotated[float, "> 0", "<= 1"] = knob(
-        1.0, "share of the training data; iTool Figures 1(b), 8, 9"
-    )
+    train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
