@@ -126,9 +126,9 @@ def load_state(model, optimizer, path: Path) -> None:
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:
+        cause = str(error).strip().splitlines()[-1]  # below DCP's nested tracebacks
         raise ValueError(
-            f"{path} does not hold the state of this model ({_last_line(error)}): "
-            "choose another checkpoint"
+            f"{path} does not hold the state of this model ({cause}): choose another checkpoint"
         ) from error
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     weights |= state["model"]
@@ -266,14 +266,6 @@ def check_shared(out: Path) -> None:
             f"--output_dir {out}: {views.count(False)} of {len(views)} ranks do not see the files "
             "of rank 0; choose a folder on a file system that all nodes share"
         )
-
-
-# ---------------------------------------------------------------------------------------- details
-
-
-def _last_line(error: BaseException) -> str:
-    """The cause, which is at the end of DCP's nested tracebacks."""
-    return str(error).strip().splitlines()[-1]
 
 
 def _trim_memory() -> None:

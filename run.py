@@ -352,11 +352,10 @@ class Run:
         checkpoint.save(self.out, step, *state, limit, texts)
         self.saved = step
 
-    def save_best(self, step: int) -> Path:
+    def save_best(self, step: int) -> None:
         """Write checkpoint-best, a model alone."""
-        path = self.out / "checkpoint-best"
-        modeling.save(self.model, self.tokenizer, path, texts=self.texts(step))
-        return path
+        best, texts = self.out / "checkpoint-best", self.texts(step)
+        modeling.save(self.model, self.tokenizer, best, texts=texts)
 
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
