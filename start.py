@@ -10,6 +10,7 @@
 Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
+import ctypes
 import os
 import random
 import shutil
@@ -76,6 +77,9 @@ def init_distributed() -> None:
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         own_store = {"store": store, "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=PATIENCE, **own_store)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -236,50 +240,6 @@ def announce(config, method, world: int) -> str:
     )
 
 
-def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
-    """An object with log(metrics, step) and close(), of "tensorboard" or "wandb".
-
-    out    of the whole command: all stages and resumptions are one run, on one axis
-    first  the first step to come: what an interrupted run has logged from there on is replaced, in
-           W&B kept as it was
-    """
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        return _tensorboard(SummaryWriter(out / "tensorboard", purge_step=first))
-    import wandb
-
-    name = out / "wandb_run"  # the id of the run
-    known = name.read_text().strip() if first and name.exists() else None
-    run = wandb.init(
-        project="toolupt",
-        dir=str(out),
-        config=knobs,
-        id=known,
-        resume="allow" if known else None,
-        allow_val_change=True,
-    )
-    name.write_text(run.id + "\n")
-    logged = run.step  # wandb accepts no step below those that it has seen
-
-    def log(metrics: dict, step: int) -> None:
-        if step >= logged:
-            run.log(metrics, step=step)
-
-    return SimpleNamespace(log=log, close=run.finish)
-
-
-def _tensorboard(writer) -> SimpleNamespace:
-    """The same of a SummaryWriter."""
-
-    def log(metrics: dict, step: int) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return SimpleNamespace(log=log, close=writer.close)
-
-
 # ------------------------------------------------------------------------------ data and bad input
 
 
@@ -369,8 +329,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
         )
     if experts and on_cpu:
         raise ValueError(
-            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of experts: "
-            "take --engine transformers"
+            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of "
+            "experts: take --engine transformers"
         )
     ropes = get("rope_parameters") or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
@@ -380,8 +340,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
             room = next(length for length in lengths if length)
             if longest > room:
                 raise ValueError(
-                    f"{name} ({kind}): beyond {room} tokens the positions of a response would depend "
-                    f"on the longest one in its batch; {longest} are asked for: lower "
+                    f"{name} ({kind}): beyond {room} tokens the positions of a response would "
+                    f"depend on the longest one in its batch; {longest} are asked for: lower "
                     "--max_prompt_length or --max_completion_length"
                 )
     kinds, reasons = {*(get("layer_types") or ())}, []
