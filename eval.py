@@ -109,7 +109,9 @@ def answer(
     anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
     """
     waiting, talks, prompts = deque(cases), [], own_prompts(options)
-    with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(cases), desc="cases", unit=" cases", disable=quiet, dynamic_ncols=True
+    ) as bar:
         while anyone(len(waiting) + len(talks)):
             while waiting and len(talks) < options.batch:
                 talks.append(_begin(waiting.popleft()))
@@ -122,6 +124,7 @@ def answer(
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
                 seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
+                progress="" if quiet else "turns",
             )
             for talk, [sample] in zip(asking, samples, strict=True):
                 if data.thinks(engine.tokenizer):

@@ -62,7 +62,7 @@ def check_logps(run: Run) -> None:
         apart = float((torch.cat(rows) - plain).abs().mean())
         return all_max(apart if math.isfinite(apart) else math.inf)
 
-    share, limit = run.config.share_prefix, LIMITS[torch.cuda.is_available()]
+    share, limit = run.config.share_prefix, LIMITS[_in_bf16(run.config)]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         found = difference(share)
         if found <= limit:
@@ -104,7 +104,7 @@ def canary(run: Run) -> Iterator[None]:
     moved = trainer - trainers()
     yield
     missed = all_max(float((engine - engines() - moved).abs().mean() / moved.abs().mean()))
-    inexact = torch.cuda.is_available() or run.config.quant != "none"
+    inexact = _in_bf16(run.config) or run.config.quant != "none"
     if not missed <= SHARES[inexact]:
         raise ValueError(
             f"--engine {run.config.engine} does not follow the trainer's weights: when all of them "
@@ -139,7 +139,7 @@ def check_engine(config, difference: float, step: int) -> None:
 
     In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
     """
-    exact = config.quant == "none" and not torch.cuda.is_available()
+    exact = config.quant == "none" and not _in_bf16(config)
     limit = config.max_logp_difference or (1e-3 if exact else 0.1)
     if difference > limit:
         raise ValueError(
@@ -148,6 +148,11 @@ def check_engine(config, difference: float, step: int) -> None:
             "tokenizer or other sampling settings. Check the weight sync, or compare with "
             "--engine transformers"
         )
+
+
+def _in_bf16(config) -> bool:
+    """Whether products are in bfloat16."""
+    return config.bf16 or torch.cuda.is_available()
 
 
 @contextmanager

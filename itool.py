@@ -50,6 +50,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -379,7 +380,7 @@ def grow_trees(
         reward=run.reward,
     )
     roots, found = [None] * len(mine), []
-    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
+    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}", "tree") as bar:
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
@@ -495,18 +496,22 @@ def _gradable(target: str) -> bool:
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
     config, found = run.config, []
-    size = config.train_batch_size
-    with run.progress(len(examples), 0, "perplexity") as bar, torch.no_grad():
+    size, tokens, begin = config.train_batch_size, 0, time.perf_counter()
+    with run.progress(len(examples), 0, "perplexity", "example") as bar, torch.no_grad():
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
             chunk = list(enumerate(examples))[first : first + size]
             mine = part(chunk, lambda item: data.characters(item[1]), run.rank, run.world)
             batch = [run.demonstration(example, place) for place, example in mine]
-            for micro in micro_batches(config, batch):
+            micros = micro_batches(config, batch)
+            for i, micro in enumerate(micros, 1):
                 logps, _, mask = forward(config, run.model, micro, temperature=1.0)
                 values = simpo.perplexity(logps, mask).tolist()
                 found += [(one.place, value) for one, value in zip(micro, values)]
-            bar.update(len(chunk))
+                tokens += run.world * sum(map(tokens_of, micro))
+                speed = tokens / (time.perf_counter() - begin)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                bar.update(first + len(chunk) * i // len(micros) - bar.n)
     return [value for _, value in sorted(all_gather(found))]
 
 

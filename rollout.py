@@ -58,7 +58,7 @@ import random
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +83,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
+HIDDEN, REFRESH = 2.0, 1.0  # seconds before a bar shows; between two of its refreshes
 PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
 THOUGHTS = "thought_opening"  # in tokenizer_config.json: what data.allow_thinking writes
 
@@ -147,6 +148,45 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
         listed = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     listed = [listed] if isinstance(listed, int) else listed or []
     return sorted({tokenizer.eos_token_id, *listed} - {None})
+
+
+class Bar:
+    """A bar of finished responses, with tokens per second and the time left, on stderr.
+
+    what    it counts; empty: no bar
+    limits  tokens that each response may have
+    Work that ends within HIDDEN seconds leaves no trace. The time left follows from the responses that
+    have ended; before the first one it is what all would take if they were as long as they may be.
+    """
+
+    def __init__(self, what: str, limits: list[int]) -> None:
+        form = (
+            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} responses [{elapsed}{postfix}]"
+        )
+        self.bar = tqdm(
+            total=len(limits), desc=what, disable=not what, bar_format=form, delay=HIDDEN,
+            mininterval=REFRESH, miniters=0, leave=False, dynamic_ncols=True,
+        )  # fmt: skip
+        self.start, self.most, self.ended = time.perf_counter(), sum(limits), 0
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def tell(self, lengths: list[int], begun: int) -> None:
+        """Responses of these `lengths` have ended, and the others have `begun` tokens in all."""
+        if self.bar.disable:
+            return
+        self.ended += sum(lengths)
+        seconds, tokens = time.perf_counter() - self.start, self.ended + begun
+        done, total = self.bar.n + len(lengths), self.bar.total
+        left = seconds * (total - done) / done if done else seconds * self.most / max(1, tokens)
+        left = tqdm.format_interval(left)
+        postfix = f"{tokens / seconds:,.0f} tokens/s, {'at most ' * (not done)}{left} left"
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(len(lengths))
 
 
 def make_engine(
@@ -270,7 +310,7 @@ class Engine:
         seeds: list[int] | None = None,
         top_p: float = 1.0,
         stop_token_ids: list[int] | None = None,
-        progress: Callable | bool | None = None,
+        progress: str = "",
     ) -> list[list[Sample]]:
         """n sampled completions of each prompt, in the order of the prompts.
 
@@ -281,7 +321,7 @@ class Engine:
         seeds           one per prompt; None draws them from the engine's own seed
         top_p           in (0, 1]
         stop_token_ids  end a response, in addition to the model's stop ids
-        progress        tqdm or a callable like it; True is tqdm, None silent
+        progress        what a bar on stderr counts; empty: no bar. See `Bar`
         ValueError if a prompt and max_tokens together exceed max_model_len.
         """
         counts = [n] * len(prompts) if isinstance(n, int) else n
@@ -453,10 +493,10 @@ class VLLMEngine(Engine):
         params = self._params(
             temperature=0, max_tokens=1, logprob_token_ids=ids, ignore_eos=True, detokenize=False
         )
-        outs = self._run(prompts, [params] * len(prompts), None)
+        outs = self._run(prompts, [params] * len(prompts))
         return [[math.exp(out.logprobs[0][i].logprob) for i in ids] for out in outs]
 
-    def _run(self, prompts, params, progress):
+    def _run(self, prompts, params, progress=""):
         assert not (self._asleep or self._stale), "the engine sleeps: load_weights(...), wake()"
         parts, mine = [list(zip(prompts, params))], 0
         if self._ranks > 1:
@@ -468,12 +508,18 @@ class VLLMEngine(Engine):
         requests = [request for part in parts for request in part]
         if not requests:
             return []
-        with _as_guest():
-            results = self.llm.generate(
-                [{"prompt_token_ids": prompt} for prompt, _ in requests],
-                [param for _, param in requests],
-                use_tqdm=progress or False,
-            )
+        texts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [param for _, param in requests]
+        results, engine = [], self.llm.llm_engine
+        with _as_guest(), Bar(progress, [param.max_tokens for param in params]) as bar:
+            self.llm.enqueue(texts, params, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                ended = [result for result in engine.step() if result.finished]
+                results += ended
+                states = engine.output_processor.request_states.values()
+                begun = [state.detokenizer.num_output_tokens() for state in states]
+                bar.tell([len(result.outputs[0].token_ids) for result in ended], sum(begun))
+        results.sort(key=lambda result: int(result.request_id))
         start = sum(map(len, parts[:mine]))
         return [result.outputs[0] for result in results[start : start + len(prompts)]]
 
@@ -539,18 +585,15 @@ class TransformersEngine(Engine):
         del self.model, self._storage
 
     def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
-        samples, tokens, start = [None] * len(prompts), 0, time.perf_counter()
-        show = progress if callable(progress) else tqdm
-        with show(total=len(prompts), disable=not progress) as bar:
+        samples = [None] * len(prompts)
+        with Bar(progress, limits) as bar:
             for batch in self._batches(prompts, limits):
                 parts = [[part[i] for i in batch] for part in (prompts, seeds, limits)]
-                for ended in self._decode(*parts, temperature, top_p, tuple(stops)):
+                for ended, begun in self._decode(*parts, temperature, top_p, tuple(stops)):
                     for row, token_ids, logps in ended:
                         reason = "stop" if token_ids[-1] in stops else "length"
                         samples[batch[row]] = self._sample(token_ids, logps, reason)
-                        tokens += len(token_ids)
-                    bar.postfix = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
-                    bar.update(len(ended))
+                    bar.tell([len(token_ids) for _, token_ids, _ in ended], begun)
         return samples
 
     @torch.no_grad()
@@ -575,7 +618,8 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def _decode(self, prompts, seeds, limits, *sampling):
-        """Lists of (index, token_ids, logps) as the responses end, each index once."""
+        """Lists of (index, token_ids, logps) as the responses end, each index once; and how many
+        tokens the others have so far."""
         rows = self._rows_for(prompts, limits)
         noise = torch.zeros(len(seeds), max(limits), dtype=torch.float64)
         for row, seed, limit in zip(noise, seeds, limits):
@@ -591,7 +635,8 @@ class TransformersEngine(Engine):
             self._advance(rows, steps, (padded, *sampling, self.raw))
             alive = rows.alive.tolist()
             ended = [row for row in under_way if not alive[row]]
-            yield [(under_way.pop(row), *rest) for row, rest in zip(ended, rows.responses(ended))]
+            found = [(under_way.pop(row), *rest) for row, rest in zip(ended, rows.responses(ended))]
+            yield found, done * len(under_way)
             size = self._padded_rows(max(len(under_way), 8 if self._graphs else 1))
             if under_way and size <= 0.75 * rows.size:
                 rows = self._rows_of(size, rows.columns).take(rows, list(under_way), used)

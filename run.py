@@ -217,6 +217,7 @@ class Run:
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
             logprobs_mode=self.method.logprobs_mode,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
@@ -233,6 +234,7 @@ class Run:
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
         )
         self.optimizer = modeling.optimizer(
             self.model,
@@ -310,9 +312,10 @@ class Run:
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, first: int | None = None, what: str = ""):
+    def progress(self, total: int, first: int | None = None, what: str = "", unit: str = "step"):
         """A bar on rank 0, from `first` or, for steps, from where the run resumed.
 
+        what, unit  its title and what it counts
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
@@ -325,6 +328,7 @@ class Run:
                 total=total,
                 initial=self.first_step if first is None else first,
                 desc=what or self.config.algo,
+                unit=f" {unit}s",
                 disable=self.rank > 0,
                 dynamic_ncols=True,
             ) as bar:
@@ -332,6 +336,10 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def counts(self, what: str) -> str:
+        """The name of an engine's bar, which is rank 0's and counts its own part."""
+        return "" if self.rank else what + f" (rank 0 of {self.world})" * (self.world > 1)
 
     def stop_if_asked(self, step: int) -> None:
         """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.
@@ -478,6 +486,7 @@ def evaluate(config, run: Run) -> dict[str, float]:
         temperature=0.0,
         max_tokens=config.max_completion_length,
         seeds=[0] * len(mine),  # unused: greedy
+        progress=run.counts("held-out examples"),
     )
     texts = [sample.text for [sample] in answers]
     sums = all_sum(run.reward.tally(texts, mine))

@@ -380,9 +380,19 @@ def check_machine(config, world: int) -> None:
         raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if config.bf16 and not torch.cuda.is_available() and (why := no_bf16(config.quant)):
+        raise ValueError(f"--bf16: {why}; drop the flag")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
     if config.torch_compile and not compiler:
         raise ValueError("--torch_compile: no C++ compiler; install g++, or drop the flag")
+
+
+def no_bf16(quant: str = "none") -> str:
+    """Why --bf16 makes nothing faster on this CPU; empty where it does."""
+    able = torch.cpu.get_capabilities()
+    if not (able.get("avx512_bf16") or able.get("amx_bf16")):
+        return "this CPU has neither avx512_bf16 nor AMX: bfloat16 would be slower than float32"
+    return "with --quant 4bit a CPU computes in float32" if quant != "none" else ""
 
 
 def check_room(config, method, out: Path) -> tuple[float, str]:

@@ -128,6 +128,9 @@ class Config:
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
+    bf16: bool = knob(
+        False, "bfloat16 products on a CPU with avx512_bf16 or AMX; on a GPU they always are"
+    )
     vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
     vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
@@ -351,6 +354,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
         seeds=[group.seed for group in groups],
+        progress=run.counts("rollouts"),
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:

@@ -499,7 +499,7 @@ class Scripted:
             for step, text in enumerate(texts)
         }
 
-    def generate(self, prompts, *, n, temperature, max_tokens, seeds):
+    def generate(self, prompts, *, n, temperature, max_tokens, seeds, progress):
         assert n == 1 and len(prompts) == len(seeds)
         assert all(len(p) + max_tokens <= self.max_model_len for p in prompts)
         self.rounds.append(len(prompts))
