@@ -2,7 +2,7 @@
 
     engine = make_engine("vllm", "Qwen/Qwen2.5-1.5B-Instruct", max_model_len=4096)
     groups = engine.generate(prompts, n=8, temperature=1.0, max_tokens=512, seeds=seeds)
-    engine.sleep(); ...update...; engine.load_weights(model.named_parameters()); engine.wake()
+    engine.sleep(); ...update...; engine.load_weights(model.state_dict().items()); engine.wake()
 
 Two engines with the same interface. VLLMEngine runs vLLM inside the trainer's process, one engine
 per rank. TransformersEngine decodes with an unmodified transformers model: the reference that the
