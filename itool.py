@@ -47,9 +47,10 @@ unfinished fragments, and merges a fresh rank-8 adapter in every iteration.
 """
 
 import itertools
+import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ from checkpoint import write
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
-from rollout import Engine, Sample, derived_seed
+from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Clock,
     Run,
@@ -94,6 +95,8 @@ COUNTS = (  # what a search counts, in searches.jsonl
     *("evaluation_tokens", "evaluations_too_long"),
     *("ends", "ends_parsed", "ends_over_length", "ends_correct"),
 )
+NGRAMS = (1, 2, 3)
+DIVERSITY = [*(f"diversity/distinct_{n}" for n in NGRAMS), "diversity/distinct_calls"]
 SAMPLES_WITHOUT_SEARCH = 4  # section 4.3.2: "four responses"
 LEARNING_RATES = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # Table 9
 
@@ -311,18 +314,23 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                     mine = part(batch, tokens_of, run.rank, run.world)
                     skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
                 metrics = {**stats, "iteration": iteration, "skipped": skipped}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics()}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": lr}
 
                 # 5 weight sync
                 last = step + 1 == end
                 if last:
-                    metrics |= held_out_metrics(run, held_out)
+                    metrics |= {k: v for k, v in summary.items() if k.startswith("diversity/")}
                     metrics["adapter_norm"] = modeling.adapter_norm(run.model)
-                    sync(run)
-                    metrics |= evaluate(config, run)
+                    with clock("evaluate"):
+                        metrics |= held_out_metrics(run, held_out)
+                    with clock("sync"):
+                        sync(run)
+                    with clock("evaluate"):
+                        metrics |= evaluate(config, run)
                     if metrics["eval/accuracy"] > best_accuracy:
                         best_accuracy = metrics["eval/accuracy"]
                         run.save_best(step + 1)
+                metrics |= clock.metrics()
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
@@ -362,7 +370,8 @@ def grow_trees(
 ) -> tuple[list[Tree], dict]:
     """This rank's trees, one per example (Eqs. 5-9), and counts over all ranks."""
     config, method = run.config, run.method
-    sync(run)
+    with clock("sync"):
+        sync(run)
     mine = part(list(enumerate(buffer)), lambda item: data.characters(item[1]), run.rank, run.world)
     examples = [example for _, example in mine]
     prompts = [run.demonstration(example).prompt for example in examples]
@@ -398,6 +407,7 @@ def grow_trees(
     log_trees(run, trees, limits, iteration)
     stats = count_over_ranks(searcher.stats)
     counts = {name: stats[name] for name in COUNTS}
+    counts |= {name: stats[name] / max(1, stats[f"{name} of"]) for name in DIVERSITY}
     return trees, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
 
 
@@ -459,7 +469,7 @@ def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
         steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
         run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
-        stages += [Stage(name, examples, steps, rate)] if steps else []
+        stages.append(Stage(name, examples, steps, rate))
     return stages
 
 
@@ -557,12 +567,13 @@ class Searcher:
         prompts    token ids of each, from `data.render`
         progress   called with the number of finished trees
         """
-        self.config, self.stats = config, Counter()
+        self.config, self.stats, self.drawn = config, Counter(), defaultdict(list)
         roots = [Node(token_ids=list(prompt)) for prompt in prompts]
         self.examples = {id(root): example for root, example in zip(roots, examples, strict=True)}
         self.confidences: dict[tuple[int, str], float] = {}
         self.progress, self.roots = progress, roots
         mcts.search(roots, self.propose, self.evaluate, config)
+        self.stats += diversity(self.drawn.values())
         progress(len(roots))
         return roots
 
@@ -570,7 +581,6 @@ class Searcher:
         self, examples: list[data.Example], prompts: list[list[int]]
     ) -> list[tuple[list[dict], Counter]]:
         """`sampled_pair` of each example: the ablation without a search."""
-        self.stats = Counter()
         drawn = self.engine.generate(
             prompts,
             n=SAMPLES_WITHOUT_SEARCH,
@@ -579,6 +589,7 @@ class Searcher:
             max_tokens=self.max_tokens,
             seeds=[derived_seed(self.seed, example.id) for example in examples],
         )
+        self.stats = diversity([[(s.token_ids, s.text) for s in group] for group in drawn])
         self.stats["samples"] = sum(map(len, drawn))
         self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
         return [sampled_pair(*x) for x in zip(examples, prompts, drawn)]
@@ -601,6 +612,11 @@ class Searcher:
         self.stats["tails_used"] += sum(map(len, tails))
         self.stats["samples"] += sum(map(len, drawn))
         self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
+        for path, group in zip(paths, drawn):
+            before = [i for node in path[1:] for i in node.token_ids]
+            self.drawn[id(path[0])] += [
+                (s.token_ids, self._text([*before, *s.token_ids])) for s in group
+            ]
         return [
             [self._cut(path, sample) for sample in (*tail, *samples)]
             for path, tail, samples in zip(paths, tails, drawn)
@@ -619,8 +635,11 @@ class Searcher:
 
     def _cut(self, path: list[Node], sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
-        prefix = [self._piece(i) for node in path[1:] for i in node.token_ids]
-        pieces = [self._piece(i) for i in sample.token_ids]
+        before = [i for node in path[1:] for i in node.token_ids]
+        ids = [*before, *sample.token_ids]
+        thoughts = num_thoughts(self.tokenizer, ids)  # they belong to the first fragment
+        texts = [""] * thoughts + [self._piece(i) for i in ids[thoughts:]]
+        prefix, pieces = texts[: len(before)], texts[len(before) :]
         last = len(path) == self.config.depth  # the root has depth 0
         n = len(pieces) if last else mcts.first_fragment(prefix, pieces)
         whole = n == len(pieces)
@@ -666,7 +685,8 @@ class Searcher:
     def _state(self, node: Node) -> tuple[int, str]:
         """What a grade depends on: the tree and the response so far."""
         root, *steps = node.path
-        return id(root), self._text([i for step in steps for i in step.token_ids])
+        text = self._text([i for step in steps for i in step.token_ids])
+        return id(root), without_thoughts(self.tokenizer, text)
 
     def _text(self, ids: list[int]) -> str:
         body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
@@ -696,7 +716,30 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
     ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
-    return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
+    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer)) + LETTER_PREFIX
+    return [*ids, *tokenizer(start, add_special_tokens=False)["input_ids"]]
+
+
+def diversity(samples: Iterable[list[tuple[list[int], str]]]) -> Counter:
+    """What the samples of each example differ in, as sums over examples (Li et al. 2016).
+
+    samples  per example: token ids of each sample, and the response that they complete
+
+    Each name of DIVERSITY counts an example's different n-grams or calls, "NAME of" all of them.
+    """
+    counts = Counter()
+    for drawn in samples:
+        found = {
+            f"diversity/distinct_{n}": [
+                g for ids, _ in drawn for g in zip(*(ids[k:] for k in range(n)))
+            ]
+            for n in NGRAMS
+        }
+        calls = [call for _, text in drawn for call in rewards.parse(text).calls or []]
+        found["diversity/distinct_calls"] = [json.dumps(call, sort_keys=True) for call in calls]
+        for name, items in found.items():
+            counts += {name: len(set(items)), f"{name} of": len(items)}
+    return counts
 
 
 # --------------------------------------------------------------------------------------- the pairs

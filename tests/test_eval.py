@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import rewards
 import rollout
+import scoring
 from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
@@ -1046,7 +1047,7 @@ def test_forms_of_the_responses(tmp_path, monkeypatch, own):
 
 
 def test_tally_is_what_training_reports(own):
-    """rewards.tally against a slow count; train.evaluate divides these sums."""
+    """Reward.tally against a slow count; train.evaluate divides these sums."""
     file, script = own
     examples, n = data.load("jsonl", file), Counter()
     for example, [text] in zip(examples, script.values()):
@@ -1057,14 +1058,9 @@ def test_tally_is_what_training_reports(own):
         n["accuracy"] += right
         n["n_calls"] += example.kind == "tool_call"
         n["tool_calls" if example.kind == "tool_call" else "answers"] += right
-    found = rewards.tally([t for [t] in script.values()], [e.target for e in examples])
-    assert found == pytest.approx(dict(n))
-    parts = [
-        rewards.tally(
-            *zip(*[(t[0], e.target) for t, e in list(zip(script.values(), examples))[i::2]])
-        )
-        for i in (0, 1)
-    ]
+    texts, tally = [text for [text] in script.values()], scoring.Reward().tally
+    assert tally(texts, examples) == pytest.approx(dict(n))
+    parts = [tally(texts[i::2], examples[i::2]) for i in (0, 1)]
     assert {k: parts[0][k] + parts[1][k] for k in n} == pytest.approx(dict(n))
 
 
@@ -1181,6 +1177,28 @@ def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
     e = fake_run(tmp_path / "e", {"level_1": [True]}, bench="api_bank")
     with pytest.raises(ValueError, match="different benchmarks"):
         scores.compare([a, e])
+
+
+def test_error_types_are_pooled_over_live_and_non_live(tmp_path):
+    """Figure 3's two bars: every wrong case of the group counts once, right ones and multi-turn never."""
+    rng = random.Random(3)
+    draw = {k: [rng.random() < 0.5 for _ in range(30)] for k in bfcl.CATEGORIES if "java" not in k}
+    out = fake_run(tmp_path / "a", draw)
+    rows = list(data.read_jsonl(out / "results.jsonl"))
+    for row in rows:
+        row["error_class"] = None if row["correct"] else rng.choice(bfcl.CLASSES)
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = scores.report(out).splitlines()
+    for name, live in (("all live", True), ("all non-live", False)):
+        slow = dict.fromkeys(bfcl.CLASSES, 0)
+        for row in rows:
+            of_group = row["category"].startswith("live_") == live
+            if of_group and "multi_turn" not in row["category"] and not row["correct"]:
+                slow[row["error_class"]] += 1
+        assert sum(slow.values()) > 30
+        assert f"| {name} | {' | '.join(map(str, slow.values()))} |" in lines
+    small = fake_run(tmp_path / "b", {"simple_python": [False]})
+    assert "all non-live" in (text := scores.report(small)) and "all live" not in text
 
 
 def test_bootstrap_against_a_slow_loop():
