@@ -4,6 +4,7 @@
     python bench/paper.py table1                          the paper's models, a recipe each
     python bench/paper.py table1 table3 @recipes/qwen2.5-7b.args
     python bench/paper.py table1 figure4 --toy            a 2M-parameter model on two CPU cores
+    python bench/paper.py table1 --only sft toolupt       some rows
     python bench/paper.py table1 --draw                   run nothing, show what there is
 
 An object (OBJECTS of paper_toolupt.py and paper_itool.py) is a list of runs and a function that
@@ -116,7 +117,7 @@ class Job:
     """A command that is due."""
 
     key: tuple[str, str, str | None]  # model, run, checkpoint; None: training
-    argv: tuple[str, ...]  # program and flags
+    argv: list[str]  # program and flags
     log: Path
 
 
@@ -216,7 +217,8 @@ class Plan:
     def due(self) -> list[Job]:
         """All that can begin now, evaluations of a run before the next run."""
         found = []
-        for at, run in self.runs.items():
+        wanted = self.args.only or {name for _, name in self.runs}
+        for at, run in [(at, run) for at, run in self.runs.items() if at[1] in wanted]:
             model, folder, settings = self.model(at), self.folder(at), self.settings[at]
             if run.flags is not None and not self.ended((model, at[1], None)):
                 argv = [*self.argv(at), "--output_dir", str(folder)]
@@ -289,31 +291,34 @@ def carry_out(plan: Plan, args: argparse.Namespace) -> list[str]:
     bar = tqdm(desc="runs and evaluations", dynamic_ncols=True)
     try:
         while True:
-            for job, process in [*running.items()]:
+            for job, process in [*running.values()]:
                 if process.poll() is not None:
-                    del running[job]
+                    del running[job.key]
                     plan.note(job, process)
                     name = "/".join(filter(None, job.key))
                     if process.returncode:
                         failed[job.key] = f"{name}: {process.error()} ({job.log})"
                         bar.write(f"failed  {failed[job.key]}")
                     bar.update()
-            busy = {job.key for job in running}
-            due = [job for job in plan.due() if job.key not in busy and job.key not in failed]
+            due = [job for job in plan.due() if job.key not in {**running, **failed}]
             for job in due[: args.jobs - len(running)]:
                 argv = [*torchrun, *job.argv] if args.ranks > 1 else job.argv
-                running[job] = Process(argv, job.log, threads, pass_fds=(lock.fileno(),))
-            trainings = sum(job.key[2] is None for job in due) + sum(k[2] is None for k in busy)
-            bar.total = bar.n + len(due) + len(busy) + trainings  # each has an evaluation to come
-            bar.set_postfix_str(", ".join("/".join(filter(None, job.key)) for job in running))
+                process = Process(argv, job.log, threads, pass_fds=(lock.fileno(),))
+                running[job.key] = job, process
+            left = {*running, *(job.key for job in due)}
+            bar.total = bar.n + sum(
+                1 + (key[2] is None) for key in left
+            )  # an evaluation of each run
+            names = ", ".join("/".join(filter(None, key)) for key in running)
+            bar.set_postfix_str(names, refresh=names != bar.postfix)
             if not running:
                 return list(failed.values())
             time.sleep(0.2)
     finally:
         bar.close()
-        for process in running.values():
+        for _, process in running.values():
             process.send_signal(signal.SIGTERM)
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
 
 
@@ -399,12 +404,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("words", nargs="*", metavar="OBJECT | @RECIPE", help="see --list")
     parser.add_argument("--list", action="store_true", help="the objects")
-    parser.add_argument("--toy", action="store_true", help="toy world, small model, few steps")
+    parser.add_argument(
+        "--toy", action="store_true", help="a small model, the toy world, few steps"
+    )
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="rows to run, others stay open")
     parser.add_argument("--out", type=Path, help="default: runs/paper, runs/paper-toy with --toy")
     parser.add_argument("--ranks", type=int, help="of a run; default: the GPUs, else 1")
     parser.add_argument("--jobs", type=int, help="side by side; default: 1, two with --toy")
     parser.add_argument("--draw", action="store_true", help="run nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.list:
         for name, thing in KNOWN.items():
             print(f"{name:18s}{thing.what}  [{len(thing.runs)} runs]")
@@ -415,8 +423,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown or not args.objects:
         wrong = f"unknown object {unknown[0]}" if unknown else "name an object"
         parser.error(f"{wrong}; choose among {', '.join(KNOWN)}")
-    if args.toy and args.recipes:
-        parser.error("--toy has a recipe of its own: leave out @RECIPE, or --toy")
+    rows = [run.name for name in args.objects for run in KNOWN[name].runs]
+    for name in args.only or []:
+        if name not in rows:
+            parser.error(f"--only {name}: choose among {', '.join(dict.fromkeys(rows))}")
     args.out = (args.out or REPO / f"runs/paper{'-toy' * args.toy}").absolute()
     if args.ranks is None:
         import torch
