@@ -3,6 +3,7 @@
     report(run)         columns, categories, error types, what went wrong -> report.md, report.png
     compare(runs)       columns over the common cases, differences from the first run
     errors(file)        error types (iTool Figure 3) of any file of responses and targets
+    columns_of(run)     columns that are complete, in percent
     bootstrap(results)  columns under resampling of the cases within each category
 
 Intervals are the 2.5th and 97.5th percentiles over resampled cases, paired between runs. They say
@@ -99,6 +100,12 @@ def report(out: Path) -> str:
     (out / "report.md").write_text(text, encoding="utf-8")
     picture(errors, out / "report.png", {k: 100 * c / n for k, (c, n) in counts.items()})
     return f"{text}\n{out}/report.md, report.png, results.jsonl"
+
+
+def columns_of(out: Path) -> dict[str, float]:
+    """The complete columns of a run in percent."""
+    settings = json.loads((out / "settings.json").read_text())
+    return _columns(list(read_jsonl(out / "results.jsonl", growing=True)), settings)
 
 
 def compare(outs: list[Path]) -> str:
