@@ -4,6 +4,7 @@
     python bench/paper.py table1                          the paper's models, a recipe each
     python bench/paper.py table1 table3 @recipes/qwen2.5-7b.args
     python bench/paper.py table1 figure4 --toy            a 2M-parameter model on two CPU cores
+    python bench/paper.py table1 --only sft toolupt       some rows
     python bench/paper.py table1 --draw                   run nothing, show what there is
 
 An object (OBJECTS of paper_toolupt.py and paper_itool.py) is a list of runs and a function that
@@ -225,7 +226,8 @@ class Plan:
     def due(self) -> list[Job]:
         """All that can begin now, evaluations of a run before the next run."""
         found = []
-        for at, run in self.runs.items():
+        wanted = self.args.only or {name for _, name in self.runs}
+        for at, run in [(at, run) for at, run in self.runs.items() if at[1] in wanted]:
             model, folder, settings = self.model(at), self.folder(at), self.settings[at]
             begins = not run.start or self.ended((model, run.start.split("/")[0], None))
             if run.flags is not None and begins and not self.ended((model, at[1], None)):
@@ -318,7 +320,8 @@ def carry_out(plan: Plan, args: argparse.Namespace) -> list[str]:
             bar.total = bar.n + sum(
                 1 + (key[2] is None) for key in left
             )  # an evaluation of each run
-            bar.set_postfix_str(", ".join("/".join(filter(None, key)) for key in running))
+            names = ", ".join("/".join(filter(None, key)) for key in running)
+            bar.set_postfix_str(names, refresh=names != bar.postfix)
             if not running:
                 return list(failed.values())
             time.sleep(0.2)
@@ -412,12 +415,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("words", nargs="*", metavar="OBJECT | @RECIPE", help="see --list")
     parser.add_argument("--list", action="store_true", help="the objects")
-    parser.add_argument("--toy", action="store_true", help="toy world, small model, few steps")
+    parser.add_argument(
+        "--toy", action="store_true", help="a small model, the toy world, few steps"
+    )
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="rows to run, others stay open")
     parser.add_argument("--out", type=Path, help="default: runs/paper, runs/paper-toy with --toy")
     parser.add_argument("--ranks", type=int, help="of a run; default: the GPUs, else 1")
     parser.add_argument("--jobs", type=int, help="side by side; default: 1, two with --toy")
     parser.add_argument("--draw", action="store_true", help="run nothing")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.list:
         for name, thing in KNOWN.items():
             print(f"{name:18s}{thing.what}  [{len(thing.runs)} runs]")
@@ -428,8 +434,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown or not args.objects:
         wrong = f"unknown object {unknown[0]}" if unknown else "name an object"
         parser.error(f"{wrong}; choose among {', '.join(KNOWN)}")
-    if args.toy and args.recipes:
-        parser.error("--toy has a recipe of its own: leave out @RECIPE, or --toy")
+    rows = [run.name for name in args.objects for run in KNOWN[name].runs]
+    for name in args.only or []:
+        if name not in rows:
+            parser.error(f"--only {name}: choose among {', '.join(dict.fromkeys(rows))}")
     args.out = (args.out or REPO / f"runs/paper{'-toy' * args.toy}").absolute()
     if args.ranks is None:
         import torch

@@ -5,7 +5,6 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from test_whole_runs import REPO, launch, rows_of
@@ -96,9 +95,8 @@ def test_the_flags_of_every_run_are_accepted():
         assert method.stages == ("itool" if alone else first), name
 
 
-def plan_of(tmp_path, *names, toy=True) -> paper.Plan:
-    paper.KNOWN.update(paper.objects())
-    return paper.Plan(SimpleNamespace(out=tmp_path, objects=names, recipes=[], toy=toy))
+def plan_of(tmp_path, *names) -> paper.Plan:
+    return paper.Plan(paper.parse_args([*names, "--toy", "--out", str(tmp_path)]))
 
 
 def test_a_run_waits_for_the_one_that_it_starts_from(tmp_path, monkeypatch):
