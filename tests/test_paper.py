@@ -39,7 +39,7 @@ def test_the_numbers_are_those_of_the_paper():
         assert numbers[i] == [*overalls, toolupt.AVERAGES[run]], run
         for table, columns in enumerate(per_model, 1):
             assert numbers[12 * table + i] == list(columns.values()), (run, table)
-    sizes = [line for line in lines if line[0].split()[0] in ("Original", "Sampled", "Processed")]
+    sizes = [line for line in lines if line[0].startswith(("Original", "Sampled", "Processed"))]
     for place, line in enumerate(sizes, 1):
         own = [int(cell.replace(",", "")) for cell in line[1:]]
         assert own == [size[place] for size in toolupt.SIZES.values()]
