@@ -389,7 +389,7 @@ def bars(panels: dict[str, dict[str, tuple]], picture: Path, columns: int = 3) -
         for axis in figure.axes
         for handle, label in zip(*axis.get_legend_handles_labels())
     }
-    figure.legend(found.values(), found, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(found.values(), found, loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("percent", fontsize=9)
     figure.savefig(picture, dpi=110)
     plt.close(figure)

@@ -22,7 +22,7 @@ With --toy, the columns are accuracy, and accuracy where a call and where an ans
 
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -380,7 +380,8 @@ def table8(rows: list[dict], work: Work) -> str:
             values = [r.score(row, column) for column in r.key[1:]]
             cells = [cell(*pair) for pair in zip(values, papers)]
             cells += [cell(total, HOURS[name] if known else None)]
-            cells += [", ".join(f"{part} {x:.2f}" for part, x in (spent or {}).items())]
+            shown = {part: x for part, x in (spent or {}).items() if x >= 0.005}
+            cells += [", ".join(f"{part} {x:.2f}" for part, x in shown.items())]
             lines.append([name, *cells])
             for column, value in zip(panels[model], values):
                 panels[model][column].append((total, value))
@@ -390,18 +391,18 @@ def table8(rows: list[dict], work: Work) -> str:
 
 
 def hours(row: dict | None) -> dict[str, float] | None:
-    """Hours of a run by stage and part; none for a model as published, None where it has not ended."""
+    """Hours of a run by part; none for a model as published, None where it has not ended."""
     file = Path(row["folder"]) / "hours.json" if row else None
     if row and row["run"] == BASE.name:
         return {}
     if not file or not file.exists():
         return None
-    return {
-        f"{stage}: {part}": spent
-        for stage, parts in json.loads(file.read_text()).items()
-        for part, spent in parts.items()
-        if part != "total"
-    }
+    found = Counter()
+    for stage, parts in json.loads(file.read_text()).items():
+        update = "SFT" if row["run"] == SFT.name else "preference update"
+        names = {"update": "warm-up" if stage == "warmup" else update}
+        found.update({names.get(part, part): x for part, x in parts.items() if part != "total"})
+    return dict(found)
 
 
 def table9(rows: list[dict], work: Work) -> str:

@@ -253,7 +253,7 @@ def test_cells_of_tables_1_3_5_and_8(tmp_path):
     assert line in texts[5]
     assert f"| iTool | {llama(8, 'itool')['live_v3']:.2f} (78.29) |" in texts[8]
     assert (
-        "| 4.50 (28.00) | warmup: update 1.50, itool: search 2.00, itool: update 1.00 |" in texts[8]
+        "| 4.50 (28.00) | warm-up 1.50, search 2.00, preference update 1.00 |" in texts[8]
     )
     assert "| Base Model |" in texts[8] and "| 0.00 (0.00) |" in texts[8]
 
