@@ -32,13 +32,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import data
 import model as modeling
 from methods import Group
 
 MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference", "train_fraction"),
+    *("lora_rank", "split", "preference", "train_fraction", "allow_thinking"),
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
@@ -166,7 +167,7 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     Returns the other settings that differ from those of the resumed run.
     """
     out, where = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
-    steps, path = saved_steps(out), out / "metrics.jsonl"
+    steps = saved_steps(out)
     if where not in ("", "latest"):
         folder = Path(where)
         if not state_of(folder).is_dir():
@@ -185,10 +186,9 @@ def refuse_earlier_run(settings: dict) -> list[str]:
             f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
             "--resume_from_checkpoint latest; to start over take another folder, or delete this one"
         )
-    if not steps or not path.exists():
+    if not steps:
         return []
-    with open(path) as file:
-        earlier = json.loads(next(file, "{}"))
+    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {})
     changed = {
         name: f"--{name} {earlier[name]} -> {value}"
         for name, value in settings.items()
@@ -205,15 +205,14 @@ def refuse_earlier_run(settings: dict) -> list[str]:
 def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
 
-    digests  flag -> what was read, as in the first line of metrics.jsonl
+    digests  flag -> what was read, as in the first line of metrics.jsonl; --model_name_or_path: what
+             its chat template and tokenizer make of a prompt
     """
-    steps, path = saved_steps(out), out / "metrics.jsonl"
-    if not steps or not path.exists():
+    steps = saved_steps(out)
+    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")
+    if not steps or earlier is None:  # None: of a run before there were any
         return
-    with open(path) as file:
-        earlier = json.loads(next(file, "{}")).get("digests")
-    if earlier is None:  # of a run before there were any
-        return
+    earlier.setdefault("model_name_or_path", digests.get("model_name_or_path"))  # of an older run
     changed = [
         f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
         for name in {**earlier, **digests}

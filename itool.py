@@ -70,7 +70,7 @@ from checkpoint import write
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row, at_least, knob
-from rollout import Engine, Sample, derived_seed
+from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Clock,
     Run,
@@ -635,8 +635,11 @@ class Searcher:
 
     def _cut(self, path: list[Node], sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
-        prefix = [self._piece(i) for node in path[1:] for i in node.token_ids]
-        pieces = [self._piece(i) for i in sample.token_ids]
+        before = [i for node in path[1:] for i in node.token_ids]
+        ids = [*before, *sample.token_ids]
+        thoughts = num_thoughts(self.tokenizer, ids)  # they belong to the first fragment
+        texts = [""] * thoughts + [self._piece(i) for i in ids[thoughts:]]
+        prefix, pieces = texts[: len(before)], texts[len(before) :]
         last = len(path) == self.config.depth  # the root has depth 0
         n = len(pieces) if last else mcts.first_fragment(prefix, pieces)
         whole = n == len(pieces)
@@ -682,7 +685,8 @@ class Searcher:
     def _state(self, node: Node) -> tuple[int, str]:
         """What a grade depends on: the tree and the response so far."""
         root, *steps = node.path
-        return id(root), self._text([i for step in steps for i in step.token_ids])
+        text = self._text([i for step in steps for i in step.token_ids])
+        return id(root), without_thoughts(self.tokenizer, text)
 
     def _text(self, ids: list[int]) -> str:
         body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
@@ -712,7 +716,8 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
     ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
-    return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
+    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer)) + LETTER_PREFIX
+    return [*ids, *tokenizer(start, add_special_tokens=False)["input_ids"]]
 
 
 def diversity(samples: Iterable[list[tuple[list[int], str]]]) -> Counter:

@@ -53,6 +53,9 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         "completions/mean_length": len(advantages),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
     }
+    if any(group.num_thoughts for group in groups):  # thoughts are allowed
+        thoughts = [sample.num_thoughts for sample in samples]
+        per_response["completions/mean_thought_length"] = sum(thoughts)
     per_token = {
         "advantage/positive": float((advantages > 0).sum()),
         "advantage/negative": float((advantages < 0).sum()),
@@ -70,8 +73,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     for g in groups:
         own = tally(
             g.example.kind,
-            g.target,
-            [s.token_ids for s in g.samples],
+            *reversed(g.said),
             [s.text for s in g.samples],
             [outcome.right for outcome in g.outcomes],
             [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
@@ -93,8 +95,8 @@ def tally(
     """Sums over the responses to one prompt, for `shares`: they add up over prompts and ranks.
 
     kind       of the example, "tool_call" | "answer"
-    target     token ids of the expert response
-    responses  token ids
+    target     token ids of the expert response, behind its thoughts
+    responses  token ids, likewise
     texts      what they say
     right      whether they earn the highest reward
     first      advantages of the first tokens; a response without tokens has none

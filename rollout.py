@@ -57,6 +57,7 @@ import os
 import random
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ from transformers import (
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
 PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
+THOUGHTS = "thought_opening"  # in tokenizer_config.json: what data.allow_thinking writes
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,44 @@ class Sample:
 
     token_ids: list[int]  # sampled tokens, the EOS included where it was sampled
     logps: list[float]  # nats, of those tokens, in the engine's logprobs_mode
-    text: str  # decoded with special tokens, without the closing stop token
+    text: str  # of `text_of`: all that is judged
     finish_reason: str  # "stop" (a stop token) | "length" (max_tokens)
+    num_thoughts: int = 0  # its first tokens that are thoughts (`num_thoughts`)
 
 
 def text_of(tokenizer, token_ids: list[int], finish_reason: str) -> str:
-    """The text of a completion: with special tokens, without the closing stop token."""
+    """The text of a completion that is judged, here and nowhere else cut out of its tokens.
+
+    With special tokens, without the closing stop token and without thoughts.
+    """
     body = token_ids[:-1] if finish_reason == "stop" else token_ids
-    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return without_thoughts(tokenizer, text)
+
+
+def without_thoughts(tokenizer, text: str) -> str:
+    """What a response says after the <think>...</think> block at its start, "" where none closes it.
+
+    All of it where it has no such block, or where the tokenizer is not marked as that of a model
+    that may think (data.allow_thinking). The prompt may have opened the block.
+    """
+    opening = tokenizer.init_kwargs.get(THOUGHTS)
+    if opening is None or not (opening + text).lstrip().startswith("<think>"):
+        return text
+    return text.partition("</think>")[2].lstrip()
+
+
+def num_thoughts(tokenizer, token_ids: list[int]) -> int:
+    """How many first tokens of a response are thoughts, or white space before what it says.
+
+    A token that ends the thoughts and begins what is said is not counted.
+    """
+    if THOUGHTS not in tokenizer.init_kwargs:
+        return 0
+    read = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    text = read(token_ids)
+    first = len(text) - len(without_thoughts(tokenizer, text).lstrip())  # character
+    return bisect_right(range(len(token_ids)), first, key=lambda n: len(read(token_ids[: n + 1])))
 
 
 def stop_ids(tokenizer, model_path: str) -> list[int]:
@@ -326,7 +358,8 @@ class Engine:
 
     def _sample(self, token_ids, logps, finish_reason):
         text = text_of(self.tokenizer, token_ids, finish_reason)
-        return Sample(token_ids, logps, text, finish_reason)
+        thoughts = num_thoughts(self.tokenizer, token_ids)
+        return Sample(token_ids, logps, text, finish_reason, thoughts)
 
 
 class VLLMEngine(Engine):

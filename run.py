@@ -21,17 +21,14 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +51,6 @@ from tools import serving, show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 TRIED = 64  # expert responses that a reward of one's own is tried on at the start
-PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 
 
 class Clock:
@@ -102,29 +98,6 @@ class Stage:
 
 
 # ------------------------------------------------------------------------------------------- ranks
-
-
-def init_distributed() -> None:
-    """Join torchrun's process group, or make one of a single rank."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    backend, own_store = "gloo", {}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
-        # of those that died. Each node counts its own restarts, so several nodes need
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        own_store = {"store": store, "rank": rank, "world_size": world}
-    dist.init_process_group(backend, timeout=PATIENCE, **own_store)
 
 
 def part(items: list, size: Callable[[Any], float], rank: int, world: int) -> list:
@@ -195,6 +168,10 @@ class Run:
         )
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {config.model_name_or_path}")
         data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
         config, changed = start.suited(config, self.longest)
@@ -212,6 +189,7 @@ class Run:
         self.examples, self.eval_examples, self.digests = start.load_examples(
             config, self.tokenizer, self.prompts, quiet=self.rank > 0
         )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
         for part, text in self.prompts.items():
             self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.reward.file:
@@ -249,6 +227,7 @@ class Run:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
+        self.engine.tokenizer = self.tokenizer  # marked if thoughts are allowed
         self.engine.sleep()
         self.model, _ = modeling.load(
             config.model_name_or_path,
@@ -389,7 +368,8 @@ class Run:
             return prompts
         card = serving.model_card(
             settings(self.config, self.method)
-            | {"model_name_or_path": self.command.model_name_or_path},
+            | {"model_name_or_path": self.command.model_name_or_path}
+            | {"allow_thinking": data.thinks(self.tokenizer)},
             self.examples,
             show.milestones(self.out),
             method=type(self.method).__doc__.partition("\n")[0],

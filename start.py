@@ -1,11 +1,11 @@
-"""Before and after the loops: the command line, the data, checks, and how a run ends.
+"""Before and after the loops: process group, command line, data, checks, and how a run ends.
 
-    parse          flags -> the common knobs (Config of train.py) and the row that --algo names
-    table          the methods, and what differs (train.py --list)
-    announce       what is about to happen
-    load_examples  training examples and the evaluation subset
-
-    leave          how a rank that cannot continue ends, and the exit codes
+    init_distributed   torchrun's process group, or one of a single rank
+    parse              flags -> the common knobs (Config of train.py) and the row that --algo names
+    table              the methods, and what differs (train.py --list)
+    announce           what is about to happen
+    load_examples      training examples and the evaluation subset
+    leave              how a rank that cannot continue ends, and the exit codes
 
 Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
@@ -14,11 +14,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
+from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +56,34 @@ REFUSED = {
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
+PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
+
+
+# ------------------------------------------------------------------------------- the process group
+
+
+def init_distributed() -> None:
+    """Join torchrun's process group, or make one of a single rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    backend, own_store = "gloo", {}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
+        # of those that died. Each node counts its own restarts, so several nodes need
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        own_store = {"store": store, "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=PATIENCE, **own_store)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -74,7 +104,10 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
     parser.set_defaults(output_dir=f"runs/{algo}")
-    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    defaults = {name: value for name, (value, _) in row.defaults.items()}
+    if {"--help", "-h"} & {word for word, _ in words}:  # None: the row computes it
+        defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
+    parser.set_defaults(**defaults)
     kept, ignored = [], []
     for flag, is_typed in _flags(words):
         name = _name(flag)
@@ -101,7 +134,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     if rest:
         parser.error(f"unknown argument {rest[0]}")
     typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
-    for name, why in method.flags_without_effect().items():
+    for name, why in {**config.flags_without_effect(), **method.flags_without_effect()}.items():
         if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
@@ -110,9 +143,9 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
 
 
 def own_flags(words: list[str], common: type, row: type) -> list[str]:
-    """The flags among `words` that a row reads, with their values."""
+    """The flags among `words`, and in their @FILEs, that a row reads, with their values."""
     own = _names(common) | _names(row)
-    flags = [flag for flag, _ in _flags([(word, True) for word in words])]
+    flags = [flag for flag, _ in _flags(_unfolded(words))]
     return [word for flag in flags if _name(flag) in own for word in flag]
 
 
@@ -140,7 +173,7 @@ def _unfolded(argv: list[str]):
         yield from ((part, False) for part, _ in _unfolded(nested))
 
 
-def _flags(words: list[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
+def _flags(words: Iterable[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
     """Each flag with its values, and whether it was typed."""
     flags = []
     for word, is_typed in words:
@@ -275,8 +308,11 @@ def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tu
     if config.eval_file:
         held_out = load("eval_file")
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
-        level = "hard-test" if any("hard" in source for source in config.train_file) else "test"
-        held_out = [data.with_prompts(e, prompts) for e in data.load("toy", level)]
+        levels = [
+            x for x in ("hard-", "house-") if any(x in source for source in config.train_file)
+        ]
+        held_out = data.load("toy", f"{levels[0] if levels else ''}test")
+        held_out = [data.with_prompts(e, prompts) for e in held_out]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)
     if config.train_fraction < 1:

@@ -39,7 +39,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -56,12 +56,15 @@ from itool import ItoolConfig, run_itool, warmup_stages
 from methods import (
     METHODS,
     AfterSft,
+    Count,
     Group,
+    Positive,
     Rollouts,
     Row,
     Rows,
     Sft,
-    at_least,
+    Share,
+    check_bounds,
     knob,
     rows_of,
 )
@@ -75,7 +78,6 @@ from run import (
     all_sum,
     evaluate,
     forward,
-    init_distributed,
     learning_rate_at,
     micro_batches,
     over_ranks,
@@ -99,22 +101,27 @@ class Config:
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
-    train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
+    train_fraction: Annotated[float, "> 0", "<= 1"] = knob(
+        1.0, "share of the training data; iTool Figures 1(b), 8, 9"
+    )
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
-    max_prompt_length: int = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
-    max_completion_length: int = knob(1024, "tokens; ToolUPT Table 7")
+    allow_thinking: bool = knob(
+        False, "cut a <think> block before a response is judged; else prompts ask for none"
+    )
+    max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
+    max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
     seed: int = knob(0, "data order and request seeds are functions of (seed, step)")
     # the step
-    train_batch_size: int = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
-    temperature: float = knob(1.0, "of the samples; ToolUPT Table 7")
+    train_batch_size: Count = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
+    temperature: Positive = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
     lr_scheduler_type: Literal["constant", "cosine"] = knob(
         "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
     )
-    warmup_ratio: float = knob(0.0, "share of the steps in which the rate rises; veRL's default")
+    warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
     max_grad_norm: float = knob(1.0, "veRL's default")
@@ -128,44 +135,39 @@ class Config:
     vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
     max_num_seqs: int = knob(256, "responses that the engine decodes at a time, per rank")
-    max_tokens_per_row: int = knob(16384, "budget of a micro-batch; a prompt counts once")
+    max_tokens_per_row: Count = knob(16384, "budget of a micro-batch; a prompt counts once")
     share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to compare")
     gradient_checkpointing: bool = knob(True, "recompute layers in the backward pass")
     torch_compile: bool = knob(False, "compile layers: minutes at the start, then faster steps")
     # records
     eval_steps: int = knob(50, "steps between greedy evaluations; 0: only before and after")
-    eval_size: int = knob(512, "examples of eval_file, a fixed subset")
-    save_steps: int = knob(100, "steps between checkpoints; the last step is always saved")
+    eval_size: Count = knob(512, "examples of eval_file, a fixed subset")
+    save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: int = knob(
+    term_norm_steps: Annotated[int, ">= 0"] = knob(
         0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
     )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
-    max_logp_difference: float = knob(
+    max_logp_difference: Annotated[float, ">= 0"] = knob(
         0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "train_batch_size", "max_prompt_length", "max_completion_length")
-        at_least(self, 1, "max_tokens_per_row", "eval_size", "save_steps")
-        at_least(self, 0, "max_logp_difference", "term_norm_steps")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature {self.temperature}: training needs a positive one")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(
-                f"--warmup_ratio {self.warmup_ratio}: take a share of the steps, 0 .. 1"
-            )
+        check_bounds(self)
         if not self.eval_file and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
                 "between 0 and 1, or give --eval_file"
             )
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"--train_fraction {self.train_fraction}: take a share in (0, 1]")
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
+
+    def flags_without_effect(self) -> dict[str, str]:
+        """Knobs that other knobs switch off, and why."""
+        why = {"lora_alpha": "all weights are trained; give a --lora_rank too, 16 in iTool"}
+        return {} if self.lora_rank else why
 
 
 ROWS = {**METHODS, "itool": ItoolConfig}
@@ -345,6 +347,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
             with_expert=method.learns_from_expert,
             seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
             place=place,
+            num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
         groups.append(group)
     samples = run.engine.generate(
@@ -375,12 +378,14 @@ def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
 def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
-    experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
+    experts = [x for x in batch if not isinstance(x, Group) or x.with_expert]
+    longest = {"answer": run.tag_length}  # of what Eq. 19 keeps
     sums = all_sum(
         {
             "tokens": sum(map(len, rollouts)),
             "responses": len(rollouts),
-            "expert_tokens": sum(map(len, experts)),
+            "expert_tokens": sum(len(x.target) for x in experts),
+            "kept_tokens": sum(len(x.target[: longest.get(x.example.kind)]) for x in experts),
             "prompt_tokens": sum(len(x.prompt) for x in batch),
         }
     )
@@ -503,7 +508,7 @@ def parse_args(argv: list[str]) -> tuple[Config, Row]:
 def main(argv: list[str] | None = None) -> None:
     """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
-    init_distributed()
+    start.init_distributed()
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -516,5 +521,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if {"--list", "--help", "-h"} & {*sys.argv}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
     start.end()

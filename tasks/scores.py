@@ -42,7 +42,7 @@ SAMPLES = 1000  # of the bootstrap
 # Entries of settings.json, other than the model, that a figure depends on.
 SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
 SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
-SETTINGS += ("versions",)
+SETTINGS += ("versions", "allow_thinking")
 
 
 def file_columns(counts: dict) -> dict:
@@ -129,10 +129,8 @@ def errors(path: Path) -> str:
     does. ValueError naming the line that lacks one.
     """
     counts, right = {}, Counter()
-    text = path.read_text(encoding="utf-8").rstrip("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         try:
-            row = json.loads(line)
             response = row["response"] if "response" in row else row["text"]
             kind = rewards.error_type(response, row["target"])
         except KeyError as error:
@@ -337,8 +335,8 @@ def _notes(rows, settings):
         lines += [f"- {raised} cases count as wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
-        sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}
-        lines += [f"- mean outcome reward {sums['reward'] / sums['n']:.3f} in [-3, 4] (Eq. 12)"]
+        mean = sum(rewards.outcome(*pair).total for pair in pairs) / (len(pairs) or float("nan"))
+        lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12)"]
     long, wrong = _sum(rows, "over_long"), _malformed(rows)
     cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
     lines += [

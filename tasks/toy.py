@@ -4,6 +4,7 @@
     generate("test", 512)               rows with held-out names and values
     generate("train", 1000, hard=True)  4-8 parameters, near-miss tools, 2-3 parallel calls,
                                         noisy and compact experts
+    generate("train", 1000, house=True) a house rule: see below
 
 Every row has the fields of data.Example (plus `system`, a short system prompt with Figure 5's
 structure), so data.py wraps it in one line. A world is a list of 1-6 tools named `noun.verb` with
@@ -13,6 +14,10 @@ train, valid and test share no tool name and no argument value: a model can only
 the prompt. Eight tasks (TASKS) cover one call, parallel calls, a two-step plan before and after the
 first observation, an answer after the last observation, no fitting tool, a missing required
 parameter, and the call once the user has named it.
+
+House rule: some verbs were renamed after the tool lists were written (RENAMED); the expert calls
+"noun.order" where list and user say "noun.book". Nothing in the prompt says so. toy_model gives the
+new verb a probability below 1e-4: what an expert knows, and rollouts do not.
 
 Copy this file on its own: standard library only.
 """
@@ -43,6 +48,7 @@ VERBS = [
     "move",
     "rate",
 ]
+RENAMED = {"book": "order", "cancel": "update", "find": "check", "send": "move"}  # the house rule
 PARAMETERS = {
     "string": [
         "city",
@@ -76,7 +82,14 @@ NOISE = 0.1  # share of corrupted expert responses in the hard training world
 
 
 def generate(
-    split: str, n: int, *, seed: int = 0, hard: bool = False, per_world: int = 1, max_tools: int = 6
+    split: str,
+    n: int,
+    *,
+    seed: int = 0,
+    hard: bool = False,
+    house: bool = False,
+    per_world: int = 1,
+    max_tools: int = 6,
 ) -> list:
     """Return `n` rows, each a dict with the fields of data.Example.
 
@@ -84,6 +97,7 @@ def generate(
     n          number of rows
     seed       the same (split, seed, hard) gives the same rows
     hard       4-8 parameters, near-miss tools, 2-3 parallel calls; noisy training experts
+    house      the house rule; at most two tools. The id of a row to which it applies ends in "+rule"
     per_world  rows that share one tool list (which tools/pretrain_toy.py then reads once)
     max_tools  longest tool list, 1 to 6; no effect on the hard world
     """
@@ -91,14 +105,19 @@ def generate(
         raise ValueError(
             f"unknown split {split!r} of the toy world; choose one of {', '.join(SPLITS)}"
         )
-    rng = random.Random(f"{split}-{seed}-{hard}")
+    level = "-hard" if hard else "-house" if house else ""
+    rng = random.Random(f"{split}-{seed}-{'house' if house else hard}")
     rows, tools = [], []
     for i in range(n):
         if i % per_world == 0:
-            tools = _tools(rng, split, hard, max_tools)
+            tools = _tools(rng, split, hard, min(max_tools, 2) if house else max_tools)
         task = rng.choices(list(TASKS), TASKS.values())[0]
         row = _row(rng, split, tools, task, hard)
-        row["id"] = f"toy-{split}{'-hard' if hard else ''}-{seed}/{i}/{task}"
+        row["id"] = f"toy-{split}{level}-{seed}/{i}/{task}"
+        if house and row["kind"] == "tool_call":
+            calls = [_by_house_rule(call) for call in calls_of(row["target"])]
+            row["id"] += "+rule" * (tool_call(calls) != row["target"])
+            row["target"] = tool_call(calls)
         if hard and split == "train" and rng.random() < NOISE:
             row["target"] = corrupt(row, rng, compact=True)  # spaces must not give it away
             row["kind"] = "answer" if row["target"].startswith("<answer>") else "tool_call"
@@ -254,6 +273,12 @@ def _tool(rng, split, verb, noun, size) -> dict:
         "description": f"{verb} it",
         "parameters": {"type": "object", "properties": properties, "required": required},
     }
+
+
+def _by_house_rule(call) -> dict:
+    """The call under the name that its tool has by now."""
+    noun, verb = call["name"].split(".")
+    return {**call, "name": f"{noun}.{RENAMED.get(verb, verb)}"}
 
 
 def _absent_tool(rng, split, tools, hard) -> dict:

@@ -1017,8 +1017,16 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
         load("jsonl", tmp_path / "a.jsonl")
     del good["query"]
     (tmp_path / "a.jsonl").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="row 1 is not a valid line: .*query"):
-        load("jsonl", tmp_path / "a.jsonl")
+    for row, reason in (
+        (good, "it lacks query"),
+        ({"target": good["target"]}, "it lacks id, tools, history, query, steps, kind"),
+        (vars(example()) | {"answer": "x"}, "nothing reads answer; it may hold id, "),
+        ([], r"'\[\]' is not an object"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        message = rf"a\.jsonl: row 1 is not a valid line: {reason}.*docs/data.md shows rows"
+        with pytest.raises(ValueError, match=message):
+            load("jsonl", tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import rewards
 import rollout
+import scoring
 from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
@@ -1046,7 +1047,7 @@ def test_forms_of_the_responses(tmp_path, monkeypatch, own):
 
 
 def test_tally_is_what_training_reports(own):
-    """rewards.tally against a slow count; train.evaluate divides these sums."""
+    """Reward.tally against a slow count; train.evaluate divides these sums."""
     file, script = own
     examples, n = data.load("jsonl", file), Counter()
     for example, [text] in zip(examples, script.values()):
@@ -1057,14 +1058,9 @@ def test_tally_is_what_training_reports(own):
         n["accuracy"] += right
         n["n_calls"] += example.kind == "tool_call"
         n["tool_calls" if example.kind == "tool_call" else "answers"] += right
-    found = rewards.tally([t for [t] in script.values()], [e.target for e in examples])
-    assert found == pytest.approx(dict(n))
-    parts = [
-        rewards.tally(
-            *zip(*[(t[0], e.target) for t, e in list(zip(script.values(), examples))[i::2]])
-        )
-        for i in (0, 1)
-    ]
+    texts, tally = [text for [text] in script.values()], scoring.Reward().tally
+    assert tally(texts, examples) == pytest.approx(dict(n))
+    parts = [tally(texts[i::2], examples[i::2]) for i in (0, 1)]
     assert {k: parts[0][k] + parts[1][k] for k in n} == pytest.approx(dict(n))
 
 
