@@ -7,7 +7,8 @@
 One warm-up and one base SFT per model serve all objects: their runs start from the checkpoint-best
 of `itool/warmup` or `sft`. Numbers in brackets are the paper's. Its figures print none, so pictures
 have ours alone. The paper does not say which settings a preference loss was selected by; here it is
-accuracy on the held-out examples, and BFCL only measures. Its shares of the training data are ours.
+accuracy on the held-out examples, and BFCL only measures. So is checkpoint-best: where no iteration
+raises that accuracy, iTool's row is the warm-up's. Its shares of the training data are ours.
 
 Where the paper contradicts itself (tests/test_paper_itool.py repeats the arithmetic):
 - An overall is the mean of Non-live, Live and Multi-turn in 23 of Table 1's 27 rows. It is not for

@@ -252,9 +252,7 @@ def test_cells_of_tables_1_3_5_and_8(tmp_path):
     line = f"| xLAM | {pair[0]:.2f} (42.74) | {pair[1]:.2f} (48.47) | {pair[1] - pair[0]:+.2f} (+5.73) |"
     assert line in texts[5]
     assert f"| iTool | {llama(8, 'itool')['live_v3']:.2f} (78.29) |" in texts[8]
-    assert (
-        "| 4.50 (28.00) | warm-up 1.50, search 2.00, preference update 1.00 |" in texts[8]
-    )
+    assert "| 4.50 (28.00) | warm-up 1.50, search 2.00, preference update 1.00 |" in texts[8]
     assert "| Base Model |" in texts[8] and "| 0.00 (0.00) |" in texts[8]
 
 
@@ -283,7 +281,17 @@ def test_a_run_that_is_missing_leaves_a_dash(tmp_path):
 @pytest.mark.long
 def test_figure_5_of_the_toy_world(tmp_path):
     """From the command to the picture: the warm-up's stages are kept, evaluated and tabulated."""
-    command = ["bench/paper.py", "itool-figure5", "--toy", "--out", tmp_path, "--jobs", 2]
+    (tmp_path / "short.args").write_text(
+        "@recipes/paper-itool-toy.args\n--train_fraction 0.08 --iterations 1\n"
+    )
+    command = [
+        "bench/paper.py",
+        "itool-figure5",
+        f"@{tmp_path}/short.args",
+        "--toy",
+        "--out",
+        tmp_path,
+    ]
     done = launch(*command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (tmp_path / "itool-figure5.md").read_text().splitlines()
