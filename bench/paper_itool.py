@@ -1,14 +1,15 @@
 """iTool's tables and figures, for bench/paper.py: what each needs, and how it looks.
 
-    python bench/paper.py table3 figure5 @recipes/itool-llama3.1-8b.args
-    python bench/paper.py figure9 @recipes/itool-llama3.2-3b.args @recipes/itool-llama3.1-8b.args ...
-    python bench/paper.py --paper itool figure7 --toy
+    python bench/paper.py itool-table3 itool-figure5
+    python bench/paper.py itool-figure9 @recipes/itool-llama3.2-3b.args @recipes/MINE.args
+    python bench/paper.py itool-figure7 --toy
 
 One warm-up and one base SFT per model serve all objects: their runs start from the checkpoint-best
-of `itool/warmup` or `sft`. Numbers in brackets are the paper's. Its figures print none, so pictures
-have ours alone. The paper does not say which settings a preference loss was selected by; here it is
-accuracy on the held-out examples, and BFCL only measures. So is checkpoint-best: where no iteration
-raises that accuracy, iTool's row is the warm-up's. Its shares of the training data are ours.
+of `itool/warmup` or `base_sft`. Numbers in brackets are the paper's. Its figures print none, so
+pictures have ours alone. The paper does not say which settings a preference loss was selected by;
+here it is accuracy on the held-out examples, and BFCL only measures. checkpoint-best is chosen by
+it as well: where no iteration raises it, iTool's row is the warm-up's. Shares of the training data
+are ours.
 
 Where the paper contradicts itself (tests/test_paper_itool.py repeats the arithmetic):
 - An overall is the mean of Non-live, Live and Multi-turn in 23 of Table 1's 27 rows. It is not for
@@ -44,7 +45,7 @@ COLUMNS = {
 TOY_COLUMNS = {"Overall": "accuracy", "Calls": "tool_call", "Answers": "answer"}
 KEY = ("Overall", "Live", "Multi-turn")  # of the figures
 
-# ------------------------------------------------------------------------------- the paper's numbers
+# ------------------------------------------------------------------------------ the paper's numbers
 
 LEADERBOARD = """
 63.26 iTool-8B (FC) 88.82 78.29 23.84 84.90 80.72
