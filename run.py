@@ -221,7 +221,8 @@ class Run:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
-        self.engine.tokenizer = self.tokenizer  # marked if thoughts are allowed
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
         self.engine.sleep()
         self.model, _ = modeling.load(
             config.model_name_or_path,

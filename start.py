@@ -46,14 +46,6 @@ PROGRAM = {
 }
 
 
-# keys of config.json that change log-probs in ways that neither packing.py nor all engines follow
-REFUSED = {
-    "attn_logit_softcapping": "caps its attention scores",
-    "final_logit_softcapping": "caps its logits",
-    "logits_scaling": "scales its logits",
-    "logit_scale": "scales its logits",
-    "lm_head_multiplier": "scales its logits",
-}
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
@@ -319,15 +311,23 @@ def suited(config, longest: int) -> tuple[Any, str]:
     ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
     """
     name = config.model_name_or_path
-    model = AutoConfig.from_pretrained(
-        name, trust_remote_code=config.trust_remote_code
-    ).get_text_config()
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    model = whole.get_text_config()
     get = lambda key: getattr(model, key, None)
-    for key, what in REFUSED.items():
-        if get(key) not in (None, 1.0, False):
-            raise ValueError(f"{name} {what} ({key}), which is not supported: choose another model")
+    if model is not whole:
+        raise ValueError(
+            f"{name} ({whole.model_type}) reads more than text: save its language model alone, as "
+            "docs/models.md shows, and train that"
+        )
     on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
-    if on_cpu and any((get(key) or 0) > 1 for key in EXPERTS):
+    experts = any((get(key) or 0) > 1 for key in EXPERTS)
+    mixer = any(key.startswith("mamba_") for key in vars(model))
+    if config.lora_rank and (experts or mixer):
+        raise ValueError(
+            f"{name} has {'experts' if experts else 'a mixer'}, which adapters do not reach: train "
+            "all weights (drop --lora_rank), or choose another model"
+        )
+    if experts and on_cpu:
         raise ValueError(
             f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of "
             "experts: take --engine transformers"
@@ -349,8 +349,12 @@ def suited(config, longest: int) -> tuple[Any, str]:
         window = get(key)
         if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
             reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
-    if kinds - ATTENTION or any(key.startswith("mamba_") for key in vars(model)):
+    if kinds - ATTENTION or mixer:
         reasons.append("layers without attention")
+        if on_cpu:
+            raise ValueError(
+                f"{name} has {reasons[-1]}, which no engine reads on a CPU: take a GPU"
+            )
     if "gpt_oss" in model.model_type:
         reasons.append("attention sinks")
     if reasons and config.engine == "transformers":
@@ -399,7 +403,8 @@ def longest(config, method, tokenizer) -> int:
     question = method.question_length(tokenizer, config.max_completion_length)
     room = AutoConfig.from_pretrained(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    ).max_position_embeddings
+    )
+    room = room.get_text_config().max_position_embeddings
     if max(wanted, question) > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "

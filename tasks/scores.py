@@ -120,7 +120,7 @@ def compare(outs: list[Path]) -> str:
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
     for name in SETTINGS:
-        if len({str(s.get(name)) for s in settings}) > 1:
+        if len({str(s.get(name) or None) for s in settings}) > 1:
             lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
     targets = [{row["id"]: row.get("target") for row in rows} for rows in results]
     other = sorted(i for i in common if any(t[i] != targets[0][i] for t in targets))
