@@ -205,13 +205,14 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
           of "hammer"
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
-    examples, drops = load_with_drops(name, path, seed=seed)
-    listing = _listing(drops)
+    loaded = _load(name, path, seed)
+    _refuse_lost_calls(loaded)
+    examples, listing = loaded.examples, _listing(loaded.drops)
     if not examples:
         form = f" as {name!r}" if name else ""
         remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
         raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
-    if drops:
+    if listing:
         count = f"{len(examples)} examples"
         print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
     return examples
@@ -223,15 +224,6 @@ def load_source(source: str, *, seed: int = 0) -> list[Example]:
     "toy", "toy:hard-train", "bfcl_half:test", "my_chats.jsonl", "xlam:xlam_function_calling_60k.json@10000"
     """
     return load(*_named(source), seed=seed)
-
-
-def load_with_drops(
-    name: str | None, path: str | Path | None = None, *, seed: int = 0
-) -> tuple[list[Example], Counter]:
-    """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
-    loaded = _load(name, path, seed)
-    _refuse_lost_calls(loaded)
-    return loaded.examples, loaded.drops
 
 
 def read_rows(path: str | Path, expected: str | None = None) -> list:

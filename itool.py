@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -67,10 +67,10 @@ import mcts
 import model as modeling
 import rewards
 import simpo
-from checkpoint import write
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
-from methods import Defaults, Row, at_least, knob
+from methods import Count, Defaults, Fraction, Positive, Row, Several, knob
+from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Clock,
@@ -133,23 +133,23 @@ class ItoolConfig(Row):
     warmup_learning_rates: list[float] = knob(
         [5e-5, 2e-5, 1e-5], "easy (and base SFT), medium, hard; Table 6"
     )
-    warmup_epochs: int = knob(3, "per stage; Table 6")
+    warmup_epochs: Count = knob(3, "per stage; Table 6")
     # the replay buffer
-    iterations: int = knob(3, "Figure 7: best at about three")
-    pool_fraction: float = knob(0.5, "random share of the training examples; section 4.1")
-    buffer_fraction: float = knob(0.1, "of the pool, of highest perplexity; section 3.2")
+    iterations: Count = knob(3, "Figure 7: best at about three")
+    pool_fraction: Fraction = knob(0.5, "random share of the training examples; section 4.1")
+    buffer_fraction: Fraction = knob(0.1, "of the pool, of highest perplexity; section 3.2")
     buffer_rank: Literal["stratified", "global"] = knob(
         "stratified", "calls and answers are ranked apart; global: together"
     )
     # the search
     mcts: bool = knob(True, "--no_mcts: best and worst of four samples, no search (Figure 6)")
     mcts_depth: int = knob(3, "fragments per path, the last one free; Table 7")
-    mcts_width: int = knob(3, "children per node; Table 7")
+    mcts_width: Several = knob(3, "children per node, of which a pair takes two; Table 7")
     mcts_simulation: int = knob(2, "roll-out steps after an expansion; Table 7")
-    mcts_iterations: int = knob(5, "select-expand-backup rounds per tree; Table 7")
+    mcts_iterations: Count = knob(5, "select-expand-backup rounds per tree; Table 7")
     mcts_c: float = knob(1.0, "exploration; Table 7")
     mcts_discount: float = knob(1.0, "gamma of Eq. 9; Xie et al.: the paper gives no value")
-    top_p: float = knob(1.0, "of the search's samples")
+    top_p: Fraction = knob(1.0, "of the search's samples")
     self_evaluation: Literal["paper", "cache", "none"] = knob(
         "paper", "Table 10; cache: its fixed text first, cheaper; none: outcome only"
     )
@@ -157,16 +157,18 @@ class ItoolConfig(Row):
     max_similarity: float = knob(0.95, "Appendix B.1, as the next two")
     min_gap: float = knob(0.1, "between the values of a pair")
     min_q: float = knob(0.3, "of the chosen step")
-    held_out_pairs: float = knob(0.1, "share of trees whose pairs are only measured; ours")
+    held_out_pairs: Annotated[float, ">= 0", "< 1"] = knob(
+        0.1, "share of trees whose pairs are only measured; ours"
+    )
     # preference optimisation
     preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
-    preference_epochs: int = knob(2, "per iteration; Table 6")
-    simpo_beta: float = knob(2.5, "Table 9, as the next five")
+    preference_epochs: Count = knob(2, "per iteration; Table 6")
+    simpo_beta: Positive = knob(2.5, "Table 9, as the next five")
     simpo_margin: float = knob(0.5, "gamma of Eq. 11, nats")
-    dpo_beta: float = knob(0.1, "scale of the log-ratios")
-    ipo_tau: float = knob(0.1, "the gap is pulled to 1/(2 tau) nats")
+    dpo_beta: Positive = knob(0.1, "scale of the log-ratios")
+    ipo_tau: Positive = knob(0.1, "the gap is pulled to 1/(2 tau) nats")
     ipo_mean: bool = knob(False, "mean over tokens, as in TRL; Table 9 prints sums")
-    orpo_lam: float = knob(0.1, "weight of the odds-ratio term")
+    orpo_lam: Positive = knob(0.1, "weight of the odds-ratio term")
 
     @property
     def learning_rate(self) -> float:
@@ -182,17 +184,7 @@ class ItoolConfig(Row):
         return SearchConfig(**limits, **pairs)
 
     def check(self, config: Any) -> None:
-        for name in ("pool_fraction", "buffer_fraction", "top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: take a share above 0, at most 1")
-        at_least(self, 1, "iterations", "preference_epochs", "warmup_epochs", "mcts_iterations")
-        if not 0 <= self.held_out_pairs < 1:
-            raise ValueError(f"--held_out_pairs {self.held_out_pairs}: take a share, 0 .. below 1")
-        for name in ("simpo_beta", "dpo_beta", "ipo_tau", "orpo_lam"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be positive")
-        if self.mcts_width < 2:
-            raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
+        super().check(config)
         assert self.search_config  # rejects depths and roll-outs that are too small
         one = self.split == "none" or not self.warmup
         if len(self.warmup_learning_rates) not in ((1, 3) if one else (3,)):
@@ -930,7 +922,7 @@ def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
     if run.rank == 0:
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        run.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
+        run.records.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
         rows = [pair.row for pair in pairs]
         for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
             with open(run.out / name, "a") as file:

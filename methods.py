@@ -57,6 +57,7 @@ class Group:
     bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
     expert_outcome: Any = None  # the same of the expert response
     rewards: list[float] = field(default_factory=list)  # K, what the advantages are made of
+    matched: Tensor | None = None  # (K, T) bool, tokens of `said` that are the expert's, if known
     token_rewards: Tensor | None = None  # (K, T), rows with token rewards only
     advantages: Tensor | None = None  # (K, T), or (K + 1, T) where the expert is in the group
     logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
@@ -128,6 +129,7 @@ Count = Annotated[int, ">= 1"]
 Several = Annotated[int, ">= 2"]
 Positive = Annotated[float, "> 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
 
 
 def check_bounds(knobs: Any) -> None:
@@ -137,13 +139,6 @@ def check_bounds(knobs: Any) -> None:
         for sign, limit in map(str.split, bounds):
             if not OPERATORS[sign](value, float(limit)):
                 raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
-
-
-def at_least(knobs: Any, least: float, *names: str) -> None:
-    """ValueError naming the first of these knobs that is below `least`."""
-    for name in names:
-        if getattr(knobs, name) < least:
-            raise ValueError(f"--{name} {getattr(knobs, name)}: must be at least {least}")
 
 
 class Row:
@@ -360,7 +355,8 @@ class FgDapoStar(DapoStar):
         matched = torch.zeros_like(mask)
         # answers have no process rewards: "for tool_call responses"
         if group.example.kind == "tool_call":
-            for k, own in enumerate(matched_tokens(*group.said, self.alignment)):
+            group.matched = matched_tokens(*group.said, self.alignment)
+            for k, own in enumerate(group.matched):
                 first, end = group.samples[k].num_thoughts, len(group.samples[k].token_ids)
                 matched[k, first:end] = own[: end - first]
         lower, upper = group.bounds

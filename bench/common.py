@@ -252,7 +252,7 @@ class Ours:
         self.run.load()
         sync(self.run)
         self.run.save = lambda step: None
-        self.run.log = lambda step, metrics: self.metrics.update(metrics)
+        self.run.records.log = lambda step, metrics: self.metrics.update(metrics)
         train.evaluate = lambda config, run: {}
         self._run_rl = train.run_rl
 

@@ -2,7 +2,6 @@
 
     python bench/gpu.py                                    under eight minutes -> bench/gpu.json
     python bench/gpu.py --shapes 7B --prompts 2048 --ways merged padded        about a minute
-    python bench/gpu.py --check                            each way's attention alone: error, milliseconds
     python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --budget 400 --out /tmp/gpu.json
 
 Needs torch and transformers, no vllm, no download. What a rank of train.py does, without the other ranks: fp32 master
@@ -38,7 +37,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import common
 import torch
 import torch.distributed as dist
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
@@ -331,90 +329,6 @@ def planned(shape: str, tokens: int, bytes_each: int) -> float:
     return found["update_peak"] - found["states"] + bytes_each * sizes["parameters"]
 
 
-# ------------------------------------------------------------------------------------------------- attention by itself
-
-
-def attention_apart(attend, shape: str, device: str) -> list[float]:
-    """Relative errors of a way's attention and of its three gradients against dense attention in float64."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = [packing.pack([0] * P, [[0] * n for n in lengths]) for P, lengths in (
-        (384, (40, 1, 47, 33, 60, 8, 21, 50)), (129, (17, 0, 90)), (64, (9,)),
-    )]  # fmt: skip
-    packed = packing.join(rows)
-    q, k, v, grad, plan, scale = _inputs(packed, shape, device, dtype)
-    q *= 3  # sharp: a key more or less changes the output
-
-    def values(q, k, v, attend):
-        qkv = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*qkv)
-        out.backward(grad.to(out.dtype))
-        return [out.detach(), *(x.grad for x in qkv)]
-
-    mask = packing.attention_mask(packed).to(device)
-
-    def dense(q, k, v):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
-
-    expected = values(q.double(), k.double(), v.double(), dense)
-    found = values(q, k, v, lambda q, k, v: attend(plan, q, k, v, scale))
-    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected)]
-
-
-def masked(plan, q, k, v, scale):
-    """SDPA under the whole mask: what bf16 costs without any trick."""
-    return sdpa(q, k, v, plan.mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]).transpose(1, 2)
-
-
-def attention_seconds(attend, shape: str, prompt: int, args) -> float:
-    """Seconds of one layer's attention, forward and backward, for a row of --budget tokens; mean of 20."""
-    [row] = rows_of("merged", prompt, 1000, 1, args)
-    packed = packing.join([packing.pack(*group) for group in row])
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    q, k, v, grad, plan, scale = _inputs(packed, shape, args.device, dtype)
-    qkv = [x.requires_grad_() for x in (q, k, v)]
-
-    def steps(count):
-        for _ in range(count):
-            torch.autograd.grad(attend(plan, *qkv, scale), qkv, grad)
-
-    steps(3)
-    return seconds_of(lambda: steps(20), args.device) / 20
-
-
-def _inputs(packed, shape, device, dtype):
-    _, width, _, _, heads, kv_heads, _ = SHAPES[shape]
-    L, D = len(packed.input_ids), width // heads
-    torch.manual_seed(0)
-    q, k, v, grad = (  # as they come from the layers: tokens first
-        torch.randn(1, L, H, D).to(device, dtype).transpose(1, 2)
-        for H in (heads, kv_heads, kv_heads, heads)
-    )
-    return q, k, v, grad.transpose(1, 2), packing._Plan(packed, torch.device(device)), D**-0.5
-
-
-def check(args) -> list[dict]:
-    """Each way's attention alone: relative errors, then milliseconds of a layer at each prompt length."""
-    rows = []
-    chosen = {way: ATTEND[way] for way in args.ways if way in ATTEND and way != "kept"}
-    ways = {"masked": masked, **chosen}
-    for shape in args.shapes:
-        for way, attend in ways.items():
-            row = {"shape": shape, "way": way}
-            try:
-                errors = attention_apart(attend, shape, args.device)
-                row |= dict(zip(("out", "dq", "dk", "dv"), errors))
-                row["exact"] = max(errors) < (0.02 if args.device == "cuda" else 1e-5)
-                for prompt in args.prompts if way != "masked" else ():
-                    row[f"ms_{prompt}"] = 1e3 * attention_seconds(attend, shape, prompt, args)
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-            print(row, flush=True)
-            rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = common.parser(__doc__, "gpu.json")
     parser.add_argument("--shapes", nargs="+", default=["7B", "1.5B", "3B"], choices=SHAPES)
@@ -425,9 +339,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3, help="passes that are timed")
     parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist together")
     parser.add_argument("--compile", action="store_true", help="as train.py's --torch_compile")
-    parser.add_argument(
-        "--check", action="store_true", help="attention alone: errors, milliseconds"
-    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=7, help="then nothing new starts")
     args = parser.parse_args()
@@ -437,10 +348,6 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # lengths differ from row to row
     torch.backends.cuda.enable_cudnn_sdp(False)  # as packing.py does
     result = {"machine": common.machine(), "settings": vars(args).copy(), "rows": []}
-    if args.check:
-        result["rows"] = check(args)
-        common.write(args.out, result)
-        return
     backend = "nccl" if args.device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rate = matmul_rate(args.device)

@@ -33,7 +33,7 @@ def steps() -> dict[str, dict]:
 def gpu_rows() -> tuple[list[dict], list[dict]]:
     """The rows of bench/gpu.py's files, the largest model first, and the machines."""
     files = [json.loads(path.read_text()) for path in sorted(common.BENCH.glob("gpu-*.json"))]
-    files = [file for file in files if not file["settings"]["check"]]
+    files = [file for file in files if not file["settings"].get("check")]
     rows = [row for file in files for row in file["rows"] if "seconds" in row]
     for row in rows:
         switches = [name for name in ("compile", "fused_norm") if row.get(name)]

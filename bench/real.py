@@ -26,14 +26,12 @@ its cost alone; the record says who ran when.
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -46,10 +44,12 @@ from statistics import mean, median
 
 import common
 from common import REPO, data
+from paper import Process
 
 import checkpoint
 import metrics
 import model as modeling
+import records
 import start
 import train
 from methods import Rows, Sft
@@ -86,7 +86,7 @@ def common_start(args: argparse.Namespace) -> None:
     for step in range(args.start_steps + 1):
         sync(run)
         row = {"step": step, **sampled(run, probed)}
-        checkpoint.write(rows, row)
+        records.write(rows, row)
         print(row, flush=True)
         if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
             break
@@ -160,7 +160,8 @@ def drive(args: argparse.Namespace) -> None:
                     continue
                 if name.startswith("eval/") and measured >= 2:
                     continue
-                running[name] = Process(args, name, argv)
+                threads = max(1, (os.cpu_count() or 1) // args.jobs)
+                running[name] = Process(argv, log_of(args, name), threads)
                 note(args, "start", name, command=argv, beside=[n for n in running if n != name])
                 last_start = time.time() if name in ARMS else last_start
             if not running and not wanted:
@@ -177,29 +178,6 @@ def drive(args: argparse.Namespace) -> None:
     for name in sorted(failed):
         print(f"{name} failed: the end of its log {log_of(args, name)} says why", file=sys.stderr)
     sys.exit(1 if failed else 0)
-
-
-class Process(subprocess.Popen):
-    """A program of this repository with a log; it gets SIGTERM when the driver ends, however."""
-
-    def __init__(self, args: argparse.Namespace, name: str, argv: list[str]):
-        self.began = time.time()
-        log_of(args, name).parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        die = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        with open(log_of(args, name), "a") as log:
-            super().__init__(
-                [sys.executable, *argv],
-                cwd=REPO,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die if sys.platform == "linux" else None,
-                env={**own, **os.environ},
-            )
-
-    def seconds(self) -> float:
-        return round(time.time() - self.began, 1)
 
 
 def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
@@ -276,7 +254,7 @@ def note(args: argparse.Namespace, event: str, name: str, **more) -> None:
     """A line of OUT/events.jsonl: who ran when, beside whom."""
     with open(args.output_dir / "events.jsonl", "a") as file:
         row = {"time": round(time.time(), 1), "event": event, "name": name, **more}
-        checkpoint.write(file, row)
+        records.write(file, row)
     print(f"{datetime.now():%H:%M:%S} {event} {name} {more.get('code', '')}", flush=True)
 
 
@@ -581,4 +559,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

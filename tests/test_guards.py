@@ -227,10 +227,6 @@ def config_of(family, folder, **changes):
 
 
 REFUSED = [
-    ("gemma2", {}, "caps its attention scores"),
-    ("granite", {"logits_scaling": 8.0}, "scales its logits"),
-    ("cohere", {"logit_scale": 0.0625}, "scales its logits"),
-    ("falcon_h1", {"lm_head_multiplier": 0.5}, "scales its logits"),
     ("qwen3_moe", {"num_experts": 8}, "mixture of experts.*--engine transformers"),
     ("mixtral", {}, "mixture of experts"),
     ("gpt_oss", {}, "mixture of experts"),
@@ -285,8 +281,14 @@ PADDED = [
 
 
 @pytest.mark.parametrize("family, changes, why", PADDED)
-def test_what_no_joined_row_can_hold_takes_the_padded_path(family, changes, why, tmp_path):
+def test_what_no_joined_row_can_hold_takes_the_padded_path(
+    family, changes, why, tmp_path, monkeypatch
+):
     config = config_of(family, tmp_path, **changes)
+    if "without" in why:
+        with pytest.raises(ValueError, match="no engine reads on a CPU"):
+            start.suited(config, 1001)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     changed, said = start.suited(config, 1001)
     assert changed == replace(config, share_prefix=False)
     assert why in said and "--no_share_prefix is taken" in said
@@ -298,7 +300,8 @@ def test_what_no_joined_row_can_hold_takes_the_padded_path(family, changes, why,
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "glm4", "gemma", "phi3", "olmo2", "smollm3", "mistral"]
+    "family",
+    ["llama", "qwen2", "qwen3", "glm4", "gemma", "phi3", "olmo2", "smollm3", "gemma2", "granite"],
 )
 def test_ordinary_families_are_left_alone(family, tmp_path):
     config = config_of(family, tmp_path)

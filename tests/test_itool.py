@@ -704,7 +704,7 @@ def test_a_stage_alone(stage, loop):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--mcts_width", "1"], "a pair compares two steps"),
+        (["--mcts_width", "1"], "--mcts_width 1: must be >= 2"),
         (["--buffer_fraction", "0"], "--buffer_fraction"),
         (["--preference", "ppo"], "--preference: invalid choice: 'ppo'"),
         (["--vllm_tensor_parallel_size", "2"], "each rank searches its own trees"),

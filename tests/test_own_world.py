@@ -22,7 +22,7 @@ import eval as evaluation
 import rewards
 import rollout
 import scoring
-from methods import METHODS, Group
+from methods import METHODS, Chord, Group, Grpo, Srft
 from tools import audit, serving
 from train import score
 
@@ -109,7 +109,7 @@ def test_every_method_sees_the_reward_and_its_bounds(algo, tmp_path):
     totals = [2.5, 1.5, 0.0, -1.0]
     assert [outcome.total for outcome in group.outcomes] == totals
     assert [outcome.right for outcome in group.outcomes] == [True, False, False, False]
-    binary = algo in ("grpo", "dr_grpo", "srft", "chord")
+    binary = isinstance(method, (Chord, Grpo, Srft))
     assert group.rewards == ([1.0, 0.0, 0.0, 0.0] if binary else totals)
     advantages = method.advantages(group)
     assert torch.isfinite(advantages).all()

@@ -410,7 +410,7 @@ def test_graphs_compute_what_plain_steps_compute(folder, model):
         assert sum(errors) / len(errors) < 0.05
 
 
-@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"softcap": 30.0}])
+@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"s_aux": 1.0}])
 def test_attention_that_we_do_not_have_is_an_error(change):
     x = torch.zeros(1, 2, 16, 4)
     with pytest.raises(ValueError, match="--engine vllm"):

@@ -17,8 +17,8 @@ import data
 import model as modeling
 import rollout
 import start
-from checkpoint import checksum, records
 from methods import METHODS, Group, Rollouts
+from records import checksum, lines_of
 from scoring import COPY, Reward
 from train import Config, score
 
@@ -40,8 +40,8 @@ def audit(out: Path) -> str:
     there, now = digests.get("model_name_or_path"), f"prompt {data.template_digest(tokenizer)}"
     if there != now:
         raise ValueError(
-            f"{config.model_name_or_path} writes other prompts than in the run ({there}, now {now}): "
-            "put its chat template and tokenizer back to audit"
+            f"{config.model_name_or_path} writes other prompts than in the run ({there}, now "
+            f"{now}): put its chat template and tokenizer back to audit"
         )
     checked, pending, seen = 0, [], defaultdict(list)
     for number, row in enumerate(data.read_jsonl(out / "rollouts.jsonl"), 1):
@@ -78,7 +78,7 @@ def audit(out: Path) -> str:
 
 
 def _own_reward(config: Config, digests: dict, out: Path) -> tuple[Reward, dict]:
-    """The reward of a run, and the examples by id and target where it is a user's, which reads them."""
+    """The reward of a run, and the examples by id and target where a user's reward reads them."""
     if not config.reward_file:
         return Reward(), {}
     reward = Reward(out / COPY)
@@ -96,7 +96,7 @@ def _own_reward(config: Config, digests: dict, out: Path) -> tuple[Reward, dict]
 
 
 def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict], dict[str, str]]:
-    """A run's settings, its metrics by step, its digests; ValueError where there is nothing to audit."""
+    """A run's settings, its metrics by step, its digests; ValueError if it cannot be audited."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         if not (out / name).exists():
             raise ValueError(
@@ -151,7 +151,7 @@ def _audit_group(
     group.logps = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(r["logps"]) for r in rows], batch_first=True
     )
-    for (number, row), again in zip(lines, records(first["step"], group)):
+    for (number, row), again in zip(lines, lines_of(first["step"], group)):
         for name, value in again.items():
             if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
                 where, there, value = _first_difference(name, row[name], value)
