@@ -63,6 +63,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Self
 
 import numpy
 import torch
@@ -169,7 +170,7 @@ class Bar:
         )  # fmt: skip
         self.start, self.most, self.ended = time.perf_counter(), sum(limits), 0
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:
