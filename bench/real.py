@@ -26,7 +26,6 @@ its cost alone; the record says who ran when.
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
@@ -53,6 +52,7 @@ import model as modeling
 import start
 import train
 from methods import Rows, Sft
+from paper import Process
 from run import Run, add, forward, micro_batches, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
@@ -131,6 +131,7 @@ def drive(args: argparse.Namespace) -> None:
     """Start what can start, `jobs` arms and two measurements at a time, until all is done."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(args.output_dir)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
@@ -160,7 +161,7 @@ def drive(args: argparse.Namespace) -> None:
                     continue
                 if name.startswith("eval/") and measured >= 2:
                     continue
-                running[name] = Process(args, name, argv)
+                running[name] = Process(argv, log_of(args, name), threads)
                 note(args, "start", name, command=argv, beside=[n for n in running if n != name])
                 last_start = time.time() if name in ARMS else last_start
             if not running and not wanted:
@@ -177,29 +178,6 @@ def drive(args: argparse.Namespace) -> None:
     for name in sorted(failed):
         print(f"{name} failed: the end of its log {log_of(args, name)} says why", file=sys.stderr)
     sys.exit(1 if failed else 0)
-
-
-class Process(subprocess.Popen):
-    """A program of this repository with a log; it gets SIGTERM when the driver ends, however."""
-
-    def __init__(self, args: argparse.Namespace, name: str, argv: list[str]):
-        self.began = time.time()
-        log_of(args, name).parent.mkdir(parents=True, exist_ok=True)
-        threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-        own = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        die = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        with open(log_of(args, name), "a") as log:
-            super().__init__(
-                [sys.executable, *argv],
-                cwd=REPO,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                preexec_fn=die if sys.platform == "linux" else None,
-                env={**own, **os.environ},
-            )
-
-    def seconds(self) -> float:
-        return round(time.time() - self.began, 1)
 
 
 def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
