@@ -32,7 +32,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -45,6 +44,7 @@ from statistics import mean, median
 
 import common
 from common import REPO, data
+from paper import Process
 
 import checkpoint
 import metrics
@@ -52,7 +52,6 @@ import model as modeling
 import start
 import train
 from methods import Rows, Sft
-from paper import Process
 from run import Run, add, forward, micro_batches, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
