@@ -34,9 +34,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
@@ -65,11 +66,12 @@ def last(run: Path) -> dict[str, Path]:
 class Run:
     """One training and what of it is evaluated; shared by all objects that name it."""
 
-    name: str  # its folder below the model's; the same name must mean the same fields
+    name: str  # its folder below the model's; runs of a name may differ in checkpoints alone
     flags: tuple[str, ...] | None  # for train.py, after the recipe; None: the model as published
-    toy: tuple[str, ...] = ()  # further ones with --toy
+    toy: tuple[str, ...] | None = ()  # further ones with --toy; None: no such run with it
     evals: tuple[str, ...] = ()  # for eval.py on BFCL, such as --half 0
     checkpoints: Callable[[Path], dict[str, Path]] = last  # finished run's folder -> label: model
+    start: str = ""  # RUN or RUN/STAGE: an earlier run whose checkpoint-best this one starts from
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,12 @@ class Plan:
         import train
 
         self.args, self.path, self.runs, self.settings = args, args.out / "results.jsonl", {}, {}
+        self.views = defaultdict(dict)  # what objects evaluate of a run
         for name in args.objects:
             for at, run in self.runs_of(name):
-                assert self.runs.setdefault(at, run) == run, f"two runs are named {run.name}"
+                self.views[at][run.checkpoints] = None
+                same = replace(self.runs.setdefault(at, run), checkpoints=run.checkpoints)
+                assert same == run, f"two runs are named {run.name}"
         for (recipe, name), run in self.runs.items():
             flags = [f"@{recipe}", *(run.flags or ("--algo", "sft")), *self._toy(run)]
             with redirect_stdout(StringIO()):  # flags of other methods in the recipe
@@ -187,7 +192,7 @@ class Plan:
 
     def runs_of(self, name: str) -> list[tuple[tuple, Run]]:
         """(recipe, name of the run) and run, of an object."""
-        runs = KNOWN[name].runs
+        runs = [run for run in KNOWN[name].runs if not (self.args.toy and run.toy is None)]
         return [((recipe, run.name), run) for recipe in self.recipes(name) for run in runs]
 
     def _toy(self, run: Run) -> tuple:
@@ -201,18 +206,22 @@ class Plan:
 
     def argv(self, at: tuple) -> list[str]:
         """train.py's command line, where a run has one."""
-        run = self.runs[at]
-        return ["train.py", f"@{at[0]}", *(run.flags or ()), *self._toy(run)]
+        run, argv = self.runs[at], ["train.py", f"@{at[0]}"]
+        if run.start:
+            model = self.args.out / self.model(at) / run.start / "checkpoint-best"
+            argv += ["--model_name_or_path", str(model)]
+        return [*argv, *(run.flags or ()), *self._toy(run)]
 
     def ended(self, key: tuple) -> bool:
         return key in self.done and not self.done[key]["error"]
 
-    def checkpoints(self, at: tuple) -> dict[str, Path | str]:
+    def checkpoints(self, at: tuple, views: Iterable[Callable]) -> dict[str, Path | str]:
         """What is to be evaluated of a run, as far as it is known."""
         if self.runs[at].flags is None:
             return {"base": self.settings[at].model_name_or_path}
         trained = self.ended((self.model(at), at[1], None))
-        return self.runs[at].checkpoints(self.folder(at)) if trained else {}
+        found = [view(self.folder(at)) for view in views] if trained else []
+        return {label: path for view in found for label, path in view.items()}
 
     def due(self) -> list[Job]:
         """All that can begin now, evaluations of a run before the next run."""
@@ -220,11 +229,12 @@ class Plan:
         wanted = self.args.only or {name for _, name in self.runs}
         for at, run in [(at, run) for at, run in self.runs.items() if at[1] in wanted]:
             model, folder, settings = self.model(at), self.folder(at), self.settings[at]
-            if run.flags is not None and not self.ended((model, at[1], None)):
+            begins = not run.start or self.ended((model, run.start.split("/")[0], None))
+            if run.flags is not None and begins and not self.ended((model, at[1], None)):
                 argv = [*self.argv(at), "--output_dir", str(folder)]
                 argv += ["--resume_from_checkpoint", "latest"]
                 found.append(Job((model, at[1], None), argv, folder / "log.txt"))
-            for label, checkpoint in self.checkpoints(at).items():
+            for label, checkpoint in self.checkpoints(at, self.views[at]).items():
                 if self.ended((model, at[1], label)):
                     continue
                 out = folder / f"eval-{label}"
@@ -258,9 +268,10 @@ class Plan:
         from tasks import scores
 
         found = []
-        for at, _ in self.runs_of(name):
-            training = self.done.get((self.model(at), at[1], None), {})
-            for label in [*self.checkpoints(at)] or [None]:
+        for at, run in self.runs_of(name):
+            training = self.done.get((self.model(at), at[1], None), {"error": "not run"})
+            labels = [*self.checkpoints(at, [run.checkpoints])]
+            for label in labels or [None] * bool(training["error"]):
                 own = self.done.get((self.model(at), at[1], label), {})
                 out = self.folder(at) / f"eval-{label}"
                 whole = label is not None and own and not own["error"]
@@ -378,7 +389,7 @@ def bars(panels: dict[str, dict[str, tuple]], picture: Path, columns: int = 3) -
         for axis in figure.axes
         for handle, label in zip(*axis.get_legend_handles_labels())
     }
-    figure.legend(found.values(), found, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(found.values(), found, loc="outside upper center", ncols=2, frameon=False)
     figure.supxlabel("percent", fontsize=9)
     figure.savefig(picture, dpi=110)
     plt.close(figure)

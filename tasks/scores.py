@@ -86,19 +86,11 @@ def report(out: Path) -> str:
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
     lines += ["", *_forms(rows)] if settings["format"] == "toolupt" else []
     lines += ["", *_notes(rows, settings)]
-    errors = {
-        k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
-        for k in counts
-    }
-    if settings["bench"] == "bfcl":  # Figure 3's two bars
-        for name, group in (("all non-live", "non_live"), ("all live", "live")):
-            if mine := [k for k in bfcl.GROUPS[group] if k in errors]:
-                errors[name] = sum((errors[k] for k in mine), Counter())
-                counts[name] = [sum(counts[k][i] for k in mine) for i in (0, 1)]
+    errors, accuracies = error_counts(rows)
     lines += ["", "Error types (iTool Figure 3)", "", error_table(errors)]
     text = "\n".join(lines) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
-    picture(errors, out / "report.png", {k: 100 * c / n for k, (c, n) in counts.items()})
+    picture(errors, out / "report.png", accuracies)
     return f"{text}\n{out}/report.md, report.png, results.jsonl"
 
 
@@ -157,6 +149,20 @@ def errors(path: Path) -> str:
     image = picture(counts, path.with_suffix(".errors.png"))
     lines = [f"{k}: {right[k]} of {right[k] + n.total()} without error" for k, n in counts.items()]
     return "\n".join([*lines, "", error_table(counts), "", str(image)])
+
+
+def error_counts(rows: list[dict]) -> tuple[dict[str, Counter], dict[str, float]]:
+    """Error types of the wrong cases and percent of right ones: per category and, as in iTool's
+    Figure 3, of all non-live and all live cases of BFCL."""
+    parts = {category: (category,) for category in _counts(rows)}
+    for name, group in (("all non-live", "non_live"), ("all live", "live")):
+        parts |= {name: bfcl.GROUPS[group]} if parts.keys() & bfcl.GROUPS[group] else {}
+    errors, accuracies = {}, {}
+    for name, categories in parts.items():
+        mine = [row for row in rows if row["category"] in categories]
+        errors[name] = Counter(row["error_class"] for row in mine if not row["correct"])
+        accuracies[name] = 100 * sum(row["correct"] for row in mine) / len(mine)
+    return errors, accuracies
 
 
 def error_table(counts: dict[str, Counter]) -> str:
