@@ -101,7 +101,7 @@ class Object:
               error       last line of a log; None where nothing has failed
               folder      of the run
               evaluation  folder of results.jsonl and report.md
-              seconds     that training took, over all starts; None without
+              seconds     that training took, over the starts whose end the driver saw, or None
     """
 
     what: str  # one line, for --list
@@ -361,11 +361,9 @@ def failures(rows: list[dict]) -> str:
 
 def bars(panels: dict[str, dict[str, tuple]], picture: Path, columns: int = 3) -> None:
     """Draw a panel per title: for each row, ours as a bar, the paper's as a mark (either None)."""
-    import matplotlib
+    from common import pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     columns = min(columns, len(panels))
     high = -(-len(panels) // columns)
     names = list(next(iter(panels.values())))

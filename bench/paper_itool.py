@@ -269,11 +269,9 @@ class Rows:
 
 def curves(path: Path, panels: dict[str, dict[str, list]], x: str, y: str) -> None:
     """Draw a panel per title: label -> points (x, y); points without a value are left out."""
-    import matplotlib
+    from common import pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     size = (4.8 * len(panels), 3.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], panels.items()):

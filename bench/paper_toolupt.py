@@ -233,7 +233,7 @@ def figure4(rows: list[dict], work: Work) -> str:
     [(model, ours)] = overalls(rows, work).items()
     printed = PAPER["Qwen2.5-14B-Instruct"]["toolupt"]["overall_paper"]
     panels = {
-        part: {"ToolUPT": (ours.get("toolupt"), printed), f"w/o {part}": (ours.get(run), paper)}
+        part: {"ToolUPT": (ours.get("toolupt"), printed), "without it": (ours.get(run), paper)}
         for run, (part, paper) in ABLATIONS.items()
     }
     bars(panels, work.picture)

@@ -131,6 +131,7 @@ def drive(args: argparse.Namespace) -> None:
     """Start what can start, `jobs` arms and two measurements at a time, until all is done."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(args.output_dir)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
@@ -160,7 +161,6 @@ def drive(args: argparse.Namespace) -> None:
                     continue
                 if name.startswith("eval/") and measured >= 2:
                     continue
-                threads = max(1, (os.cpu_count() or 1) // args.jobs)
                 running[name] = Process(argv, log_of(args, name), threads)
                 note(args, "start", name, command=argv, beside=[n for n in running if n != name])
                 last_start = time.time() if name in ARMS else last_start

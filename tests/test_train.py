@@ -886,13 +886,6 @@ def test_every_recipe_serves_every_row(name, monkeypatch):
     assert name == "demo" or config.train_file[0].startswith("hermes:")
 
 
-def test_the_script_of_table_1_runs_every_row():
-    script = (frozen.REPO / "recipes/table1.sh").read_text()
-    [rows] = re.findall(r"for algo in ([^;]*);", script)
-    listed = rows.replace("\\", "").split()
-    assert len(listed) == 13 and listed == [name for name in METHODS if name in listed]
-
-
 def broken_folder(tiny, tmp_path, *gone) -> Path:
     folder = tmp_path / "broken"
     shutil.copytree(tiny, folder)
