@@ -519,7 +519,7 @@ def diversity(rows: list[dict], work: Work) -> str:
             values = [search[name] for search in searches]
             label = name.removeprefix("diversity/").replace("_", " ")
             lines.append([label, *(f"{value:.3f}" for value in values)])
-            panels[model][label] = [*zip(numbers, values)]
+            panels[model][label] = [*zip(map(str, numbers), values)]
         parts.append(table([f"{model}, iteration", *numbers], lines))
     curves(work.picture, panels, "iteration", "different / all")
     return "\n\n".join(parts)
