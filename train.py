@@ -224,7 +224,11 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
+            metrics = {
+                **rollout_metrics(groups, "lcs" if method.alignment == "lcs" else "positional"),
+                **stats,
+                **sampling,
+            }
             metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
             metrics |= clock.metrics(read)
@@ -340,6 +344,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
             with_expert=method.learns_from_expert,
             seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
             place=place,
+            tokenizer=run.tokenizer,
         )
         groups.append(group)
     samples = run.engine.generate(
