@@ -47,6 +47,10 @@ ARMS = {  # name -> flags
     "--balance_low 0.97 --balance_high 0.97",
     "gamma 0.97": "--algo toolupt --balance_low 0.97 --balance_high 0.97",
     "phi: weight, gamma 0.97": "--algo toolupt --spo_phi weight --balance_low 0.97 --balance_high 0.97",
+    "the same, denominator: kept": "--algo toolupt --spo_phi none --spo_beta 0.13 "
+    "--balance_low 0.97 --balance_high 0.97 --spo_denominator kept",
+    "the same, no FGAE": "--algo toolupt_no_fgae --spo_phi none --spo_beta 0.13 "
+    "--balance_low 0.97 --balance_high 0.97",
     "beta 0.1": "--algo toolupt --spo_beta 0.1",
     "beta 3": "--algo toolupt --spo_beta 3",
     "denominator: kept": "--algo toolupt --spo_denominator kept",
