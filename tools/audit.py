@@ -137,7 +137,6 @@ def _audit_group(
         max_length=config.max_completion_length,
         with_expert=method.learns_from_expert,
         seed=first["seed"],
-        tokenizer=tokenizer,
     )
     group.samples = [
         rollout.Sample(r["token_ids"], r["sampler_logps"], r["text"], r["finish_reason"])
