@@ -12,12 +12,8 @@ Both folders hold safetensors: nothing is unpickled. All ranks call `save` and `
 import ctypes
 import fcntl
 import gc
-import json
-import os
 import shutil
 import time
-import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,13 +28,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+import data
 import model as modeling
-from methods import Group
 
 MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference", "train_fraction"),
+    *("lora_rank", "split", "preference", "train_fraction", "allow_thinking"),
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
@@ -130,9 +126,9 @@ def load_state(model, optimizer, path: Path) -> None:
     try:
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
     except dcp.CheckpointException as error:
+        cause = str(error).strip().splitlines()[-1]  # below DCP's nested tracebacks
         raise ValueError(
-            f"{path} does not hold the state of this model ({_last_line(error)}): "
-            "choose another checkpoint"
+            f"{path} does not hold the state of this model ({cause}): choose another checkpoint"
         ) from error
     weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     weights |= state["model"]
@@ -166,7 +162,7 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     Returns the other settings that differ from those of the resumed run.
     """
     out, where = Path(settings["output_dir"]), settings["resume_from_checkpoint"]
-    steps, path = saved_steps(out), out / "metrics.jsonl"
+    steps = saved_steps(out)
     if where not in ("", "latest"):
         folder = Path(where)
         if not state_of(folder).is_dir():
@@ -185,10 +181,9 @@ def refuse_earlier_run(settings: dict) -> list[str]:
             f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
             "--resume_from_checkpoint latest; to start over take another folder, or delete this one"
         )
-    if not steps or not path.exists():
+    if not steps:
         return []
-    with open(path) as file:
-        earlier = json.loads(next(file, "{}"))
+    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {})
     changed = {
         name: f"--{name} {earlier[name]} -> {value}"
         for name, value in settings.items()
@@ -205,15 +200,14 @@ def refuse_earlier_run(settings: dict) -> list[str]:
 def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
 
-    digests  flag -> what was read, as in the first line of metrics.jsonl
+    digests  flag -> what was read, as in the first line of metrics.jsonl; of --model_name_or_path
+             what its chat template and tokenizer make of a prompt
     """
-    steps, path = saved_steps(out), out / "metrics.jsonl"
-    if not steps or not path.exists():
+    steps = saved_steps(out)
+    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")
+    if not steps or earlier is None:  # None: of a run before there were any
         return
-    with open(path) as file:
-        earlier = json.loads(next(file, "{}")).get("digests")
-    if earlier is None:  # of a run before there were any
-        return
+    earlier.setdefault("model_name_or_path", digests.get("model_name_or_path"))  # of an older run
     changed = [
         f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
         for name in {**earlier, **digests}
@@ -272,72 +266,6 @@ def check_shared(out: Path) -> None:
             f"--output_dir {out}: {views.count(False)} of {len(views)} ranks do not see the files "
             "of rank 0; choose a folder on a file system that all nodes share"
         )
-
-
-# ------------------------------------------------------------------------------------ .jsonl files
-
-
-def write(file, row: dict) -> None:
-    """Append a row to an open .jsonl file and flush; OSError with path and bytes if the disk is full."""
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    try:
-        file.write(line)
-        file.flush()
-    except OSError as error:
-        size = len(line.encode())
-        raise OSError(f"{file.name}: {size:,} bytes could not be written ({error})") from error
-
-
-def open_records(path: Path, step: int):
-    """Open a .jsonl file for appending, without the lines after `step`: those steps run again."""
-    kept = path.with_name(f".{path.name}.incomplete")
-    with open(kept, "w") as new:
-        if step and path.exists():
-            with open(path) as old:  # a kill may have cut the last line
-                whole = (line for line in old if line.endswith("\n"))
-                new.writelines(line for line in whole if json.loads(line).get("step", 0) <= step)
-        new.flush()
-        os.fsync(new.fileno())
-    kept.rename(path)
-    return open(path, "a")
-
-
-def records(step: int, group: Group) -> list[dict]:
-    """The lines of rollouts.jsonl for one group: everything its responses were trained on."""
-    rounded = lambda values: [round(float(v), 6) for v in values]
-    rows = []
-    for k, (sample, outcome) in enumerate(zip(group.samples, group.outcomes)):
-        n, token_rewards = len(sample.token_ids), group.token_rewards
-        row = {
-            "step": step,
-            "id": group.example.id,
-            "k": k,
-            "seed": group.seed,
-            "kind": group.example.kind,
-            "target": group.example.target,
-            "target_ids": group.target,
-            "text": sample.text,
-            "token_ids": sample.token_ids,
-            "finish_reason": sample.finish_reason,
-            "outcome": asdict(outcome),
-            "reward": group.rewards[k],
-            "token_rewards": None if token_rewards is None else rounded(token_rewards[k, :n]),
-            "advantages": rounded(group.advantages[k, :n]),
-            "sampler_logps": rounded(sample.logps),
-            "logps": rounded(group.logps[k, :n]),
-        }
-        rows.append({**row, "crc32": checksum(row)})
-    return rows
-
-
-def checksum(row: dict) -> int:
-    """CRC-32 of a line of rollouts.jsonl without this field, to detect later changes."""
-    return zlib.crc32(json.dumps({k: v for k, v in row.items() if k != "crc32"}).encode())
-
-
-def _last_line(error: BaseException) -> str:
-    """The cause, which is at the end of DCP's nested tracebacks."""
-    return str(error).strip().splitlines()[-1]
 
 
 def _trim_memory() -> None:

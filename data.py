@@ -39,7 +39,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -148,8 +148,10 @@ SOURCES = {
     "funreason-mt": ("Bingguang/FunReason-MT", "bfcl_multi_turn.json"),
     "hammer": ("MadeAgents/xlam-irrelevance-7.5k", "xlam-7.5k-irrelevancek.json"),
 }
-# How a chat template writes a prompt; reasoning models have it close the block that holds thoughts.
+# How a chat template writes a prompt; reasoning models have it close the block that holds thoughts,
+# unless `allow_thinking`.
 PROMPT = {"add_generation_prompt": True, "enable_thinking": False}
+THOUGHTS = "thought_opening"  # in tokenizer_config.json, as rollout.py reads it
 PLACEHOLDERS = {
     "system": ("__TOOL_DESCS__",),
     "user": ("__HISTORY__", "__QUERY__", "__STEPS__"),
@@ -203,13 +205,14 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
           of "hammer"
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
-    examples, drops = load_with_drops(name, path, seed=seed)
-    listing = _listing(drops)
+    loaded = _load(name, path, seed)
+    _refuse_lost_calls(loaded)
+    examples, listing = loaded.examples, _listing(loaded.drops)
     if not examples:
         form = f" as {name!r}" if name else ""
         remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
         raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
-    if drops:
+    if listing:
         count = f"{len(examples)} examples"
         print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
     return examples
@@ -221,15 +224,6 @@ def load_source(source: str, *, seed: int = 0) -> list[Example]:
     "toy", "toy:hard-train", "bfcl_half:test", "my_chats.jsonl", "xlam:xlam_function_calling_60k.json@10000"
     """
     return load(*_named(source), seed=seed)
-
-
-def load_with_drops(
-    name: str | None, path: str | Path | None = None, *, seed: int = 0
-) -> tuple[list[Example], Counter]:
-    """Return the examples as `load` does, perhaps none, and what was left out, by reason."""
-    loaded = _load(name, path, seed)
-    _refuse_lost_calls(loaded)
-    return loaded.examples, loaded.drops
 
 
 def read_rows(path: str | Path, expected: str | None = None) -> list:
@@ -350,14 +344,14 @@ def render(example: Example, tokenizer) -> list[int]:
     tokenizer  transformers tokenizer; ValueError if it has no chat template
     """
     _check_template(tokenizer)
-    chat = messages(example)
-    return list(tokenizer.apply_chat_template(chat, return_dict=False, **PROMPT))
+    options = PROMPT | {"enable_thinking": thinks(tokenizer)}
+    return list(tokenizer.apply_chat_template(messages(example), return_dict=False, **options))
 
 
 def target_ids(example: Example, tokenizer) -> list[int]:
-    """Return the token ids of the target, then those of `turn_end`."""
+    """Return the token ids of `no_thoughts` and of the target, then those of `turn_end`."""
     ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
-    return [*ids, *turn_end(tokenizer)]
+    return [*no_thoughts(tokenizer), *ids, *turn_end(tokenizer)]
 
 
 def turn_end(tokenizer) -> list[int]:
@@ -401,30 +395,66 @@ def check_turn_end(tokenizer, stop_ids: list[int]) -> None:
         )
 
 
+def allow_thinking(tokenizer) -> None:
+    """Let prompts ask for thoughts, which rollout.text_of then cuts before a response is judged.
+
+    The mark is in tokenizer_config.json wherever the tokenizer is saved, so that evaluation and
+    serving follow it: what the prompt has written of the block, "<think>\\n" say, or "".
+    """
+    tokenizer.init_kwargs[THOUGHTS] = thought_opening(tokenizer, enable_thinking=True)
+
+
+def thinks(tokenizer) -> bool:
+    """Return whether thoughts are allowed."""
+    return THOUGHTS in tokenizer.init_kwargs
+
+
+def thought_opening(tokenizer, *, enable_thinking: bool = False) -> str:
+    """Return the <think> and white space at the end of the prompts that a chat template writes, or ""."""
+    chat, options = [{"role": "user", "content": "Hi."}], {"enable_thinking": enable_thinking}
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, **PROMPT | options)
+    return prompt[prompt.rindex("<think>") :] if prompt.rstrip().endswith("<think>") else ""
+
+
+def no_thoughts(tokenizer) -> list[int]:
+    """Return the ids before an expert response where thoughts are allowed: a block without any.
+
+    As Qwen3 writes it; what the prompt opens is only closed.
+    """
+    if not thinks(tokenizer):
+        return []
+    block = "\n</think>\n\n" if tokenizer.init_kwargs[THOUGHTS] else "<think>\n\n</think>\n\n"
+    return tokenizer(block, add_special_tokens=False)["input_ids"]
+
+
 def check_thinking(tokenizer) -> None:
-    """Raise ValueError where the chat template opens a block of thoughts that a response must close."""
-    chat = [{"role": "user", "content": "Hi."}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, **PROMPT)
-    if prompt.rstrip().endswith("<think>"):
+    """Raise ValueError where prompts open a block of thoughts that are not allowed."""
+    if not thinks(tokenizer) and thought_opening(tokenizer):
         raise ValueError(
             "the chat template opens a <think> block in every prompt and does not know "
             "enable_thinking=False: responses would start inside it, and none would have the form "
-            "that the reward asks for. Copy the model and take <think> out of the generation prompt "
-            "in the copy's chat template, or choose an instruct model"
+            "that the reward asks for. Take --allow_thinking, which cuts thoughts before a response "
+            "is judged, or an instruct model"
         )
+
+
+def template_digest(tokenizer) -> str:
+    """Return a hash of a fixed prompt's token ids: of what chat template and tokenizer do to a prompt."""
+    ids = render(Example("", [], [], "Hi.", [], "", "answer"), tokenizer)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def tag_length(tokenizer) -> int:
     """Return how many first tokens of an answer target hold its tag "<answer>" (Eq. 19).
 
-    The last of them may hold the newline too, for byte-pair encodings merge ">\\n".
+    With `no_thoughts` before it. The last may hold the newline too: byte-pair encodings merge ">\\n".
     """
     count = len(tokenizer("<answer>", add_special_tokens=False)["input_ids"])
     ids = tokenizer("<answer>\nYes.\n</answer>", add_special_tokens=False)["input_ids"]
     kept = tokenizer.decode(ids[:count])
     if not kept.startswith("<answer>"):
         raise ValueError(f"{count} tokens of an answer are {kept!r}, not its tag; other tokenizer?")
-    return count
+    return len(no_thoughts(tokenizer)) + count
 
 
 def fit(
@@ -439,11 +469,12 @@ def fit(
     """
     _check_template(tokenizer)
     kept, drops = [], Counter()
-    room = max_completion_length - len(turn_end(tokenizer))
+    room = max_completion_length - len(no_thoughts(tokenizer)) - len(turn_end(tokenizer))
+    options = PROMPT | {"enable_thinking": thinks(tokenizer)}
     for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
         batch = examples[start : start + 256]
         chats = [messages(example) for example in batch]
-        prompts = tokenizer.apply_chat_template(chats, tokenize=False, **PROMPT)
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
         prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
         targets_fit = _fit([e.target for e in batch], room, tokenizer)
         for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
@@ -936,7 +967,15 @@ def _own(row, number: int) -> Example:
     if isinstance(row, dict) and not row.get("target"):
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
         raise ValueError(f"row {number} has no target, the expert response; {remedy}")
+    remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
+        if type(row) is not dict:
+            raise ValueError(f"{str(row)[:80]!r} is not an object")
+        needed = {field.name: field.default is MISSING for field in fields(Example)}
+        if missing := [name for name in needed if needed[name] and name not in row]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if unknown := [name for name in row if name not in needed]:
+            raise ValueError(f"nothing reads {', '.join(unknown)}; it may hold {', '.join(needed)}")
         pairs = {key: [_pair(key, item) for item in row[key]] for key in ("history", "steps")}
         wrapped = row["tools"] if type(row["tools"]) is list else [None]
         example = Example(**{**row, **pairs, "tools": [bare(tool) for tool in wrapped]})
@@ -959,7 +998,6 @@ def _own(row, number: int) -> Example:
         _hash(row), _num_calls(example)
     except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = error if type(error) in (Drop, ValueError) else f"{type(error).__name__}: {error}"
-        remedy = "docs/data.md shows rows; data.write_jsonl writes them"
         raise ValueError(f"row {number} is not a valid line: {reason}; {remedy}") from None
     return example
 

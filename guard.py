@@ -30,7 +30,7 @@ import rollout
 from run import Run, all_max, sync
 
 PROMPT, RESPONSE = 96, 16  # tokens, at most, of what is read here
-LIMITS = 1e-4, 0.05  # nat on average, of log-probs in float32 and in bfloat16
+LIMITS = 1e-4, 0.05  # nats on average, of log-probs in float32 and in bfloat16
 SHARES = 0.01, 0.5  # of the trainer's move that the engine's may miss, in float32 and otherwise
 BIT = 3  # the perturbation flips the bit of the mantissa of weight 2^-3: 6 to 12 % of each weight
 
@@ -62,7 +62,7 @@ def check_logps(run: Run) -> None:
         apart = float((torch.cat(rows) - plain).abs().mean())
         return all_max(apart if math.isfinite(apart) else math.inf)
 
-    share, limit = run.config.share_prefix, LIMITS[torch.cuda.is_available()]
+    share, limit = run.config.share_prefix, LIMITS[_in_bf16(run.config)]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         found = difference(share)
         if found <= limit:
@@ -74,7 +74,7 @@ def check_logps(run: Run) -> None:
                 remedy = "train it with --no_share_prefix, or choose another model"
     way = "in a row of several responses" if share else "in padded rows"
     raise ValueError(
-        f"{run.config.model_name_or_path}: log-probs {way} differ by {found:.2g} nat on average "
+        f"{run.config.model_name_or_path}: log-probs {way} differ by {found:.2g} nats on average "
         f"(limit {limit}) from those of each response alone: {remedy}"
     )
 
@@ -104,7 +104,7 @@ def canary(run: Run) -> Iterator[None]:
     moved = trainer - trainers()
     yield
     missed = all_max(float((engine - engines() - moved).abs().mean() / moved.abs().mean()))
-    inexact = torch.cuda.is_available() or run.config.quant != "none"
+    inexact = _in_bf16(run.config) or run.config.quant != "none"
     if not missed <= SHARES[inexact]:
         raise ValueError(
             f"--engine {run.config.engine} does not follow the trainer's weights: when all of them "
@@ -135,19 +135,24 @@ def check_sample(tokenizer, stop_ids: list[int], sample: rollout.Sample) -> None
 def check_engine(config, difference: float, step: int) -> None:
     """Stop the run if engine and trainer disagree about the same tokens: their models differ.
 
-    difference  mean |trainer - engine| over the sampled tokens, nat
+    difference  mean |trainer - engine| over the sampled tokens, nats
 
     In float32 they agree to 1e-6, and the limit is 1e-3; bf16 and 4-bit need 0.1.
     """
-    exact = config.quant == "none" and not torch.cuda.is_available()
+    exact = config.quant == "none" and not _in_bf16(config)
     limit = config.max_logp_difference or (1e-3 if exact else 0.1)
     if difference > limit:
         raise ValueError(
             f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
-            f"{difference:.3f} nat on average (limit {limit}): it has other weights, another "
+            f"{difference:.3f} nats on average (limit {limit}): it has other weights, another "
             "tokenizer or other sampling settings. Check the weight sync, or compare with "
             "--engine transformers"
         )
+
+
+def _in_bf16(config) -> bool:
+    """Whether products are in bfloat16."""
+    return config.bf16 or torch.cuda.is_available()
 
 
 @contextmanager
@@ -200,7 +205,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _plain(model: nn.Module, ids: list[int]) -> Tensor:
-    """Log-probs (L, V) of what follows each token: an ordinary call, as the model's authors meant it.
+    """Log-probs (L, V) of what follows each token: an ordinary call, as its authors meant it.
 
     In training mode: dropout that is still on shows as a difference, and bitsandbytes packs the
     weights of a model in evaluation mode anew.

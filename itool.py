@@ -47,14 +47,16 @@ unfinished fragments, and merges a fresh rank-8 adapter in every iteration.
 """
 
 import itertools
+import json
 import math
 import random
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -65,11 +67,11 @@ import mcts
 import model as modeling
 import rewards
 import simpo
-from checkpoint import write
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
-from methods import Defaults, Row, at_least, knob
-from rollout import Engine, Sample, derived_seed
+from methods import Count, Defaults, Fraction, Positive, Row, Several, knob
+from records import write
+from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Clock,
     Run,
@@ -94,6 +96,8 @@ COUNTS = (  # what a search counts, in searches.jsonl
     *("evaluation_tokens", "evaluations_too_long"),
     *("ends", "ends_parsed", "ends_over_length", "ends_correct"),
 )
+NGRAMS = (1, 2, 3)
+DIVERSITY = [*(f"diversity/distinct_{n}" for n in NGRAMS), "diversity/distinct_calls"]
 SAMPLES_WITHOUT_SEARCH = 4  # section 4.3.2: "four responses"
 LEARNING_RATES = {"simpo": 1e-6, "dpo": 3e-7, "ipo": 1e-6, "orpo": 3e-7}  # Table 9
 
@@ -129,23 +133,23 @@ class ItoolConfig(Row):
     warmup_learning_rates: list[float] = knob(
         [5e-5, 2e-5, 1e-5], "easy (and base SFT), medium, hard; Table 6"
     )
-    warmup_epochs: int = knob(3, "per stage; Table 6")
+    warmup_epochs: Count = knob(3, "per stage; Table 6")
     # the replay buffer
-    iterations: int = knob(3, "Figure 7: best at about three")
-    pool_fraction: float = knob(0.5, "random share of the training examples; section 4.1")
-    buffer_fraction: float = knob(0.1, "of the pool, of highest perplexity; section 3.2")
+    iterations: Count = knob(3, "Figure 7: best at about three")
+    pool_fraction: Fraction = knob(0.5, "random share of the training examples; section 4.1")
+    buffer_fraction: Fraction = knob(0.1, "of the pool, of highest perplexity; section 3.2")
     buffer_rank: Literal["stratified", "global"] = knob(
         "stratified", "calls and answers are ranked apart; global: together"
     )
     # the search
     mcts: bool = knob(True, "--no_mcts: best and worst of four samples, no search (Figure 6)")
     mcts_depth: int = knob(3, "fragments per path, the last one free; Table 7")
-    mcts_width: int = knob(3, "children per node; Table 7")
+    mcts_width: Several = knob(3, "children per node, of which a pair takes two; Table 7")
     mcts_simulation: int = knob(2, "roll-out steps after an expansion; Table 7")
-    mcts_iterations: int = knob(5, "select-expand-backup rounds per tree; Table 7")
+    mcts_iterations: Count = knob(5, "select-expand-backup rounds per tree; Table 7")
     mcts_c: float = knob(1.0, "exploration; Table 7")
     mcts_discount: float = knob(1.0, "gamma of Eq. 9; Xie et al.: the paper gives no value")
-    top_p: float = knob(1.0, "of the search's samples")
+    top_p: Fraction = knob(1.0, "of the search's samples")
     self_evaluation: Literal["paper", "cache", "none"] = knob(
         "paper", "Table 10; cache: its fixed text first, cheaper; none: outcome only"
     )
@@ -153,16 +157,18 @@ class ItoolConfig(Row):
     max_similarity: float = knob(0.95, "Appendix B.1, as the next two")
     min_gap: float = knob(0.1, "between the values of a pair")
     min_q: float = knob(0.3, "of the chosen step")
-    held_out_pairs: float = knob(0.1, "share of trees whose pairs are only measured; ours")
+    held_out_pairs: Annotated[float, ">= 0", "< 1"] = knob(
+        0.1, "share of trees whose pairs are only measured; ours"
+    )
     # preference optimisation
     preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
-    preference_epochs: int = knob(2, "per iteration; Table 6")
-    simpo_beta: float = knob(2.5, "Table 9, as the next five")
+    preference_epochs: Count = knob(2, "per iteration; Table 6")
+    simpo_beta: Positive = knob(2.5, "Table 9, as the next five")
     simpo_margin: float = knob(0.5, "gamma of Eq. 11, nats")
-    dpo_beta: float = knob(0.1, "scale of the log-ratios")
-    ipo_tau: float = knob(0.1, "the gap is pulled to 1/(2 tau) nats")
+    dpo_beta: Positive = knob(0.1, "scale of the log-ratios")
+    ipo_tau: Positive = knob(0.1, "the gap is pulled to 1/(2 tau) nats")
     ipo_mean: bool = knob(False, "mean over tokens, as in TRL; Table 9 prints sums")
-    orpo_lam: float = knob(0.1, "weight of the odds-ratio term")
+    orpo_lam: Positive = knob(0.1, "weight of the odds-ratio term")
 
     @property
     def learning_rate(self) -> float:
@@ -178,17 +184,7 @@ class ItoolConfig(Row):
         return SearchConfig(**limits, **pairs)
 
     def check(self, config: Any) -> None:
-        for name in ("pool_fraction", "buffer_fraction", "top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: take a share above 0, at most 1")
-        at_least(self, 1, "iterations", "preference_epochs", "warmup_epochs", "mcts_iterations")
-        if not 0 <= self.held_out_pairs < 1:
-            raise ValueError(f"--held_out_pairs {self.held_out_pairs}: take a share, 0 .. below 1")
-        for name in ("simpo_beta", "dpo_beta", "ipo_tau", "orpo_lam"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be positive")
-        if self.mcts_width < 2:
-            raise ValueError("--mcts_width 1: a pair compares two steps; take at least 2")
+        super().check(config)
         assert self.search_config  # rejects depths and roll-outs that are too small
         one = self.split == "none" or not self.warmup
         if len(self.warmup_learning_rates) not in ((1, 3) if one else (3,)):
@@ -311,18 +307,23 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                     mine = part(batch, tokens_of, run.rank, run.world)
                     skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
                 metrics = {**stats, "iteration": iteration, "skipped": skipped}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": lr, **clock.metrics()}
+                metrics |= {"grad_norm": grad_norm, "learning_rate": lr}
 
                 # 5 weight sync
                 last = step + 1 == end
                 if last:
-                    metrics |= held_out_metrics(run, held_out)
+                    metrics |= {k: v for k, v in summary.items() if k.startswith("diversity/")}
                     metrics["adapter_norm"] = modeling.adapter_norm(run.model)
-                    sync(run)
-                    metrics |= evaluate(config, run)
+                    with clock("evaluate"):
+                        metrics |= held_out_metrics(run, held_out)
+                    with clock("sync"):
+                        sync(run)
+                    with clock("evaluate"):
+                        metrics |= evaluate(config, run)
                     if metrics["eval/accuracy"] > best_accuracy:
                         best_accuracy = metrics["eval/accuracy"]
                         run.save_best(step + 1)
+                metrics |= clock.metrics()
                 run.end_step(bar, step, metrics, last)
         if first < end:
             accuracy = metrics["eval/accuracy"]
@@ -362,7 +363,8 @@ def grow_trees(
 ) -> tuple[list[Tree], dict]:
     """This rank's trees, one per example (Eqs. 5-9), and counts over all ranks."""
     config, method = run.config, run.method
-    sync(run)
+    with clock("sync"):
+        sync(run)
     mine = part(list(enumerate(buffer)), lambda item: data.characters(item[1]), run.rank, run.world)
     examples = [example for _, example in mine]
     prompts = [run.demonstration(example).prompt for example in examples]
@@ -378,7 +380,7 @@ def grow_trees(
         reward=run.reward,
     )
     roots, found = [None] * len(mine), []
-    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}, trees") as bar:
+    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}", "tree") as bar:
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
@@ -398,6 +400,7 @@ def grow_trees(
     log_trees(run, trees, limits, iteration)
     stats = count_over_ranks(searcher.stats)
     counts = {name: stats[name] for name in COUNTS}
+    counts |= {name: stats[name] / max(1, stats[f"{name} of"]) for name in DIVERSITY}
     return trees, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
 
 
@@ -459,7 +462,7 @@ def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
         steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
         run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
-        stages += [Stage(name, examples, steps, rate)] if steps else []
+        stages.append(Stage(name, examples, steps, rate))
     return stages
 
 
@@ -493,18 +496,22 @@ def _gradable(target: str) -> bool:
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
     config, found = run.config, []
-    size = config.train_batch_size
-    with run.progress(len(examples), 0, "perplexity") as bar, torch.no_grad():
+    size, tokens, begin = config.train_batch_size, 0, time.perf_counter()
+    with run.progress(len(examples), 0, "perplexity", "example") as bar, torch.no_grad():
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
             chunk = list(enumerate(examples))[first : first + size]
             mine = part(chunk, lambda item: data.characters(item[1]), run.rank, run.world)
             batch = [run.demonstration(example, place) for place, example in mine]
-            for micro in micro_batches(config, batch):
+            micros = micro_batches(config, batch)
+            for i, micro in enumerate(micros, 1):
                 logps, _, mask = forward(config, run.model, micro, temperature=1.0)
                 values = simpo.perplexity(logps, mask).tolist()
                 found += [(one.place, value) for one, value in zip(micro, values)]
-            bar.update(len(chunk))
+                tokens += run.world * sum(map(tokens_of, micro))
+                speed = tokens / (time.perf_counter() - begin)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+                bar.update(first + len(chunk) * i // len(micros) - bar.n)
     return [value for _, value in sorted(all_gather(found))]
 
 
@@ -557,12 +564,13 @@ class Searcher:
         prompts    token ids of each, from `data.render`
         progress   called with the number of finished trees
         """
-        self.config, self.stats = config, Counter()
+        self.config, self.stats, self.drawn = config, Counter(), defaultdict(list)
         roots = [Node(token_ids=list(prompt)) for prompt in prompts]
         self.examples = {id(root): example for root, example in zip(roots, examples, strict=True)}
         self.confidences: dict[tuple[int, str], float] = {}
         self.progress, self.roots = progress, roots
         mcts.search(roots, self.propose, self.evaluate, config)
+        self.stats += diversity(self.drawn.values())
         progress(len(roots))
         return roots
 
@@ -570,7 +578,6 @@ class Searcher:
         self, examples: list[data.Example], prompts: list[list[int]]
     ) -> list[tuple[list[dict], Counter]]:
         """`sampled_pair` of each example: the ablation without a search."""
-        self.stats = Counter()
         drawn = self.engine.generate(
             prompts,
             n=SAMPLES_WITHOUT_SEARCH,
@@ -579,6 +586,7 @@ class Searcher:
             max_tokens=self.max_tokens,
             seeds=[derived_seed(self.seed, example.id) for example in examples],
         )
+        self.stats = diversity([[(s.token_ids, s.text) for s in group] for group in drawn])
         self.stats["samples"] = sum(map(len, drawn))
         self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
         return [sampled_pair(*x) for x in zip(examples, prompts, drawn)]
@@ -601,6 +609,11 @@ class Searcher:
         self.stats["tails_used"] += sum(map(len, tails))
         self.stats["samples"] += sum(map(len, drawn))
         self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
+        for path, group in zip(paths, drawn):
+            before = [i for node in path[1:] for i in node.token_ids]
+            self.drawn[id(path[0])] += [
+                (s.token_ids, self._text([*before, *s.token_ids])) for s in group
+            ]
         return [
             [self._cut(path, sample) for sample in (*tail, *samples)]
             for path, tail, samples in zip(paths, tails, drawn)
@@ -619,8 +632,11 @@ class Searcher:
 
     def _cut(self, path: list[Node], sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
-        prefix = [self._piece(i) for node in path[1:] for i in node.token_ids]
-        pieces = [self._piece(i) for i in sample.token_ids]
+        before = [i for node in path[1:] for i in node.token_ids]
+        ids = [*before, *sample.token_ids]
+        thoughts = num_thoughts(self.tokenizer, ids)  # they belong to the first fragment
+        texts = [""] * thoughts + [self._piece(i) for i in ids[thoughts:]]
+        prefix, pieces = texts[: len(before)], texts[len(before) :]
         last = len(path) == self.config.depth  # the root has depth 0
         n = len(pieces) if last else mcts.first_fragment(prefix, pieces)
         whole = n == len(pieces)
@@ -666,7 +682,8 @@ class Searcher:
     def _state(self, node: Node) -> tuple[int, str]:
         """What a grade depends on: the tree and the response so far."""
         root, *steps = node.path
-        return id(root), self._text([i for step in steps for i in step.token_ids])
+        text = self._text([i for step in steps for i in step.token_ids])
+        return id(root), without_thoughts(self.tokenizer, text)
 
     def _text(self, ids: list[int]) -> str:
         body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
@@ -696,7 +713,30 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
     ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
-    return [*ids, *tokenizer(LETTER_PREFIX, add_special_tokens=False)["input_ids"]]
+    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer)) + LETTER_PREFIX
+    return [*ids, *tokenizer(start, add_special_tokens=False)["input_ids"]]
+
+
+def diversity(samples: Iterable[list[tuple[list[int], str]]]) -> Counter:
+    """What the samples of each example differ in, as sums over examples (Li et al. 2016).
+
+    samples  per example: token ids of each sample, and the response that they complete
+
+    Each name of DIVERSITY counts an example's different n-grams or calls, "NAME of" all of them.
+    """
+    counts = Counter()
+    for drawn in samples:
+        found = {
+            f"diversity/distinct_{n}": [
+                g for ids, _ in drawn for g in zip(*(ids[k:] for k in range(n)))
+            ]
+            for n in NGRAMS
+        }
+        calls = [call for _, text in drawn for call in rewards.parse(text).calls or []]
+        found["diversity/distinct_calls"] = [json.dumps(call, sort_keys=True) for call in calls]
+        for name, items in found.items():
+            counts += {name: len(set(items)), f"{name} of": len(items)}
+    return counts
 
 
 # --------------------------------------------------------------------------------------- the pairs
@@ -882,7 +922,7 @@ def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
     if run.rank == 0:
         numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        run.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
+        run.records.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
         rows = [pair.row for pair in pairs]
         for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
             with open(run.out / name, "a") as file:

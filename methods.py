@@ -2,7 +2,8 @@
 
 Read a row from top to bottom:
 
-    fields        the knobs that only this row reads, each with unit and source: flags of train.py
+    fields        the knobs that only this row reads, each with unit and source: flags of train.py;
+                  bounds stand in its type
     defaults      values of common knobs (Config in train.py) that this row changes
     reward        what a response earns, from its outcome (Eqs. 3-12)
     keep          whether a group is trained on: DAPO's dynamic sampling
@@ -20,8 +21,9 @@ over micro-batches and ranks; of those named */max the largest counts.
 To add a method, write its loss in a mathematics file, a dataclass here and a line in METHODS.
 """
 
+import operator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -49,11 +51,13 @@ class Group:
     with_expert: bool  # whether the expert response is trained on
     seed: int  # of its rollouts
     place: int = 0  # in the stream of all batches
+    num_thoughts: int = 0  # first tokens of `target` that are an empty block of thoughts
     samples: list = field(default_factory=list)  # K rollout.Sample
     outcomes: list = field(default_factory=list)  # K, of scoring.Reward
     bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
     expert_outcome: Any = None  # the same of the expert response
     rewards: list[float] = field(default_factory=list)  # K, what the advantages are made of
+    matched: Tensor | None = None  # (K, T) bool, tokens of `said` that are the expert's, if known
     token_rewards: Tensor | None = None  # (K, T), rows with token rewards only
     advantages: Tensor | None = None  # (K, T), or (K + 1, T) where the expert is in the group
     logps: Tensor | None = None  # (K, T) of the trainer, filled by the update
@@ -62,6 +66,12 @@ class Group:
     def responses(self) -> list[list[int]]:
         """Token ids of the rollouts, then of the expert where it is trained on."""
         return [sample.token_ids for sample in self.samples] + [self.target] * self.with_expert
+
+    @property
+    def said(self) -> tuple[list[list[int]], list[int]]:
+        """Token ids of the rollouts, and of the expert response, behind their thoughts."""
+        rollouts = [sample.token_ids[sample.num_thoughts :] for sample in self.samples]
+        return rollouts, self.target[self.num_thoughts :]
 
     @property
     def width(self) -> int:
@@ -114,11 +124,21 @@ def unread(default: Any) -> Any:
     return field(default=default, init=False)
 
 
-def at_least(knobs: Any, least: float, *names: str) -> None:
-    """ValueError naming the first of these knobs that is below `least`."""
-    for name in names:
-        if getattr(knobs, name) < least:
-            raise ValueError(f"--{name} {getattr(knobs, name)}: must be at least {least}")
+OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+Count = Annotated[int, ">= 1"]
+Several = Annotated[int, ">= 2"]
+Positive = Annotated[float, "> 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
+
+
+def check_bounds(knobs: Any) -> None:
+    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
+    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
+        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
+        for sign, limit in map(str.split, bounds):
+            if not OPERATORS[sign](value, float(limit)):
+                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
 
 
 class Row:
@@ -129,6 +149,7 @@ class Row:
 
     def check(self, config: Any) -> None:
         """ValueError if these knobs are invalid or contradict the common ones."""
+        check_bounds(self)
 
     def check_examples(self, examples: list, config: Any) -> None:
         """ValueError if there are too few training examples."""
@@ -146,18 +167,13 @@ class Row:
 class Rollouts(Row):
     """What all rows with rollouts share."""
 
-    max_steps: int = knob(600, "optimiser steps; ToolUPT Table 7")
-    num_generations: int = knob(8, "sampled responses per prompt; ToolUPT Table 7")
+    max_steps: Count = knob(600, "optimiser steps; ToolUPT Table 7")
+    num_generations: Several = knob(8, "sampled responses per prompt; ToolUPT Table 7")
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
     learns_from_expert: ClassVar[bool] = False
     alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
     generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
-
-    def check(self, config: Any) -> None:
-        at_least(self, 1, "max_steps", "generation_batches")
-        if self.num_generations < 2:
-            raise ValueError("--num_generations: advantages compare responses; take at least 2")
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
         """The outcome reward, in [-3, 4] (Eq. 12) or a user's bounds; lengths in tokens."""
@@ -230,16 +246,13 @@ class Sft(Row):
     loss is measured every --eval_steps.
     """
 
-    max_steps: int = knob(3000, "optimiser steps; ToolUPT Table 7")
+    max_steps: Count = knob(3000, "optimiser steps; ToolUPT Table 7")
     defaults: ClassVar[Defaults] = {
         "learning_rate": (1e-5, "ToolUPT Table 7"),
         "lr_scheduler_type": ("cosine", "ToolUPT Table 7"),
         "warmup_ratio": (0.1, "veRL's SFT trainer, whose defaults Table 7 repeats"),
         "adam_beta2": (0.95, "veRL's SFT trainer"),
     }
-
-    def check(self, config: Any) -> None:
-        at_least(self, 1, "max_steps")
 
     def loss(self, rows, logps, entropy, totals, step) -> tuple[Tensor, Stats]:
         """Negative log-likelihood, mean over the expert tokens of the step (Eq. 1)."""
@@ -275,22 +288,22 @@ class Dapo(Rollouts):
     prompts come in another order than those of other rows (train.sample_groups).
     """
 
-    generation_batches: int = knob(
+    generation_batches: Count = knob(
         1, "batches of prompts sampled per round of dynamic sampling; DAPO's script: 3"
     )
-    overlong: float = knob(
+    overlong: Share = knob(
         0.25, "last share of a response with a growing penalty; ours; DAPO section 3.4: 0.2"
     )
-    tis_cap: float = knob(0.0, "truncated importance sampling, usually 2; 0: off, as in DAPO")
+    tis_cap: Annotated[float, ">= 0"] = knob(
+        0.0, "truncated importance sampling, usually 2; 0: off, as in DAPO"
+    )
 
     def check(self, config: Any) -> None:
         super().check(config)
-        at_least(self, 0, "tis_cap")
-        tokens = round(self.overlong * config.max_completion_length)
-        if not 0 <= self.overlong <= 1 or (self.overlong and tokens < 1):
+        if self.overlong and round(self.overlong * config.max_completion_length) < 1:
             raise ValueError(
-                f"--overlong {self.overlong}: take a share of --max_completion_length, 0 .. 1, "
-                "that amounts to a token or more"
+                f"--overlong {self.overlong}: take 0, or a share of --max_completion_length that "
+                "amounts to a token or more"
             )
 
     def reward(self, outcome, length, max_length) -> float:
@@ -338,11 +351,14 @@ class FgDapoStar(DapoStar):
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
-        responses = [sample.token_ids for sample in group.samples]
-        _, mask = _padded(responses)
-        matched = matched_tokens(responses, group.target, self.alignment)
+        _, mask = _padded([sample.token_ids for sample in group.samples])
+        matched = torch.zeros_like(mask)
         # answers have no process rewards: "for tool_call responses"
-        matched = matched & (group.example.kind == "tool_call")
+        if group.example.kind == "tool_call":
+            group.matched = matched_tokens(*group.said, self.alignment)
+            for k, own in enumerate(group.matched):
+                first, end = group.samples[k].num_thoughts, len(group.samples[k].token_ids)
+                matched[k, first:end] = own[: end - first]
         lower, upper = group.bounds
         scores = torch.tensor(group.rewards)
         group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)
@@ -371,12 +387,8 @@ def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
 class AfterSft:
     """SFT first; the row starts from its best checkpoint with a fresh optimiser (ToolUPT 4.3)."""
 
-    sft_max_steps: int = knob(3000, "optimiser steps of SFT; ToolUPT Table 7")
+    sft_max_steps: Count = knob(3000, "optimiser steps of SFT; ToolUPT Table 7")
     sft_learning_rate: float = knob(1e-5, "of SFT; ToolUPT Table 7; its schedule is that of sft")
-
-    def check(self, config: Any) -> None:
-        super().check(config)
-        at_least(self, 1, "sft_max_steps")
 
     def first_stage(self) -> tuple[Sft, dict[str, Any]]:
         """SFT, and its values of common knobs."""
@@ -402,7 +414,7 @@ class Luffy(Rollouts):
     both); the token mean of its Eq. 5 (its script divides by 8,192).
     """
 
-    num_generations: int = knob(7, "sampled responses per prompt; with the expert a group of 8")
+    num_generations: Several = knob(7, "responses per prompt; with the expert a group of 8")
     learns_from_expert = True
 
     def advantages(self, group: Group) -> Tensor:
@@ -429,7 +441,7 @@ class Srft(Rollouts):
     are the paper's all the same.
     """
 
-    num_generations: int = knob(7, "sampled responses per prompt, as in LUFFY; SRFT's own run: 8")
+    num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
     learns_from_expert = True
@@ -463,19 +475,17 @@ class Chord(Rollouts):
     """
 
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
-    chord_mu: float = knob(0.1, "weight mu of the SFT term; with a schedule, its final value")
-    chord_mu_peak: float = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
-    chord_mu_warmup: int = knob(0, "steps from 0 to the peak")
-    chord_mu_decay: int = knob(0, "steps of the cosine from peak to --chord_mu; CHORD-mu: 30")
+    chord_mu: Share = knob(0.1, "weight mu of the SFT term; with a schedule, its final value")
+    chord_mu_peak: Share = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
+    chord_mu_warmup: Annotated[int, ">= 0"] = knob(0, "steps from 0 to the peak")
+    chord_mu_decay: Annotated[int, ">= 0"] = knob(
+        0, "steps of the cosine to --chord_mu; theirs: 30"
+    )
     learns_from_expert = True
     reward = Grpo.reward
 
     def check(self, config: Any) -> None:
         super().check(config)
-        at_least(self, 0, "chord_mu_warmup", "chord_mu_decay")
-        for name in ("chord_mu", "chord_mu_peak"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: take a weight, 0 .. 1")
         if self.chord_mu_warmup + self.chord_mu_decay and self.chord_mu_peak < self.chord_mu:
             raise ValueError(
                 f"--chord_mu_peak {self.chord_mu_peak} is below --chord_mu {self.chord_mu}, where "
@@ -500,21 +510,19 @@ class Chord(Rollouts):
 class ToolUpt(FgDapoStar):
     """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23)."""
 
-    spo_beta: float = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
+    spo_beta: Positive = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
     spo_phi: bool = knob(True, "weigh SPO's tokens by phi (Eq. 22); --no_spo_phi: Eq. 20")
-    balance_low: float = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
-    balance_high: float = knob(0.3, "its highest weight; equal to the lowest: constant")
-    balance_up: int = knob(100, "steps from low to high")
-    balance_down: int = knob(200, "steps from high to low")
+    balance_low: Share = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
+    balance_high: Share = knob(0.3, "its highest weight; equal to the lowest: constant")
+    balance_up: Count = knob(100, "steps from low to high")
+    balance_down: Count = knob(200, "steps from high to low")
     learns_from_expert = True
 
     def check(self, config: Any) -> None:
         super().check(config)
-        at_least(self, 1, "balance_up", "balance_down")
-        if not 0 <= self.balance_low <= self.balance_high <= 1:
-            raise ValueError("--balance_low and --balance_high: take 0 <= low <= high <= 1")
-        if self.spo_beta <= 0:
-            raise ValueError(f"--spo_beta {self.spo_beta}: must be positive")
+        low, high = self.balance_low, self.balance_high
+        if low > high:
+            raise ValueError(f"--balance_low {low} is above --balance_high {high}: lower it")
 
     def schedule(self, step: int) -> dict[str, float]:
         low, high, up, down = (getattr(self, f"balance_{x}") for x in ("low", "high", "up", "down"))

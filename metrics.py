@@ -53,6 +53,9 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         "completions/mean_length": len(advantages),
         "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
     }
+    if any(group.num_thoughts for group in groups):  # thoughts are allowed
+        thoughts = [sample.num_thoughts for sample in samples]
+        per_response["completions/mean_thought_length"] = sum(thoughts)
     per_token = {
         "advantage/positive": float((advantages > 0).sum()),
         "advantage/negative": float((advantages < 0).sum()),
@@ -70,12 +73,12 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     for g in groups:
         own = tally(
             g.example.kind,
-            g.target,
-            [s.token_ids for s in g.samples],
+            *reversed(g.said),
             [s.text for s in g.samples],
             [outcome.right for outcome in g.outcomes],
             [float(g.advantages[k, 0]) for k, s in enumerate(g.samples) if s.token_ids],
             alignment,
+            g.matched,
         )
         add(counts, own)
     return metrics | shares(all_sum(counts))
@@ -89,17 +92,20 @@ def tally(
     right: list[bool],
     first: list[float],
     alignment: str = "positional",
+    matched: Tensor | None = None,
 ) -> dict[str, float]:
     """Sums over the responses to one prompt, for `shares`: they add up over prompts and ranks.
 
     kind       of the example, "tool_call" | "answer"
-    target     token ids of the expert response
-    responses  token ids
+    target     token ids of the expert response, behind its thoughts
+    responses  token ids, likewise
     texts      what they say
     right      whether they earn the highest reward
     first      advantages of the first tokens; a response without tokens has none
     alignment  of matched_tokens in fgae.py. "lcs" leaves out the last expert token, the EOS
+    matched    their result, where it is known
     """
+    matched = matched_tokens(responses, target, alignment) if matched is None else matched
     sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
     sums |= dict.fromkeys(FORMS, 0.0)
     own = {
@@ -108,7 +114,7 @@ def tally(
         "begun": len(first),
         "first_advantage": sum(first),
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
-        "tokens_matched": int(matched_tokens(responses, target, alignment).sum()),
+        "tokens_matched": int(matched.sum()),
     }
     sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
     for form in map(rewards.form, texts):

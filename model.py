@@ -23,7 +23,7 @@ import shutil
 import socket
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import cached_file
 
@@ -140,9 +140,13 @@ def skeleton(
         for name, value in [*vars(part).items()]:
             if "drop" in name and isinstance(value, float):  # training mode would turn it on
                 setattr(part, name, 0.0)
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     with torch.device("meta"), meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code
+            config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation="eager" if capped else None,  # SDPA drops the cap
         )
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # a rate written in the model's code
@@ -392,13 +396,14 @@ def save(
     with whole_or_nothing(temporary, size):
         plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
         files = defaultdict(dict)
-        for name, tensor in full_tensors(model):
-            if not first or name not in plan.tensor_to_filename:  # a tied weight's second name
-                continue
-            file = plan.tensor_to_filename[name]
-            files[file][name] = tensor.float().cpu().contiguous()
-            if len(files[file]) == len(plan.filename_to_tensors[file]):
-                save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
+        for own_name, tensor in full_tensors(model):
+            for name, part in _on_disk(base, own_name, tensor) if first else ():
+                if name not in plan.tensor_to_filename:  # a tied weight's second name
+                    continue
+                file = plan.tensor_to_filename[name]
+                files[file][name] = part.float().cpu().contiguous()
+                if len(files[file]) == len(plan.filename_to_tensors[file]):
+                    save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
         if first:
             assert not files, (
                 f"weights without a file: {[list(tensors) for tensors in files.values()]}"
@@ -671,7 +676,13 @@ def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
     for name, layer in base.named_modules():
         if hasattr(layer, "lora_A"):  # NF4 packs two weights in a byte
             shapes[name + ".weight"] = (layer.out_features, layer.in_features)
-    return {n: torch.empty(s, dtype=torch.float32, device="meta") for n, s in shapes.items()}
+    empty = partial(torch.empty, dtype=torch.float32, device="meta")
+    return dict(part for n, s in shapes.items() for part in _on_disk(base, n, empty(s)))
+
+
+def _on_disk(base: PreTrainedModel, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """A weight as checkpoints of this family hold it: experts, which are one tensor here, apart."""
+    return revert_weight_conversion(base, {name: tensor}).items()
 
 
 def _is_first() -> bool:

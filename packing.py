@@ -18,7 +18,8 @@ does its work:
                attention.py, where that file lies beside this one and they take the device and the
                dtype; else SDPA with the (L, L) mask
     LM head    returns (logp_t, H_t) instead of logits, in chunks that the backward pass computes
-               again: of the N x V logits only `chunk_size` x V exist, forward or backward
+               again: of the N x V logits only `chunk_size` x V exist, forward or backward. A model
+               that scales or caps its logits (Granite, Cohere, Gemma 2) does so in there
 
 Dimension key: G groups in the row, P tokens of a prompt, R responses of the whole row, T tokens of
 the longest response, N tokens of all responses, L tokens of the row, H heads, D head width, V
@@ -44,6 +45,10 @@ except ImportError:  # copied without it: the mask
     attention = None
 
 ATTENTION = "shared_prefix"  # our name in transformers' AttentionInterface
+# What models do to their logits, and the values at which they do nothing: Granite divides by the
+# first, Cohere and Falcon-H1 multiply, Gemma 2 takes cap * tanh(logits / cap).
+CAP = "final_logit_softcapping"
+NEUTRAL = {"logits_scaling": 1.0, "logit_scale": 1.0, "lm_head_multiplier": 1.0, CAP: None}
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def response_logps(
     chunk_size   response tokens whose logits exist together
 
     ValueError where a layer does not attend through AttentionInterface or has a sliding window
-    shorter than the row (--no_share_prefix helps), and where the model transforms its logits.
+    shorter than the row (--no_share_prefix helps).
     """
     _use_shared_prefix(model)
     device = next(model.parameters()).device
@@ -132,7 +137,7 @@ def response_logps(
             logits_to_keep=predictors.to(device),
             shared_prefix=plan,
         ).logits
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     if plan.calls != layers:
         raise ValueError(
             f"{type(model).__name__}: {plan.calls} of {layers} layers attend "
@@ -182,6 +187,7 @@ def shared_prefix_attention(
     attention_mask: Tensor | None,
     shared_prefix: "_Plan | None" = None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of a packed row, (1, L, H, D), with the interface of AttentionInterface.
@@ -189,21 +195,42 @@ def shared_prefix_attention(
     query          (1, H, L, D)
     key, value     (1, H / n, L, D): n heads share each (grouped-query attention)
     shared_prefix  what attends to what; None: an ordinary call, answered by transformers' sdpa
+    softcap        of the scores (Gemma 2), which no kernel here knows: they are written out
     """
-    if shared_prefix is None:
+    if shared_prefix is None and softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    if shared_prefix is None:
+        return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
     window, longest = kwargs.get("sliding_window"), shared_prefix.longest
     if window is not None and window < longest:
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
-    for name in ("softcap", "s_aux"):  # of Gemma 2's scores; gpt-oss's sinks
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} attends with {name}: use --no_share_prefix")
+    if kwargs.get("s_aux") is not None:  # gpt-oss's sinks
+        raise ValueError(f"{type(module).__name__} attends with s_aux: use --no_share_prefix")
     shared_prefix.calls += 1
+    if softcap is not None:
+        mask = shared_prefix.mask
+        return _capped_attention(query, key, value, mask, scaling, softcap), None
     return shared_prefix.attend(query, key, value, scaling), None
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, cap: float
+) -> Tensor:
+    """softmax(cap tanh(q k / cap)) v, (B, L, H, D), from (B, H, L, D); mask True where q sees k.
+
+    Without a mask it is causal. All scores exist at once, H x L x L.
+    """
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = cap * (query @ key.mT * (scaling / cap)).tanh()
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    hidden = torch.finfo(scores.dtype).min
+    weights = scores.masked_fill(~mask, hidden).softmax(-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).transpose(1, 2)
 
 
 class _Plan:
@@ -268,16 +295,20 @@ def _scoring_head(
     """
     assert temperature > 0, f"temperature {temperature}: log-probs need a positive one"
     assert chunk_size > 0, f"chunk_size {chunk_size}"
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):  # after the LM head
-        if getattr(model.config, name, None) not in (None, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} transforms its logits ({name}): choose another model"
-            )
     # cuDNN's attention plans every shape anew and keeps each plan (pytorch #190388), and its
     # gradients can be NaN (pytorch #196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    head = model.get_output_embeddings()
-    scored = partial(_token_scores, head.forward, temperature)
+    head, own = model.get_output_embeddings(), _own_settings(model)
+    values, plain_head = {name: value for _, name, value in own}, head.forward
+    temperature *= values.get("logits_scaling", 1.0)
+    temperature /= values.get("logit_scale", 1.0) * values.get("lm_head_multiplier", 1.0)
+    cap = values.get(CAP)
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = plain_head(hidden)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    scored = partial(_token_scores, project, temperature)
     again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in there
 
     def score(hidden: Tensor) -> Tensor:
@@ -286,10 +317,25 @@ def _scoring_head(
         return torch.cat(scores)  # no view: FSDP2 hangs its backward hook on this tensor
 
     head.forward = score
+    for owner, name, _ in own:
+        setattr(owner, name, NEUTRAL[name])
     try:
         yield
     finally:
         del head.forward  # the instance's; the class's shows again
+        for owner, name, value in own:
+            setattr(owner, name, value)
+
+
+def _own_settings(model: nn.Module) -> list[tuple[object, str, float]]:
+    """(owner, name, value) of what the model does to its logits after the LM head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = [
+        (owner, name, getattr(owner, name, None))
+        for owner in (base, base.base_model, base.config.get_text_config())
+        for name in NEUTRAL
+    ]
+    return [each for each in found if each[2] is not None]
 
 
 def _token_scores(

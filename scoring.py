@@ -99,7 +99,11 @@ class Reward:
         return OwnOutcome(parts, float(total), bool(total == self.maximum))
 
     def tally(self, texts: list[str], examples: list) -> dict[str, float]:
-        """Sums over held-out examples, which add up over ranks: see rewards.tally."""
+        """Sums over held-out examples, which add up over ranks.
+
+        n, accuracy (completely right), reward (totals); n_calls, tool_calls: number of tool calls
+        and how many of them are right; answers: how many of the others are.
+        """
         outcomes = [self.score(*pair) for pair in zip(texts, examples, strict=True)]
         right = [outcome.right for outcome in outcomes]
         calls = [example.kind == "tool_call" for example in examples]

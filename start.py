@@ -1,24 +1,28 @@
-"""Before and after the loops: the command line, the data, checks, and how a run ends.
+"""Before and after the loops: process group, command line, data, checks, and how a run ends.
 
-    parse          flags -> the common knobs (Config of train.py) and the row that --algo names
-    table          the methods, and what differs (train.py --list)
-    announce       what is about to happen
-    load_examples  training examples and the evaluation subset
-
-    leave          how a rank that cannot continue ends, and the exit codes
+    init_distributed   torchrun's process group, or one of a single rank
+    parse              flags -> the common knobs (Config of train.py) and the row that --algo names
+    table              the methods, and what differs (train.py --list)
+    announce           what is about to happen
+    load_examples      training examples and the evaluation subset
+    leave              how a rank that cannot continue ends, and the exit codes
 
 Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
+import ctypes
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, replace
+from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,18 +46,40 @@ PROGRAM = {
 }
 
 
-# what changes log-probs in ways that neither packing.py nor every engine follows, by key of config.json
-REFUSED = {
-    "attn_logit_softcapping": "caps its attention scores",
-    "final_logit_softcapping": "caps its logits",
-    "logits_scaling": "scales its logits",
-    "logit_scale": "scales its logits",
-    "lm_head_multiplier": "scales its logits",
-}
 EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
+PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
+
+
+# ------------------------------------------------------------------------------- the process group
+
+
+def init_distributed() -> None:
+    """Join torchrun's process group, or make one of a single rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    backend, own_store = "gloo", {}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
+        # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
+        # of those that died. Each node counts its own restarts, so several nodes need
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        own_store = {"store": store, "rank": rank, "world_size": world}
+    dist.init_process_group(backend, timeout=PATIENCE, **own_store)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -74,7 +100,10 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
     parser.set_defaults(output_dir=f"runs/{algo}")
-    parser.set_defaults(**{name: value for name, (value, _) in row.defaults.items()})
+    defaults = {name: value for name, (value, _) in row.defaults.items()}
+    if {"--help", "-h"} & {word for word, _ in words}:  # None: the row computes it
+        defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
+    parser.set_defaults(**defaults)
     kept, ignored = [], []
     for flag, is_typed in _flags(words):
         name = _name(flag)
@@ -101,7 +130,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     if rest:
         parser.error(f"unknown argument {rest[0]}")
     typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
-    for name, why in method.flags_without_effect().items():
+    for name, why in {**config.flags_without_effect(), **method.flags_without_effect()}.items():
         if name in typed:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
@@ -110,9 +139,9 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
 
 
 def own_flags(words: list[str], common: type, row: type) -> list[str]:
-    """The flags among `words` that a row reads, with their values."""
+    """The flags among `words`, and in their @FILEs, that a row reads, with their values."""
     own = _names(common) | _names(row)
-    flags = [flag for flag, _ in _flags([(word, True) for word in words])]
+    flags = [flag for flag, _ in _flags(_unfolded(words))]
     return [word for flag in flags if _name(flag) in own for word in flag]
 
 
@@ -140,7 +169,7 @@ def _unfolded(argv: list[str]):
         yield from ((part, False) for part, _ in _unfolded(nested))
 
 
-def _flags(words: list[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
+def _flags(words: Iterable[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
     """Each flag with its values, and whether it was typed."""
     flags = []
     for word, is_typed in words:
@@ -209,50 +238,6 @@ def announce(config, method, world: int) -> str:
         f"{knobs}\n{config.algo}: {method.__doc__.partition(chr(10))[0]}\ndata: {source}\n"
         f"{world} rank(s); a step: {step}\noutput: {config.output_dir}"
     )
-
-
-def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
-    """An object with log(metrics, step) and close(), of "tensorboard" or "wandb".
-
-    out    of the whole command: all stages and resumptions are one run, on one axis
-    first  the first step to come: what an interrupted run has logged from there on is replaced, in
-           W&B kept as it was
-    """
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        return _tensorboard(SummaryWriter(out / "tensorboard", purge_step=first))
-    import wandb
-
-    name = out / "wandb_run"  # the id of the run
-    known = name.read_text().strip() if first and name.exists() else None
-    run = wandb.init(
-        project="toolupt",
-        dir=str(out),
-        config=knobs,
-        id=known,
-        resume="allow" if known else None,
-        allow_val_change=True,
-    )
-    name.write_text(run.id + "\n")
-    logged = run.step  # wandb accepts no step below those that it has seen
-
-    def log(metrics: dict, step: int) -> None:
-        if step >= logged:
-            run.log(metrics, step=step)
-
-    return SimpleNamespace(log=log, close=run.finish)
-
-
-def _tensorboard(writer) -> SimpleNamespace:
-    """The same of a SummaryWriter."""
-
-    def log(metrics: dict, step: int) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return SimpleNamespace(log=log, close=writer.close)
 
 
 # ------------------------------------------------------------------------------ data and bad input
@@ -326,18 +311,26 @@ def suited(config, longest: int) -> tuple[Any, str]:
     ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
     """
     name = config.model_name_or_path
-    model = AutoConfig.from_pretrained(
-        name, trust_remote_code=config.trust_remote_code
-    ).get_text_config()
+    whole = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    model = whole.get_text_config()
     get = lambda key: getattr(model, key, None)
-    for key, what in REFUSED.items():
-        if get(key) not in (None, 1.0, False):
-            raise ValueError(f"{name} {what} ({key}), which is not supported: choose another model")
-    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
-    if on_cpu and any((get(key) or 0) > 1 for key in EXPERTS):
+    if model is not whole:
         raise ValueError(
-            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of experts: "
-            "take --engine transformers"
+            f"{name} ({whole.model_type}) reads more than text: save its language model alone, as "
+            "docs/models.md shows, and train that"
+        )
+    on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
+    experts = any((get(key) or 0) > 1 for key in EXPERTS)
+    mixer = any(key.startswith("mamba_") for key in vars(model))
+    if config.lora_rank and (experts or mixer):
+        raise ValueError(
+            f"{name} has {'experts' if experts else 'a mixer'}, which adapters do not reach: train "
+            "all weights (drop --lora_rank), or choose another model"
+        )
+    if experts and on_cpu:
+        raise ValueError(
+            f"{name} is a mixture of experts, and vLLM on a CPU keeps the first weights of "
+            "experts: take --engine transformers"
         )
     ropes = get("rope_parameters") or {}
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
@@ -347,8 +340,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
             room = next(length for length in lengths if length)
             if longest > room:
                 raise ValueError(
-                    f"{name} ({kind}): beyond {room} tokens the positions of a response would depend "
-                    f"on the longest one in its batch; {longest} are asked for: lower "
+                    f"{name} ({kind}): beyond {room} tokens the positions of a response would "
+                    f"depend on the longest one in its batch; {longest} are asked for: lower "
                     "--max_prompt_length or --max_completion_length"
                 )
     kinds, reasons = {*(get("layer_types") or ())}, []
@@ -356,8 +349,12 @@ def suited(config, longest: int) -> tuple[Any, str]:
         window = get(key)
         if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
             reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
-    if kinds - ATTENTION or any(key.startswith("mamba_") for key in vars(model)):
+    if kinds - ATTENTION or mixer:
         reasons.append("layers without attention")
+        if on_cpu:
+            raise ValueError(
+                f"{name} has {reasons[-1]}, which no engine reads on a CPU: take a GPU"
+            )
     if "gpt_oss" in model.model_type:
         reasons.append("attention sinks")
     if reasons and config.engine == "transformers":
@@ -383,9 +380,19 @@ def check_machine(config, world: int) -> None:
         raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
     if config.quant != "none" and not find_spec("bitsandbytes"):
         raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if config.bf16 and not torch.cuda.is_available() and (why := no_bf16(config.quant)):
+        raise ValueError(f"--bf16: {why}; drop the flag")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
     if config.torch_compile and not compiler:
         raise ValueError("--torch_compile: no C++ compiler; install g++, or drop the flag")
+
+
+def no_bf16(quant: str = "none") -> str:
+    """Why --bf16 makes nothing faster on this CPU; empty where it does."""
+    able = torch.cpu.get_capabilities()
+    if not (able.get("avx512_bf16") or able.get("amx_bf16")):
+        return "this CPU has neither avx512_bf16 nor AMX: bfloat16 would be slower than float32"
+    return "with --quant 4bit a CPU computes in float32" if quant != "none" else ""
 
 
 def check_room(config, method, out: Path) -> tuple[float, str]:
@@ -406,7 +413,8 @@ def longest(config, method, tokenizer) -> int:
     question = method.question_length(tokenizer, config.max_completion_length)
     room = AutoConfig.from_pretrained(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    ).max_position_embeddings
+    )
+    room = room.get_text_config().max_position_embeddings
     if max(wanted, question) > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "

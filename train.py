@@ -7,7 +7,7 @@
     python train.py --algo NAME --help          the flags of one
 
 The mathematics is in grpo.py, fgae.py, spo.py and baselines.py, the methods are in methods.py, and
-run.py has what a rank does around them. One step of `run_rl`:
+run.py has what a rank does around them, records.py what it writes. One step of `run_rl`:
 
     1 sample a batch    prompts are a function of (seed, step)
     2 roll out          K responses per prompt from vLLM
@@ -29,17 +29,15 @@ Where the papers are silent:
    so a run does not pass through its data in even epochs.
 """
 
-import ctypes
 import gc
 import math
-import os
 import random
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -56,12 +54,16 @@ from itool import ItoolConfig, run_itool, warmup_stages
 from methods import (
     METHODS,
     AfterSft,
+    Count,
+    Fraction,
     Group,
+    Positive,
     Rollouts,
     Row,
     Rows,
     Sft,
-    at_least,
+    Share,
+    check_bounds,
     knob,
     rows_of,
 )
@@ -75,7 +77,6 @@ from run import (
     all_sum,
     evaluate,
     forward,
-    init_distributed,
     learning_rate_at,
     micro_batches,
     over_ranks,
@@ -99,22 +100,25 @@ class Config:
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
     eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
-    train_fraction: float = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
+    train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
-    max_prompt_length: int = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
-    max_completion_length: int = knob(1024, "tokens; ToolUPT Table 7")
+    allow_thinking: bool = knob(
+        False, "cut a <think> block before a response is judged; else prompts ask for none"
+    )
+    max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
+    max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
     seed: int = knob(0, "data order and request seeds are functions of (seed, step)")
     # the step
-    train_batch_size: int = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
-    temperature: float = knob(1.0, "of the samples; ToolUPT Table 7")
+    train_batch_size: Count = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
+    temperature: Positive = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
     lr_scheduler_type: Literal["constant", "cosine"] = knob(
         "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
     )
-    warmup_ratio: float = knob(0.0, "share of the steps in which the rate rises; veRL's default")
+    warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
     max_grad_norm: float = knob(1.0, "veRL's default")
@@ -124,48 +128,46 @@ class Config:
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
+    bf16: bool = knob(
+        False, "bfloat16 products on a CPU with avx512_bf16 or AMX; on a GPU they always are"
+    )
     vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
     vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
     max_num_seqs: int = knob(256, "responses that the engine decodes at a time, per rank")
-    max_tokens_per_row: int = knob(16384, "budget of a micro-batch; a prompt counts once")
+    max_tokens_per_row: Count = knob(16384, "budget of a micro-batch; a prompt counts once")
     share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to compare")
     gradient_checkpointing: bool = knob(True, "recompute layers in the backward pass")
     torch_compile: bool = knob(False, "compile layers: minutes at the start, then faster steps")
     # records
     eval_steps: int = knob(50, "steps between greedy evaluations; 0: only before and after")
-    eval_size: int = knob(512, "examples of eval_file, a fixed subset")
-    save_steps: int = knob(100, "steps between checkpoints; the last step is always saved")
+    eval_size: Count = knob(512, "examples of eval_file, a fixed subset")
+    save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: int = knob(
+    term_norm_steps: Annotated[int, ">= 0"] = knob(
         0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
     )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
-    max_logp_difference: float = knob(
+    max_logp_difference: Annotated[float, ">= 0"] = knob(
         0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "train_batch_size", "max_prompt_length", "max_completion_length")
-        at_least(self, 1, "max_tokens_per_row", "eval_size", "save_steps")
-        at_least(self, 0, "max_logp_difference", "term_norm_steps")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature {self.temperature}: training needs a positive one")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(
-                f"--warmup_ratio {self.warmup_ratio}: take a share of the steps, 0 .. 1"
-            )
+        check_bounds(self)
         if not self.eval_file and not 0 < self.eval_fraction < 1:
             raise ValueError(
                 f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
                 "between 0 and 1, or give --eval_file"
             )
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"--train_fraction {self.train_fraction}: take a share in (0, 1]")
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
+
+    def flags_without_effect(self) -> dict[str, str]:
+        """Knobs that other knobs switch off, and why."""
+        why = {"lora_alpha": "all weights are trained; give a --lora_rank too, 16 in iTool"}
+        return {} if self.lora_rank else why
 
 
 ROWS = {**METHODS, "itool": ItoolConfig}
@@ -208,9 +210,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 stats = over_ranks(stats)
             if config.log_rollouts:
                 with clock("records"):
-                    run.log_rollouts(
-                        [row for g in groups for row in checkpoint.records(step + 1, g)]
-                    )
+                    run.records.log_rollouts(step + 1, groups)
             guard.check_engine(config, stats["sampling/sampling_logp_difference/mean"], step + 1)
 
             # 6 optimiser step
@@ -227,10 +227,11 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
             metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
             metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
-            metrics |= clock.metrics(read)
             last = step + 1 == method.max_steps
             if run.evaluation_is_due(step, last):
-                metrics |= evaluate(config, run)
+                with clock("evaluate"):
+                    metrics |= evaluate(config, run)
+            metrics |= clock.metrics(read)
             run.end_step(bar, step, metrics, last)
 
 
@@ -242,7 +243,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
     best, best_loss = Path(config.output_dir) / "checkpoint-best", run.lowest("eval/loss")
     end = 0  # of the stage
     with run.progress(sum(stage.steps for stage in stages)) as bar:
-        for stage in stages:
+        for number, stage in enumerate(stages, 1):
             begin, end = end, end + stage.steps
             for step in range(max(begin, run.first_step), end):
                 run.stop_if_asked(step)
@@ -272,16 +273,20 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
 
                 # 4 validation
                 metrics = {**stats, "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
-                metrics |= clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"])
+                if len(stages) > 1:
+                    metrics["stage"] = number
                 last = step + 1 == end
                 if run.evaluation_is_due(step, last):
-                    sync(run)
-                    metrics |= evaluate(config, run)
-                    run.engine.sleep()
-                    metrics["eval/loss"] = validation_loss(config, run)
-                    if metrics["eval/loss"] < best_loss:
-                        best_loss = metrics["eval/loss"]
-                        run.save_best(step + 1)
+                    with clock("sync"):
+                        sync(run)
+                    with clock("evaluate"):
+                        metrics |= evaluate(config, run)
+                        run.engine.sleep()
+                        metrics["eval/loss"] = validation_loss(config, run)
+                metrics |= clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"])
+                if metrics.get("eval/loss", math.inf) < best_loss:
+                    best_loss = metrics["eval/loss"]
+                    run.save_best(step + 1)
                 run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
@@ -340,6 +345,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
             with_expert=method.learns_from_expert,
             seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
             place=place,
+            num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
         groups.append(group)
     samples = run.engine.generate(
@@ -348,6 +354,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
         seeds=[group.seed for group in groups],
+        progress=run.counts("rollouts"),
     )
     for group, group.samples in zip(groups, samples, strict=True):
         for sample in group.samples:
@@ -428,21 +435,23 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     best, earlier = None, 0
     for own, row, loop in stages:
         own = replace(own, model_name_or_path=str(best)) if best else own
-        run = Run(own, row, config, earlier)
-        run.load(engine)
+        run, clock = Run(own, row, config, earlier), Clock()
+        with clock("load"):
+            run.load(engine)
         guard.check_logps(run)
         starts = run.first_step == 0
         before = starting_point(run) if starts and isinstance(row, Rollouts) else {}
-        with guard.canary(run):
+        with clock("sync"), guard.canary(run):
             sync(run)
         if starts:
-            before |= evaluate(run.config, run)
-            run.log(-1, before)
+            with clock("evaluate"):
+                before |= evaluate(run.config, run)
+            run.records.log(-1, before | clock.metrics())
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
         run.close()
-        earlier = len(run.history("step"))  # a line for each step, and for step 0
+        earlier = len(run.records.history("step"))  # a line for each step, and for step 0
         if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
             del run
             gc.collect()
@@ -496,10 +505,7 @@ def parse_args(argv: list[str]) -> tuple[Config, Row]:
 def main(argv: list[str] | None = None) -> None:
     """The command line; `start.leave` lists the exit codes."""
     config, method = parse_args(sys.argv[1:] if argv is None else argv)
-    init_distributed()
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        # if torchrun is killed, its ranks still save and exit: 1 is PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    start.init_distributed()
     try:
         run = train(config, method)
         if run.rank == 0:
@@ -509,5 +515,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if {"--list", "--help", "-h"} & {*sys.argv}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()
     start.end()

@@ -5,12 +5,13 @@ Nothing outside bench/ imports this. Nothing is downloaded: weights are random, 
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +19,14 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 REPO = BENCH.parent
 sys.path.insert(0, str(REPO))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import data
+from tools.serving import this_commit
 
 # Qwen2 shapes with toy_model's vocabulary of 1,024 where none is given. The name counts what multiplies: all matrices
 # of the layers.
@@ -135,9 +138,6 @@ def machine() -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             pass
-    git = ["git", "-C", str(REPO), "rev-parse", "--short", "HEAD"]
-    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False)
-    commit = found.stdout.strip() if found else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     threads, ranks = os.environ.get("OMP_NUM_THREADS"), os.environ.get("LOCAL_WORLD_SIZE")
     command = f"OMP_NUM_THREADS={threads} " if threads else ""
@@ -149,9 +149,31 @@ def machine() -> dict:
         "load_average": round(os.getloadavg()[0], 2),  # before the run: other work on the machine
         "python": platform.python_version(),
         "versions": versions,
-        "commit": commit,
+        "commit": this_commit(),
         "command": command + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """The flags that all scripts share: --out, by default a file of bench/."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--out", type=file, default=str(BENCH / out))
+    return parser
+
+
+def add_step_flags(parser: argparse.ArgumentParser, steps: int) -> None:
+    """Those of the scripts that measure steps of ours: the size of model, prompts and step."""
+    parser.add_argument("--shape", default="14M", choices=SHAPES)
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
+    parser.add_argument("--answer", type=int, default=64, help="tokens")
+    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=steps, help="measured, after one of warm-up")
+
+
+def in_a_process(function, *arguments):
+    """What the function returns in a fork, which frees its memory and shares the imports."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def file(text: str | Path) -> Path:
@@ -174,6 +196,16 @@ def write(path: str | Path, result: dict) -> None:
     result.get("settings", {}).pop("out", None)  # where it lies says nothing about it
     Path(path).write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}", flush=True)
+
+
+def pyplot():
+    """matplotlib, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def median(values: list[float]) -> float:
@@ -220,9 +252,13 @@ class Ours:
         self.run.load()
         sync(self.run)
         self.run.save = lambda step: None
-        self.run.log = lambda step, metrics: self.metrics.update(metrics)
+        self.run.records.log = lambda step, metrics: self.metrics.update(metrics)
         train.evaluate = lambda config, run: {}
         self._run_rl = train.run_rl
+
+    def steps(self, count: int) -> list[dict]:
+        """The figures of so many steps, after one of warm-up."""
+        return [self.step() for _ in range(count + 1)][1:]
 
     def step(self) -> dict:
         """Seconds of a whole step and of its parts, as run_rl's metrics name them."""

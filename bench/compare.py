@@ -39,49 +39,29 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
+import common
+from common import REPO, data
 from tqdm import tqdm
-
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
 import start
 import train
-from data import read_jsonl
-from methods import METHODS, AfterSft, Luffy, Rollouts, Sft, Srft
+from methods import METHODS, AfterSft, Luffy, Sft, Srft
+from tools.serving import this_commit
 
 FAMILIES = {"sft": ["sft"], "rl": ["dapo_star", "toolupt"], "sft,rl": ["sft_dapo_star"]}
 GRID_SEED = 1000  # of the runs that choose a learning rate
-PANELS = {  # title -> methods and their colours
-    "imitation, and RL after it": {
-        "sft": "#1f77b4",
-        "sft_dapo_star": "#ff7f0e",
-        "sft_fg_dapo_star": "#2ca02c",
-    },
-    "RL without expert responses in the loss": {
-        "grpo": "#8c564b",
-        "dapo": "#e377c2",
-        "dapo_star": "#bcbd22",
-        "fg_dapo_star": "#17becf",
-    },
-    "expert responses and rollouts in one stage": {
-        "luffy": "#9467bd",
-        "srft": "#7f7f7f",
-        "chord": "#e6ac00",
-        "toolupt": "#d62728",
-    },
-    "ToolUPT and its ablations": {
-        "toolupt": "#d62728",
-        "toolupt_no_fgae": "#1b1b6b",
-        "toolupt_no_spo": "#98df8a",
-    },
+PANELS = {
+    "imitation, and RL after it": ("sft", "sft_dapo_star", "sft_fg_dapo_star"),
+    "RL without expert responses in the loss": ("grpo", "dapo", "dapo_star", "fg_dapo_star"),
+    "expert responses and rollouts in one stage": ("luffy", "srft", "chord", "toolupt"),
+    "ToolUPT and its ablations": ("toolupt", "toolupt_no_fgae", "toolupt_no_spo"),
 }
-COLOURS = {algo: colour for panel in PANELS.values() for algo, colour in panel.items()}
-COMPARED = [algo for algo in METHODS if algo in COLOURS]
-COLUMNS = {
+COMPARED = [algo for algo in METHODS if any(algo in panel for panel in PANELS.values())]
+COLUMNS = {  # shares, printed in percent
     "accuracy": "accuracy",
     "tool_call_accuracy": "tool calls",
     "answer_accuracy": "answers",
-}  # shares, printed in percent
+}
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -101,29 +81,19 @@ def flags(algo: str, seed: int, rate: float, sft_rate: float, shared: list) -> l
     sft_rate  learning rate of the SFT stage, where there is one before RL
     shared    flags of all runs
     """
-    _, common = train.parse_args(["--algo", "toolupt", *shared])
-    steps, up = common.max_steps, max(1, common.max_steps // 6)  # 100 : 200, twice in the run
+    _, toolupt = train.parse_args(["--algo", "toolupt", *shared])
+    steps, up = toolupt.max_steps, max(1, toolupt.max_steps // 6)  # 100 : 200, twice in the run
     own = {"seed": seed, "learning_rate": rate, "max_steps": steps}
     if hasattr(METHODS[algo], "balance_up"):
         own |= {"balance_up": up, "balance_down": max(1, steps // 2 - up)}
     if issubclass(METHODS[algo], (Luffy, Srft)):  # the expert takes one of the places
-        own["num_generations"] = common.num_generations - 1
+        own["num_generations"] = toolupt.num_generations - 1
     if family(algo) == "sft,rl":
         first = steps // 2
         own |= {"sft_max_steps": first, "max_steps": steps - first, "sft_learning_rate": sft_rate}
         own["eval_steps"] = 0  # evaluated at the end of each stage only: the best is the last
     shared = start.own_flags(shared, train.Config, METHODS[algo])
     return ["--algo", algo, *shared, *(str(x) for k, v in own.items() for x in (f"--{k}", v))]
-
-
-def budget(argv: list) -> dict:
-    """Updates, prompts and sampled responses that a run's flags allow (dapo generates more)."""
-    config, method = train.parse_args(argv)
-    rl = method.max_steps * method.num_generations if isinstance(method, Rollouts) else 0
-    updates = method.max_steps + getattr(method, "sft_max_steps", 0)
-    prompts = config.train_batch_size
-    rollouts = rl * prompts
-    return {"updates": updates, "prompts": updates * prompts, "rollouts": rollouts}
 
 
 def evaluations(out: Path, argv: list) -> list[dict]:
@@ -136,7 +106,7 @@ def evaluations(out: Path, argv: list) -> list[dict]:
         parts = [(out / "sft", 0), (out, first)]
     found, rollouts = {}, 0
     for folder, offset in parts:
-        _, *rows = read_jsonl(folder / "metrics.jsonl")
+        _, *rows = data.read_jsonl(folder / "metrics.jsonl")
         for row in rows:
             rollouts += int(row.get("rounds", 0)) * per_round
             if "eval/accuracy" in row:
@@ -160,9 +130,8 @@ def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         ).returncode
     if code:
-        raise RuntimeError(
-            f"{folder}: exit code {code}\n{(folder / 'log.txt').read_text()[-1500:]}"
-        )
+        end = (folder / "log.txt").read_text()[-1500:]
+        raise RuntimeError(f"{folder}: exit code {code}\n{end}")
     return [{**key, **row} for row in evaluations(folder, argv)]
 
 
@@ -171,24 +140,15 @@ def run(key: dict, argv: list, folder: Path, threads: int) -> list[dict]:
 
 def read(path: Path) -> list[dict]:
     """The rows of a record, none without a file. A repeated run replaces its earlier rows."""
-    rows = read_jsonl(path, growing=True)
+    rows = data.read_jsonl(path, growing=True)
     names = ("phase", "algo", "seed", "learning_rate", "step")
     return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 def settings(args) -> str:
     """A short checksum of what all runs have in common."""
-    common = [args.shared, args.valid_file, args.test_file]
-    return hashlib.sha256(json.dumps(common).encode()).hexdigest()[:8]
-
-
-def commit() -> str:
-    """The commit that runs, with "+" if Python files differ from it."""
-    git = lambda *command: subprocess.run(
-        ["git", *command], cwd=REPO, text=True, capture_output=True, check=False
-    )
-    changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + "+" * bool(changed)
+    shared = [args.shared, args.valid_file, args.test_file]
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:8]
 
 
 def last(rows: list[dict], phase: str, steps: int) -> dict:
@@ -202,7 +162,7 @@ def last(rows: list[dict], phase: str, steps: int) -> dict:
 
 def carry_out(wanted: list[tuple], args, phase: str, sft_rate=None) -> list[dict]:
     """Run those of `wanted` (algo, seed, rate) that the record lacks; return the whole record."""
-    steps, version, lock = args.steps, commit(), threading.Lock()
+    steps, version, lock = args.steps, this_commit(), threading.Lock()
     done = last(read(args.out), phase, steps)
     todo = [job for job in wanted if job not in done]
 
@@ -254,15 +214,8 @@ def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
         final[algo][seed] = row
     before = {r["seed"]: r for r in rows if r["phase"] == "test" and r["step"] == 0}
     final = {"base model": before, **{a: final[a] for a in COMPARED if a in final}}
-    heads = [
-        "method",
-        *COLUMNS.values(),
-        "reward",
-        f"minus {reference}",
-        "rollouts",
-        "rate",
-        "seeds",
-    ]
+    heads = ["method", *COLUMNS.values(), "reward", f"minus {reference}"]
+    heads += ["rollouts", "rate", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for algo, by_seed in final.items():
         runs, others = list(by_seed.values()), final.get(reference, {})
@@ -279,36 +232,34 @@ def table(rows: list[dict], steps: int, reference: str = "toolupt") -> str:
 
 def picture(rows: list[dict], steps: int, path: Path) -> Path:
     """Accuracy over updates in four groups of methods, and the last accuracy of every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
+    colours = dict(zip(COMPARED, plt.get_cmap("tab20").colors))
     curves = defaultdict(lambda: defaultdict(list))  # algo -> step -> accuracies
     for row in rows:
         if row["phase"] == "test":
             curves[row["algo"]][row["step"]].append(100 * row["accuracy"])
     figure, axes = plt.subplot_mosaic("abe;cde", figsize=(14, 8), layout="constrained")
-    for axis, (title, algos) in zip("abcd", PANELS.items()):
+    for place, (title, algos) in zip("abcd", PANELS.items()):
+        axis = axes[place]
         for algo in (a for a in algos if a in curves):
             xs = sorted(curves[algo])
             ys = [curves[algo][x] for x in xs]
-            axes[axis].plot(xs, [mean(y) for y in ys], "o-", ms=4, label=algo, color=COLOURS[algo])
+            axis.plot(xs, [mean(y) for y in ys], "o-", ms=4, label=algo, color=colours[algo])
             low, high = [min(y) for y in ys], [max(y) for y in ys]
-            axes[axis].fill_between(xs, low, high, alpha=0.15, color=COLOURS[algo], lw=0)
-        axes[axis].set(title=title, xlabel="optimiser updates", ylabel="accuracy, %")
-        axes[axis].xaxis.get_major_locator().set_params(integer=True)
-        axes[axis].sharey(axes["a"])
-        axes[axis].grid(alpha=0.3)
-        if axes[axis].lines:
-            axes[axis].legend(fontsize=9)
-    ends = {algo: curve[steps] for algo, curve in curves.items() if steps in curve}
+            axis.fill_between(xs, low, high, alpha=0.15, color=colours[algo], lw=0)
+        axis.set(title=title, xlabel="optimiser updates", ylabel="accuracy, %")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.sharey(axes["a"])
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=9)
+    ends, axis = {algo: curve[steps] for algo, curve in curves.items() if steps in curve}, axes["e"]
     for y, algo in enumerate(order := sorted(ends, key=lambda a: mean(ends[a]))):
-        axes["e"].plot(ends[algo], [y] * len(ends[algo]), "o", color=COLOURS[algo], alpha=0.7)
-        axes["e"].plot(mean(ends[algo]), y, "|", color="black", ms=16)
-    axes["e"].set(title="after the last update: seeds, mean", xlabel="accuracy, %")
-    axes["e"].set_yticks(range(len(order)), order)
-    axes["e"].grid(alpha=0.3)
+        axis.plot(ends[algo], [y] * len(ends[algo]), "o", color=colours[algo], alpha=0.7)
+        axis.plot(mean(ends[algo]), y, "|", color="black", ms=16)
+    axis.set(title="after the last update: seeds, mean", xlabel="accuracy, %")
+    axis.set_yticks(range(len(order)), order)
+    axis.grid(alpha=0.3)
     figure.suptitle("completely right on held-out examples: mean and range over seeds")
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -328,38 +279,27 @@ def draw(rows: list[dict], steps: int, out: Path) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Own flags, and `shared`, those for train.py, whose mistakes also end the program here."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
+        description=__doc__, formatter_class=raw, fromfile_prefix_chars="@", allow_abbrev=False
     )
     parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.add_argument(
-        "--algos",
-        nargs="+",
-        default=["all"],
-        help="rows of ToolUPT's Table 1 and Figure 4, or all",
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
-    parser.add_argument("--sft_grid", nargs="+", type=float, help="learning rates of sft")
-    parser.add_argument(
-        "--valid_file", nargs="+", help="--eval_file of the runs that choose a rate"
-    )
-    parser.add_argument("--test_file", nargs="+", help="--eval_file of the comparison")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
-    parser.add_argument("--out", type=Path, default=REPO / "bench/compare.jsonl")
-    parser.add_argument("--runs", type=Path, default=REPO / "runs/compare", help="folders of runs")
-    parser.add_argument("--draw", action="store_true", help="run nothing")
+    add = parser.add_argument
+    add("--algos", nargs="+", default=["all"], help="of Table 1 and Figure 4, or all")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--grid", nargs="+", type=float, help="learning rates of rl and sft,rl")
+    add("--sft_grid", nargs="+", type=float, help="learning rates of sft")
+    add("--valid_file", nargs="+", help="--eval_file of the runs that choose a rate")
+    add("--test_file", nargs="+", help="--eval_file of the comparison")
+    add("--jobs", type=int, default=1, help="runs side by side")
+    add("--threads", type=int, default=1, help="threads of a run")
+    add("--out", type=common.file, default=str(common.BENCH / "compare.jsonl"))
+    add("--runs", type=Path, default=REPO / "runs/compare", help="folders of runs")
+    add("--draw", action="store_true", help="run nothing")
     args, args.shared = parser.parse_known_args(argv)
     args.algos = COMPARED if args.algos == ["all"] else args.algos
-    unknown = [algo for algo in args.algos if algo not in COMPARED]
-    if unknown:
+    if unknown := [algo for algo in args.algos if algo not in COMPARED]:
         parser.error(f"unknown method {unknown[0]}; choose among {', '.join(COMPARED)}")
-    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK):
-        parser.error(f"--out {args.out} cannot be written")
     args.steps = train.parse_args(["--algo", "toolupt", *args.shared])[1].max_steps
     for name in ("grid", "sft_grid", "valid_file", "test_file"):
         if not args.draw and not getattr(args, name):
@@ -370,10 +310,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = read(args.out)
-    if other := {row["settings"] for row in rows} - {settings(args)}:
-        sys.exit(
-            f"error: {args.out} holds runs of other flags ({', '.join(other)}); give another --out"
-        )
+    if other := ", ".join({row["settings"] for row in rows} - {settings(args)}):
+        sys.exit(f"error: {args.out} holds runs of other flags ({other}); give another --out")
     if not args.draw:
         rates, needed = {}, {"sft", *map(family, args.algos)}
         for wave in (("sft", "rl"), ("sft,rl",)):  # the latter needs the rate of sft

@@ -10,15 +10,12 @@ than the data), then seconds of `data.fit` at Table 7's lengths, which tokenises
 might be too long, against tokenising every prompt and target.
 """
 
-import argparse
 import json
-import multiprocessing
 import os
 import random
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core
@@ -48,12 +45,8 @@ def row(number: int) -> dict:
         {"name": tool["name"], "arguments": {name: text(2) for name in tool["parameters"]}}
         for tool in rng.sample(tools, min(len(tools), rng.randint(1, 2)))
     ]
-    return {
-        "id": number,
-        "query": text(20),
-        "answers": json.dumps(calls),
-        "tools": json.dumps(tools),
-    }
+    answers, tools = json.dumps(calls), json.dumps(tools)
+    return {"id": number, "query": text(20), "answers": answers, "tools": tools}
 
 
 def convert(path: Path, rows: int) -> dict:
@@ -82,17 +75,15 @@ def convert(path: Path, rows: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "data.json")
     parser.add_argument("--rows", type=int, default=60_000)
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "data.json"))
     args = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for rows in (args.rows // 4, args.rows):
             path = Path(folder) / f"{rows}.json"
             path.write_text(json.dumps([row(number) for number in range(rows)]))
-            with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-                results.append(pool.submit(convert, path, rows).result())
+            results.append(common.in_a_process(convert, path, rows))
             r = results[-1]
             print(
                 f"{rows} rows, {path.stat().st_size / rows:.0f} bytes each: converted in "

@@ -2,8 +2,6 @@
 
     python bench/gpu.py                                    under eight minutes -> bench/gpu.json
     python bench/gpu.py --shapes 7B --prompts 2048 --ways merged padded        about a minute
-    python bench/gpu.py --check                            each way's attention alone: error, milliseconds
-    python bench/gpu.py --shapes 7B --prompts 2048 --ways merged --profile     where the time goes
     python bench/gpu.py --device cpu --shapes toy --prompts 64 128 --answer 8 --budget 400 --out /tmp/gpu.json
 
 Needs torch and transformers, no vllm, no download. What a rank of train.py does, without the other ranks: fp32 master
@@ -12,7 +10,6 @@ weights, bf16 compute and fp32 reduction through FSDP2, activation checkpointing
 
     merged    attention.py: two flash calls for a whole row
     padded    packing.padded_logps: the prompt once per answer
-    blocks    a causal call per prompt, then masked SDPA over blocks of responses
     flex      flex_attention under the same mask as a block mask, compiled for lengths that change
     kept      merged, without activation checkpointing
 
@@ -28,7 +25,6 @@ is the most that `merged` can reach, and `padded` gets no credit for reading the
 the peak that tools/plan.py works out.
 """
 
-import argparse
 import gc
 import json
 import os
@@ -41,9 +37,6 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import common
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.functional import rms_norm
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 import model as modeling
@@ -117,44 +110,6 @@ def _compiled_flex(device_type: str):
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
-def blocks(plan, q, k, v, scale):
-    """A causal call per prompt; responses, a quarter of the prompt together, to [prompt | themselves], masked."""
-    if not hasattr(plan, "cuts"):
-        plan.cuts = [
-            (prompt, [(block, _mask_of(prompt, block, q.device)) for block in _blocks_of(prompt, responses)])
-            for prompt, responses in packing._spans(plan.packed)
-        ]  # fmt: skip
-    n, out = q.shape[1] // k.shape[1], []
-    for prompt, cuts in plan.cuts:
-        own = (x[:, :, prompt] for x in (q, k, v))
-        out.append(sdpa(*own, is_causal=True, scale=scale, enable_gqa=n > 1))
-        for block, mask in cuts:  # the n heads that share keys become n times the rows
-            at = slice(block[0].start, block[-1].stop)
-            rows = q[:, :, at].unflatten(1, (-1, n)).flatten(2, 3)
-            keys, values = (torch.cat([x[:, :, prompt], x[:, :, at]], 2) for x in (k, v))
-            part = sdpa(rows, keys, values, mask.repeat(n, 1), scale=scale)
-            out.append(part.unflatten(2, (n, -1)).flatten(1, 2))
-    return torch.cat(out, 2).transpose(1, 2)
-
-
-def _blocks_of(prompt, responses):
-    found = []
-    for response in responses:
-        size = (prompt.stop - prompt.start) // 4
-        if found and response.stop - found[-1][0].start <= size:
-            found[-1].append(response)
-        elif response.stop > response.start:
-            found.append([response])
-    return found
-
-
-def _mask_of(prompt, block, device):
-    lengths = torch.tensor([response.stop - response.start for response in block], device=device)
-    owner = torch.arange(len(block), device=device).repeat_interleave(lengths)
-    own = (owner[:, None] == owner).tril()
-    return torch.cat([own.new_ones(len(owner), prompt.stop - prompt.start), own], 1)
-
-
 def merged(plan, q, k, v, scale, attend=packing._Plan.attend):
     """packing's own; an error where it would quietly fall back to the mask."""
     assert plan.kernels and plan.kernels.takes(q, k, v), (
@@ -163,8 +118,8 @@ def merged(plan, q, k, v, scale, attend=packing._Plan.attend):
     return attend(plan, q, k, v, scale)
 
 
-ATTEND = {"merged": merged, "blocks": blocks, "flex": flex, "kept": merged}
-WAYS = ("merged", "padded", "blocks", "flex", "kept")
+ATTEND = {"merged": merged, "flex": flex, "kept": merged}
+WAYS = ("merged", "padded", "flex", "kept")
 
 
 # ------------------------------------------------------------------------------------------------------------ the work
@@ -259,20 +214,15 @@ class Session:
         args = self.args
         if self.key != (shape, weights, adam):
             self.drop()
-            model = drawn(
-                shape, args.device, torch.bfloat16 if weights == "bf16" else torch.float32
-            )
+            dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+            model = drawn(shape, args.device, dtype)
             if args.compile:
                 for layer in model.model.layers:
                     layer.forward = torch.compile(layer.forward)
-            if args.fused_norm:
-                for module in model.modules():
-                    if type(module).__name__.endswith("RMSNorm"):
-                        module.forward = _fused_norm(module)
-            self.model = model if args.no_fsdp else modeling.shard(model)
+            self.model = modeling.shard(model)
             self.optimizer = modeling.optimizer(self.model, 1e-6) if adam else None
             self.key = (shape, weights, adam)
-        if way == "kept" or args.no_checkpointing:
+        if way == "kept":
             self.model.gradient_checkpointing_disable()
         else:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -299,28 +249,15 @@ class Session:
             torch.cuda.empty_cache()
 
 
-def _fused_norm(module: nn.Module):
-    return lambda x: rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
-
-
 def measure(session: Session, shape: str, prompt: int, way: str, rate: float) -> dict:
     """One row of the result: the most complete state that fits."""
-    args, row = (
-        session.args,
-        {"shape": shape, "prompt": prompt, "answer": session.args.answer, "way": way},
-    )
-    meta = drawn(shape, "meta")
+    args, meta = session.args, drawn(shape, "meta")
     N, (body, head) = sum(p.numel() for p in meta.parameters()), common.matrix_parameters(meta)
-    row |= {
-        "parameters": N,
-        "compile": args.compile,
-        "fused_norm": args.fused_norm,
-        "fsdp": not args.no_fsdp,
-    }
-    row |= {"checkpointing": way != "kept" and not args.no_checkpointing, "chunk": args.chunk}
+    row = {"shape": shape, "prompt": prompt, "answer": args.answer, "way": way, "parameters": N}
+    row |= {"compile": args.compile, "checkpointing": way != "kept", "chunk": args.chunk}
     memory = torch.cuda.mem_get_info()[1] if args.device == "cuda" else float("inf")
     states = {16: ("fp32", True), 8: ("fp32", False), 4: ("bf16", False)}
-    fits = [b for b in states if b * N + ROOM < memory and args.weights in ("auto", states[b][0])]
+    fits = [bytes_each for bytes_each in states if bytes_each * N + ROOM < memory]
     for bytes_each in (fits or [4])[:2]:
         weights, adam = states[bytes_each]
         row |= {"weights": weights, "adam": adam}
@@ -353,23 +290,24 @@ def timed(session: Session, way: str, prompt: int, vocabulary: int) -> dict:
     args, rows = session.args, rows_of(way, prompt, vocabulary, session.args.rows, session.args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    once = lambda row: seconds_of(
+        lambda: forward_backward(way, session.model, row, args), args.device
+    )
     for row in rows[: 2 if args.compile or way == "flex" else 1]:  # two lengths: compiled for any
-        warm_up = seconds_of(
-            lambda row=row: forward_backward(way, session.model, row, args), args.device
-        )
-    if args.profile:
-        profile(lambda: forward_backward(way, session.model, rows[0], args))
+        warm_up = once(row)
     session.finish()  # makes AdamW's moments
-    times = [
-        seconds_of(lambda row=row: forward_backward(way, session.model, row, args), args.device)
-        for row in rows
-    ]
+    times = [once(row) for row in rows]
     groups, prompt_tokens, answer_tokens = work_of(rows)
     result = {
-        "groups": groups, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens,
-        "largest_row": max(size_of(way, row) for row in rows), "warm_up_seconds": warm_up, "row_seconds": times,
-        "seconds": sum(times), "optimizer_seconds": seconds_of(session.finish, args.device),
-    }  # fmt: skip
+        "groups": groups,
+        "prompt_tokens": prompt_tokens,
+        "answer_tokens": answer_tokens,
+        "largest_row": max(size_of(way, row) for row in rows),
+        "warm_up_seconds": warm_up,
+        "row_seconds": times,
+        "seconds": sum(times),
+        "optimizer_seconds": seconds_of(session.finish, args.device),
+    }
     if args.device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
@@ -391,161 +329,27 @@ def planned(shape: str, tokens: int, bytes_each: int) -> float:
     return found["update_peak"] - found["states"] + bytes_each * sizes["parameters"]
 
 
-def profile(work) -> None:
-    """The 25 kernels that take most of the time."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as record
-
-    on_gpu = torch.cuda.is_available()
-    with record(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
-        work()
-        synchronize("cuda" if on_gpu else "cpu")
-    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda e: -getattr(e, key))
-    total = sum(getattr(e, key) for e in events)
-    print(f"{total / 1e3:.1f} ms in kernels")
-    for e in events[:25]:
-        print(
-            f"{getattr(e, key) / 1e3:9.2f} ms {getattr(e, key) / total:6.1%} {e.count:6d} x  {e.key[:110]}"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- attention by itself
-
-
-def attention_apart(attend, shape: str, device: str) -> list[float]:
-    """Relative errors of a way's attention and of its three gradients against dense attention in float64."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = [packing.pack([0] * P, [[0] * n for n in lengths]) for P, lengths in (
-        (384, (40, 1, 47, 33, 60, 8, 21, 50)), (129, (17, 0, 90)), (64, (9,)),
-    )]  # fmt: skip
-    packed = packing.join(rows)
-    q, k, v, grad, plan, scale = _inputs(packed, shape, device, dtype)
-    q *= 3  # sharp: a key more or less changes the output
-
-    def values(q, k, v, attend):
-        qkv = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*qkv)
-        out.backward(grad.to(out.dtype))
-        return [out.detach(), *(x.grad for x in qkv)]
-
-    mask = packing.attention_mask(packed).to(device)
-
-    def dense(q, k, v):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
-
-    expected = values(q.double(), k.double(), v.double(), dense)
-    found = values(q, k, v, lambda q, k, v: attend(plan, q, k, v, scale))
-    return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected)]
-
-
-def masked(plan, q, k, v, scale):
-    """SDPA under the whole mask: what bf16 costs without any trick."""
-    return sdpa(q, k, v, plan.mask, scale=scale, enable_gqa=q.shape[1] > k.shape[1]).transpose(1, 2)
-
-
-def attention_seconds(attend, shape: str, prompt: int, args) -> float:
-    """Seconds of one layer's attention, forward and backward, for a row of --budget tokens; mean of 20."""
-    [row] = rows_of("merged", prompt, 1000, 1, args)
-    packed = packing.join([packing.pack(*group) for group in row])
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    q, k, v, grad, plan, scale = _inputs(packed, shape, args.device, dtype)
-    qkv = [x.requires_grad_() for x in (q, k, v)]
-
-    def steps(count):
-        for _ in range(count):
-            torch.autograd.grad(attend(plan, *qkv, scale), qkv, grad)
-
-    steps(3)
-    return seconds_of(lambda: steps(20), args.device) / 20
-
-
-def _inputs(packed, shape, device, dtype):
-    _, width, _, _, heads, kv_heads, _ = SHAPES[shape]
-    L, D = len(packed.input_ids), width // heads
-    torch.manual_seed(0)
-    q, k, v, grad = (  # as they come from the layers: tokens first
-        torch.randn(1, L, H, D).to(device, dtype).transpose(1, 2)
-        for H in (heads, kv_heads, kv_heads, heads)
-    )
-    return q, k, v, grad.transpose(1, 2), packing._Plan(packed, torch.device(device)), D**-0.5
-
-
-def check(args) -> list[dict]:
-    """Each way's attention alone: relative errors, then milliseconds of a layer at each prompt length."""
-    rows = []
-    ways = {"masked": masked} | {
-        way: ATTEND[way] for way in args.ways if way in ATTEND and way != "kept"
-    }
-    for shape in args.shapes:
-        for way, attend in ways.items():
-            row = {"shape": shape, "way": way}
-            try:
-                errors = attention_apart(attend, shape, args.device)
-                row |= dict(zip(("out", "dq", "dk", "dv"), errors))
-                row["exact"] = max(errors) < (0.02 if args.device == "cuda" else 1e-5)
-                for prompt in args.prompts if way != "masked" else ():
-                    row[f"ms_{prompt}"] = 1e3 * attention_seconds(attend, shape, prompt, args)
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
-            print(row, flush=True)
-            rows.append(row)
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "gpu.json")
     parser.add_argument("--shapes", nargs="+", default=["7B", "1.5B", "3B"], choices=SHAPES)
     parser.add_argument("--prompts", nargs="+", type=int, default=[2048, 8192], help="tokens, mean")
     parser.add_argument("--answer", type=int, default=100, help="tokens, mean")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS[:4]), choices=WAYS)
-    parser.add_argument(
-        "--budget",
-        type=int,
-        default=16_384,
-        help="tokens of a row, as train.py's --max_tokens_per_row",
-    )
-    parser.add_argument(
-        "--rows", type=int, default=3, help="forward and backward passes that are timed"
-    )
-    parser.add_argument("--weights", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS[:3]), choices=WAYS)
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=3, help="passes that are timed")
     parser.add_argument("--chunk", type=int, default=512, help="tokens whose logits exist together")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the decoder layers, as --torch_compile does"
-    )
-    parser.add_argument(
-        "--fused_norm", action="store_true", help="torch's RMSNorm instead of the model's"
-    )
-    parser.add_argument("--no_checkpointing", action="store_true")
-    parser.add_argument(
-        "--no_fsdp", action="store_true", help="the plain model, with --weights bf16"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="attention alone: errors and milliseconds"
-    )
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one pass")
+    parser.add_argument("--compile", action="store_true", help="as train.py's --torch_compile")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--minutes", type=float, default=7, help="then nothing new starts")
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "gpu.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu --shapes toy tries the script")
-    if args.no_fsdp and args.weights != "bf16":
-        parser.error("--no_fsdp computes in the dtype of the weights: give --weights bf16 as well")
     deadline = time.time() + 60 * args.minutes
     torch._dynamo.config.recompile_limit = 64  # lengths differ from row to row
     torch.backends.cuda.enable_cudnn_sdp(False)  # as packing.py does
     result = {"machine": common.machine(), "settings": vars(args).copy(), "rows": []}
-    if args.check:
-        result["rows"] = check(args)
-        common.write(args.out, result)
-        return
-    store = dist.HashStore()
-    dist.init_process_group(
-        "nccl" if args.device == "cuda" else "gloo", store=store, rank=0, world_size=1
-    )
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rate = matmul_rate(args.device)
     result["matmul_tflops"] = [rate / 1e12]
     print(f"matmul rate {rate / 1e12:.1f} TFLOP/s", flush=True)
@@ -554,12 +358,8 @@ def main() -> None:
     for shape in args.shapes:
         for way in args.ways:
             for prompt in args.prompts:
-                row = {
-                    "shape": shape,
-                    "prompt": prompt,
-                    "way": way,
-                    "error": "not measured: the time is over",
-                }
+                row = {"shape": shape, "prompt": prompt, "way": way}
+                row["error"] = "not measured: the time is over"
                 if (start := time.time()) + longest < deadline:
                     row = measure(session, shape, prompt, way, rate)
                     longest = max(longest, time.time() - start)

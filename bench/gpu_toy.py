@@ -15,7 +15,6 @@ The record holds accuracy before and after of the first three, the differences b
 responses of `one`, log-probs and gradient norm against a plain float32 transformers model on the CPU, one response at a time.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import common
 import torch
-from common import BENCH, REPO
+from common import REPO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -39,10 +38,14 @@ def run(out: Path, device: str, flags: list[str]) -> list[dict]:
     command = [sys.executable, "train.py", "@recipes/demo.args", "--engine", "transformers"]
     command += ["--output_dir", str(out), *flags]
     hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=REPO, env={**os.environ, **hidden}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=REPO, env={**os.environ, **hidden}, capture_output=True, text=True
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+        )
+    return list(data.read_jsonl(out / "metrics.jsonl"))[1:]
 
 
 def against_float32(out: Path) -> dict:
@@ -50,7 +53,7 @@ def against_float32(out: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(REPO / "toy_model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(REPO / "toy_model")
     examples = {example.id: example for example in data.load("toy")}
-    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    rows = list(data.read_jsonl(out / "rollouts.jsonl"))
     tokens = sum(len(row["token_ids"]) for row in rows)
     apart = {"trainer": 0.0, "sampler": 0.0}
     for row in rows:
@@ -66,10 +69,9 @@ def against_float32(out: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "gpu_toy.json")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=common.file, default=str(BENCH / "gpu_toy.json"))
     args, more = parser.parse_known_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU is visible; --device cpu tries the script")
@@ -90,14 +92,15 @@ def main() -> None:
         rows["resumed"] = run(folder / "resumed", args.device, halves)
         one = ["--algo", "fg_dapo_star", "--entropy_coef", "0", "--max_steps", "1", *more]
         [_, one] = run(folder / "one", args.device, one)
-        record["one_step"] = {**against_float32(folder / "one"), "grad_norm_of_the_run": one["grad_norm"]}
+        record["one_step"] = {
+            **against_float32(folder / "one"),
+            "grad_norm_of_the_run": one["grad_norm"],
+        }
     for name, steps in rows.items():
         accuracy = [row["eval/accuracy"] for row in steps if "eval/accuracy" in row]
         record[name] = {"accuracy": accuracy, "reward": [row["reward"] for row in steps[1:]]}
     pairs = list(zip(rows["whole"][1:], rows["resumed"][1:], strict=True))
-    record["resumed_apart"] = {
-        name: [abs(a[name] - b[name]) for a, b in pairs] for name in METRICS
-    }
+    record["resumed_apart"] = {name: [abs(a[name] - b[name]) for a, b in pairs] for name in METRICS}
     common.write(args.out, record)
     print(json.dumps(record, indent=1))
 

@@ -10,7 +10,6 @@ resident memory of each rank at most 10 % more, no more file handles, and the ou
 its records (*.jsonl, which grow with every step) at most 10 % more. Otherwise the exit code is 1.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -21,29 +20,27 @@ import time
 from pathlib import Path
 
 import common
-from common import BENCH, REPO
+from common import REPO, data
 
 FLAGS = (
     "--train_batch_size 4 --num_generations 4 --max_completion_length 64 --eval_steps 100 "
-    "--eval_size 16 "
-    "--save_steps 25 --save_total_limit 2"
+    "--eval_size 16 --save_steps 25 --save_total_limit 2"
 )
 VERDICTS = ("memory_is_stable", "handles_are_bounded", "disk_is_bounded")
 SETTLED = 50  # steps until caches, allocator and compiled code have their size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "long.json")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--out", type=common.file, default=str(BENCH / "long.json"))
     args = parser.parse_args()
     machine = common.machine()
     folder = Path(tempfile.mkdtemp(prefix="long-"))
     try:
         rows, seconds = watch(args.steps, args.engine, folder)
-        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
-        steps = [json.loads(line)["step"] for line in lines[1:]]
+        _, *lines = data.read_jsonl(folder / "run/metrics.jsonl")
+        steps = [line["step"] for line in lines]
         assert steps == list(range(args.steps + 1)), "a step is missing"
     finally:
         shutil.rmtree(folder)
@@ -90,16 +87,14 @@ def ranks_of(agent: int) -> dict[str, list[int]]:
         children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
         looks = []
         for pid in children:
-            status = dict(
-                line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-            )
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            status = dict(line.split(":", 1) for line in lines)
             handles = len(os.listdir(f"/proc/{pid}/fd"))
             looks.append((int(status["VmRSS"].split()[0]) * 1024, handles, int(status["Threads"])))
     except (OSError, KeyError):
         return {}
-    return (
-        dict(zip(("rss", "handles", "threads"), map(list, zip(*looks)))) if len(looks) == 2 else {}
-    )
+    columns = map(list, zip(*looks))
+    return dict(zip(("rss", "handles", "threads"), columns)) if len(looks) == 2 else {}
 
 
 def size_of(folder: Path, pattern: str) -> int:
@@ -137,11 +132,7 @@ def judge(rows: list[dict]) -> dict:
 
 
 def draw(rows: list[dict], verdict: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.5))
     steps = [row["step"] for row in rows]
     for rank in range(2):

@@ -17,10 +17,8 @@ asks as Table 10 does, "cache" puts what all questions share first, so that vLLM
 holds it.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import common
 import torch
@@ -123,15 +121,12 @@ def prefilled(roots: list[mcts.Node], stats: dict) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__, "mcts.json")
     parser.add_argument("--model", default="toy_model")
     parser.add_argument("--trees", type=int, default=100)
     parser.add_argument("--naive_trees", type=int, default=0, help="0: all of them")
     parser.add_argument("--max_tokens", type=int, default=128)
     parser.add_argument("--self_evaluation", choices=("paper", "cache"), default="paper")
-    parser.add_argument("--out", type=common.file, default=str(Path(__file__).with_suffix(".json")))
     args = parser.parse_args()
     machine = common.machine()
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -21,10 +21,7 @@ resident memory where the computation is real; the two agree within the allocato
 checks the tracker.
 """
 
-import argparse
-import multiprocessing
 import resource
-from concurrent.futures import ProcessPoolExecutor
 
 import common
 import torch
@@ -34,14 +31,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import packing
 
-WAYS = (
-    "packed",
-    "packed, recomputed",
-    "padded, chunked",
-    "padded, answers",
-    "padded, full",
-    "one row, full",
-)
+WAYS = ("packed", "packed, recomputed")
+WAYS += ("padded, chunked", "padded, answers", "padded, full", "one row, full")
 FAKE_FROM = 4e9  # bytes of logits, above which tensors are fake
 
 
@@ -61,12 +52,6 @@ def scores(way: str, model, prompt: list[int], responses: list[list[int]]) -> to
     return logps.sum() + entropy.sum()
 
 
-def in_a_process(function, *arguments) -> dict:
-    """What the function returns in a fork, which frees its memory and shares the imports."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def measure(way: str, tracked: bool, args) -> dict:
     """Peak bytes of one forward and backward pass: live tensors (`tracked`), or resident memory."""
     rows = 1 if way == "one row, full" else args.group
@@ -76,12 +61,7 @@ def measure(way: str, tracked: bool, args) -> dict:
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=args.vocabulary,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
+                **{**common.SHAPES["tiny"], "vocab_size": args.vocabulary},
                 tie_word_embeddings=True,
                 max_position_embeddings=args.prompt + args.answer,
             )
@@ -107,19 +87,18 @@ def measure(way: str, tracked: bool, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "memory.json")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens")
     parser.add_argument("--answer", type=int, default=100, help="tokens")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=152_064)
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "memory.json"))
     args = parser.parse_args()
     results = {}
     for way in WAYS:
         results[way] = {}
         for tracked in (True, False):
             if tracked or not results[way]["fake"]:
-                results[way] |= in_a_process(measure, way, tracked, args)
+                results[way] |= common.in_a_process(measure, way, tracked, args)
         row = results[way]
         row["times_packed"] = row["tracked"] / results["packed"]["tracked"]
         rss = f"{row['rss'] / 2**20:9.0f} MiB resident" if "rss" in row else " (fake tensors)"

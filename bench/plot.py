@@ -8,20 +8,11 @@ Only what was measured is drawn and listed.
 import json
 
 import common
-import matplotlib
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+plt = common.pyplot()
 OURS, THEIRS = "#1f77b4", "#c44e52"
-PARTS = {
-    "rollout": "rollout",
-    "reward": "reward",
-    "advantage": "advantage",
-    "update": "training part",
-    "records": "records",
-    "sync": "weight sync",
-}
+PARTS = {part: part for part in ("rollout", "reward", "advantage", "update", "records", "sync")}
+PARTS |= {"update": "training part", "sync": "weight sync"}
 MARKERS = "<!-- bench -->\n", "<!-- /bench -->\n"
 
 
@@ -42,10 +33,10 @@ def steps() -> dict[str, dict]:
 def gpu_rows() -> tuple[list[dict], list[dict]]:
     """The rows of bench/gpu.py's files, the largest model first, and the machines."""
     files = [json.loads(path.read_text()) for path in sorted(common.BENCH.glob("gpu-*.json"))]
-    files = [file for file in files if not file["settings"]["check"]]
+    files = [file for file in files if not file["settings"].get("check")]
     rows = [row for file in files for row in file["rows"] if "seconds" in row]
     for row in rows:
-        switches = [name for name in ("compile", "fused_norm") if row[name]]
+        switches = [name for name in ("compile", "fused_norm") if row.get(name)]
         row["label"] = ", ".join([row["way"], *switches]).replace("_", " ")
     rows.sort(key=lambda row: (-row["parameters"], row["prompt"], -row["tokens_per_second"]))
     return rows, [file["machine"] for file in files]

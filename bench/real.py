@@ -3,7 +3,7 @@
     python bench/real.py --minutes 60             the run of RECIPE; goes on where it stopped
     python bench/real.py --engine transformers --model_name_or_path DIR --max_steps 40 --jobs 1
     python bench/real.py --status                 where it is, from another terminal
-    python bench/real.py --collect bench          the record so far: real.json, real.png, rollouts
+    python bench/real.py --collect bench          the record so far: real.json, real.png
     python bench/real.py --draw bench/real.json   picture and README's table of a record
 
 Flags that are not listed under --help go to train.py, which every arm calls as a user would, on
@@ -26,27 +26,35 @@ its cost alone; the record says who ran when.
 """
 
 import argparse
-import ctypes
-import fcntl
-import gzip
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
-REPO = Path(__file__).resolve().parent.parent
+import common
+from common import REPO, data
+from paper import Process
+
+import checkpoint
+import metrics
+import model as modeling
+import records
+import start
+import train
+from methods import Rows, Sft
+from run import Run, add, forward, micro_batches, sync
+
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
 ARMS = {  # name -> --algo and the model that it begins with
     "toolupt": ("toolupt", "start"),
@@ -55,27 +63,12 @@ ARMS = {  # name -> --algo and the model that it begins with
     "fg_dapo_star": ("fg_dapo_star", "start"),
     "toolupt_published": ("toolupt", "published"),
 }
-COLOURS = {
-    "toolupt": "#d62728", "dapo_star": "#bcbd22", "sft": "#1f77b4", "fg_dapo_star": "#17becf",
-    "toolupt_published": "#9467bd",
-}  # fmt: skip
-SFT = [
-    "--lr_scheduler_type",
-    "constant",
-    "--warmup_ratio",
-    "0",
-]  # an arm goes on as its start began
+COLOURS = dict(zip(ARMS, ("#d62728", "#bcbd22", "#1f77b4", "#17becf", "#9467bd")))
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}  # SFT's arm goes on as it began
 SAMPLES = 4  # responses to a probed prompt
-ROLLOUT_BYTES = (
-    11 * 2**20
-)  # of an arm's rollouts in the record; where there are more, evenly spaced steps are kept
 BFCL_CASES = 10  # the first of each single-turn category
-INTERRUPTED = (
-    143,
-    130,
-    -15,
-    -2,
-)  # exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
+# exit codes after SIGTERM and Ctrl-C: all is saved, or nothing had begun
+INTERRUPTED = (143, 130, -15, -2)
 
 
 # --------------------------------------------------------------------------------------- the start
@@ -83,72 +76,44 @@ INTERRUPTED = (
 
 def common_start(args: argparse.Namespace) -> None:
     """SFT until --start_share of the samples are right; writes OUT/start and OUT/start.jsonl."""
-    import data
-    import model as modeling
-    import packing
-    import rollout
-    import spo
-    from run import init_distributed
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    init_distributed()
-    settings = shared(args)
-    model, tokenizer = modeling.load(
-        settings.model_name_or_path,
-        gradient_checkpointing=not settings.no_gradient_checkpointing,
-        seed=settings.seed,
-    )
-    optimizer = modeling.optimizer(model, settings.sft_learning_rate, (0.9, 0.95), 0.01)
-    longest = settings.max_prompt_length, settings.max_completion_length
-    engine = rollout.make_engine(
-        settings.engine, settings.model_name_or_path, max_model_len=sum(longest),
-        max_num_seqs=settings.max_num_seqs, gpu_memory_utilization=0.5, seed=settings.seed,
-    )  # fmt: skip
-    examples = [e for source in settings.train_file for e in data.load_source(source)]
-    examples, _ = data.fit(examples, tokenizer, *longest)
-    order = list(range(len(examples)))  # the first epoch of train.py
-    random.Random(f"{settings.seed}/0").shuffle(order)
-    probed = [examples[i] for i in order[-args.probe :]]
+    own = {"output_dir": str(args.output_dir / "sft-of-start"), "save_total_limit": 1}
+    config = replace(shared(args), learning_rate=args.sft_learning_rate, **CONSTANT, **own)
+    start.init_distributed()
+    run = Run(config, Sft())
+    run.load()
+    probed = [example for _, example in run.batch(0, size=len(run.examples))][-args.probe :]
     rows = open(args.output_dir / "start.jsonl", "w")  # noqa: SIM115 - open to the end
     for step in range(args.start_steps + 1):
-        engine.load_weights(modeling.full_tensors(model))
-        engine.wake()
-        row = {"step": step, **sampled(engine, probed, tokenizer, settings)}
-        rows.write(json.dumps(row) + "\n")
-        rows.flush()
+        sync(run)
+        row = {"step": step, **sampled(run, probed)}
+        records.write(rows, row)
         print(row, flush=True)
         if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
             break
-        engine.sleep()
-        batch = [
-            examples[order[i % len(order)]]
-            for i in range(step * settings.train_batch_size, (step + 1) * settings.train_batch_size)
-        ]
-        pairs = [(data.render(e, tokenizer), data.target_ids(e, tokenizer)) for e in batch]
-        tokens = sum(len(target) for _, target in pairs)
-        for micro in in_rows(pairs, settings.max_tokens_per_row):
-            packed = packing.join([packing.pack(prompt, [target]) for prompt, target in micro])
-            logps, _ = packing.response_logps(model, packed)
-            mask = packed.response_mask.to(logps.device)
-            spo.sft_loss(logps, mask, num_tokens=tokens)[0].backward()
-        modeling.clip_grad_norm(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    modeling.save(model, tokenizer, args.output_dir / "start")
+        run.engine.sleep()
+        batch = [run.demonstration(example) for _, example in run.batch(step)]
+        totals, stats = train.count_tokens(config, run, batch), {}
+        for micro in micro_batches(config, batch):
+            logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
+            loss, parts = run.method.loss(Rows(mask), logps, entropy, totals, step)
+            loss.backward()
+            add(stats, parts)
+        grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
+        run.optimizer_step(config.learning_rate, stats["loss"], grad_norm, batch)
+    modeling.save(run.model, run.tokenizer, args.output_dir / "start")
 
 
-def sampled(engine, examples: list, tokenizer, settings: argparse.Namespace) -> dict:
+def sampled(run: Run, examples: list) -> dict:
     """Shares of SAMPLES responses per example that are completely right: calls, answers, all."""
-    import data
-    import rewards
-
-    groups = engine.generate(
-        [data.render(example, tokenizer) for example in examples], n=SAMPLES, temperature=1.0,
-        max_tokens=settings.max_completion_length, seeds=[settings.seed + i for i in range(len(examples))],
-    )  # fmt: skip
+    groups = run.engine.generate(
+        [data.render(example, run.tokenizer) for example in examples],
+        n=SAMPLES,
+        temperature=1.0,
+        max_tokens=run.config.max_completion_length,
+        seeds=[run.config.seed + i for i in range(len(examples))],
+    )
     texts = [sample.text for group in groups for sample in group]
-    targets = [example.target for example in examples for _ in range(SAMPLES)]
-    found = rewards.tally(texts, targets)
+    found = run.reward.tally(texts, [example for example in examples for _ in range(SAMPLES)])
     others = found["n"] - found["n_calls"]
     return {
         "all": found["accuracy"] / found["n"],
@@ -159,31 +124,13 @@ def sampled(engine, examples: list, tokenizer, settings: argparse.Namespace) -> 
     }
 
 
-def in_rows(pairs: list[tuple], budget: int) -> list[list[tuple]]:
-    """Prompts and targets in order, as many to a row as fit in `budget` tokens, one at least."""
-    rows, filled = [], budget
-    for pair in pairs:
-        size = sum(map(len, pair))
-        if filled + size > budget:
-            rows, filled = [*rows, []], 0
-        rows[-1].append(pair)
-        filled += size
-    return rows
-
-
 # -------------------------------------------------------------------------------------- the driver
 
 
 def drive(args: argparse.Namespace) -> None:
     """Start what can start, `jobs` arms and two measurements at a time, until all is done."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(args.output_dir / ".lock", "w")  # noqa: SIM115 - open as long as the driver runs
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(
-            f"error: another driver works in --output_dir {args.output_dir}: wait for it, or end it"
-        )
+    lock = checkpoint.lock(args.output_dir)
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
@@ -213,7 +160,8 @@ def drive(args: argparse.Namespace) -> None:
                     continue
                 if name.startswith("eval/") and measured >= 2:
                     continue
-                running[name] = Process(args, name, argv)
+                threads = max(1, (os.cpu_count() or 1) // args.jobs)
+                running[name] = Process(argv, log_of(args, name), threads)
                 note(args, "start", name, command=argv, beside=[n for n in running if n != name])
                 last_start = time.time() if name in ARMS else last_start
             if not running and not wanted:
@@ -232,35 +180,13 @@ def drive(args: argparse.Namespace) -> None:
     sys.exit(1 if failed else 0)
 
 
-class Process(subprocess.Popen):
-    """A program of this repository with a log; it gets SIGTERM when the driver ends, however."""
-
-    def __init__(self, args: argparse.Namespace, name: str, argv: list[str]):
-        self.began = time.time()
-        log_of(args, name).parent.mkdir(parents=True, exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
-        die = (
-            (lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM))
-            if sys.platform == "linux"
-            else None
-        )
-        with open(log_of(args, name), "a") as log:
-            super().__init__(
-                [sys.executable, *argv], cwd=REPO, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die,
-                env={"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ},
-            )  # fmt: skip
-
-    def seconds(self) -> float:
-        return round(time.time() - self.began, 1)
-
-
 def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
     """(name, command line) of all that is left and can begin now, in the order in which it should.
 
     over  the time is over: only what has been trained is measured
     """
-    found, start = [], args.output_dir / "start"
-    ready = {"published": True, "start": (start / "config.json").exists()}
+    found, origin = [], args.output_dir / "start"
+    ready = {"published": True, "start": (origin / "config.json").exists()}
     needed = [arm for arm in args.arms if reached(args, arm) < args.max_steps]
     if not over:
         if not ready["start"] and any(ARMS[arm][1] == "start" for arm in args.arms):
@@ -271,85 +197,52 @@ def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
             found.append((arm, arm_command(args, arm)))
     for arm in args.arms:
         if (step := reached(args, arm)) and (step == args.max_steps or over):
-            found += measurements(
-                args, f"{arm}-{step}", args.output_dir / arm / f"checkpoint-{step}"
-            )
+            last = args.output_dir / arm / f"checkpoint-{step}"
+            found += measurements(args, f"{arm}-{step}", last)
     if ready["start"]:
-        found += measurements(args, "start", start)
-    found += measurements(args, "published", args.model_name_or_path)
-    return found
+        found += measurements(args, "start", origin)
+    return found + measurements(args, "published", shared(args).model_name_or_path)
 
 
 def arm_command(args: argparse.Namespace, arm: str) -> list[str]:
     """train.py's command line for an arm."""
     algo, origin = ARMS[arm]
-    model = args.output_dir / "start" if origin == "start" else args.model_name_or_path
-    own = {
-        "output_dir": args.output_dir / arm,
-        "model_name_or_path": model,
-        "max_steps": args.max_steps,
-    }
+    own = {"output_dir": args.output_dir / arm, "max_steps": args.max_steps}
     own |= {"resume_from_checkpoint": "latest"}
+    if origin == "start":
+        own["model_name_or_path"] = args.output_dir / "start"
     if algo == "sft":
-        own["learning_rate"] = args.sft_learning_rate
+        own |= {"learning_rate": args.sft_learning_rate, **CONSTANT}
     if algo == "toolupt":  # two cycles, a third of each rising (Eq. 23)
         own["balance_up"] = max(1, args.max_steps // 6)
         own["balance_down"] = max(1, args.max_steps // 2 - own["balance_up"])
     flags = [str(x) for name, value in own.items() for x in (f"--{name}", value)]
-    return [
-        "train.py",
-        "--algo",
-        algo,
-        f"@{args.recipe}",
-        *args.typed,
-        *flags,
-        *(SFT if algo == "sft" else []),
-    ]
+    return ["train.py", "--algo", algo, f"@{args.recipe}", *args.typed, *flags]
 
 
 def measurements(
     args: argparse.Namespace, name: str, model: Path | str
 ) -> list[tuple[str, list[str]]]:
     """eval.py's command lines for what of a model is not measured yet."""
-    settings, found = shared(args), []
-    common = [
-        "eval.py",
-        str(model),
-        "--engine",
-        settings.engine,
-        "--max_num_seqs",
-        "64",
-        "--max_tokens",
-        "512",
-    ]
-    for bench, flags in {
-        "file": [
-            "--file",
-            settings.eval_file[0],
-            "--max_model_len",
-            str(settings.max_prompt_length + 512),
-        ],
-        "bfcl": ["--categories", *args.bfcl, "--limit", str(BFCL_CASES), "--max_model_len", "8192"],
-    }.items():
+    config, found = shared(args), []
+    longest = config.max_prompt_length + 512
+    benches = {"file": f"--file {config.eval_file[0]} --max_model_len {longest}"}
+    if args.bfcl and find_spec("bfcl_eval"):
+        cases = f"--categories {' '.join(args.bfcl)} --limit {BFCL_CASES}"
+        benches["bfcl"] = f"{cases} --max_model_len 8192"
+    for bench, flags in benches.items():
         out = args.output_dir / "eval" / f"{name}-{bench}"
-        if (bench == "file" or (args.bfcl and find_spec("bfcl_eval"))) and not (
-            out / "report.md"
-        ).exists():
-            found.append(
-                (
-                    f"eval/{name}-{bench}",
-                    [*common, "--bench", bench, *flags, "--output_dir", str(out)],
-                )
-            )
+        if not (out / "report.md").exists():
+            flags = f"--engine {config.engine} --max_num_seqs 64 --max_tokens 512 {flags}".split()
+            own = ["--bench", bench, "--output_dir", str(out)]
+            found.append((f"eval/{name}-{bench}", ["eval.py", str(model), *flags, *own]))
     return found
 
 
 def reached(args: argparse.Namespace, arm: str) -> int:
     """The step of an arm's newest whole checkpoint; 0: none."""
-    steps = (
-        path.parent.name.split("-")[1]
-        for path in (args.output_dir / arm).glob("checkpoint-*/config.json")
-    )
+    paths = (args.output_dir / arm).glob("checkpoint-*/config.json")
+    steps = (path.parent.name.split("-")[1] for path in paths)
     return max((int(step) for step in steps if step.isdigit()), default=0)
 
 
@@ -359,55 +252,44 @@ def log_of(args: argparse.Namespace, name: str) -> Path:
 
 def note(args: argparse.Namespace, event: str, name: str, **more) -> None:
     """A line of OUT/events.jsonl: who ran when, beside whom."""
-    row = {"time": round(time.time(), 1), "event": event, "name": name, **more}
     with open(args.output_dir / "events.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+        row = {"time": round(time.time(), 1), "event": event, "name": name, **more}
+        records.write(file, row)
     print(f"{datetime.now():%H:%M:%S} {event} {name} {more.get('code', '')}", flush=True)
 
 
 def read(path: Path) -> list[dict]:
     """The whole lines of a .jsonl file that may still be written; none where it does not exist."""
-    if not path.exists():
-        return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    return list(data.read_jsonl(path, growing=True))
 
 
 def status(args: argparse.Namespace) -> str:
     """Where the run is: probes, and each arm's step, seconds per update and last scores."""
-    events, lines = read(args.output_dir / "events.jsonl"), []
-    ended = {}
-    for row in events:
+    lines, ended = [], {}
+    for row in read(args.output_dir / "events.jsonl"):
         ended[row["name"]] = row if row["event"] == "end" else None
     for row in read(args.output_dir / "start.jsonl")[-3:]:
-        lines.append(
-            f"start, step {row['step']}: sampled right: calls {row['calls']:.1%}, all {row['all']:.1%}"
-        )
+        right = f"calls {row['calls']:.1%}, all {row['all']:.1%}"
+        lines.append(f"start, step {row['step']}: sampled right: {right}")
     for arm in args.arms:
         rows = read(args.output_dir / arm / "metrics.jsonl")[1:]
         if not rows:
             continue
-        seconds = [row["timing_s/step"] for row in rows[-10:] if "timing_s/step" in row]
-        parts = {k[9:]: round(v, 2) for k, v in rows[-1].items() if k.startswith("timing_s/")}
-        scores = [row for row in rows if row.get("eval/accuracy") is not None]
         text = f"{arm}: step {rows[-1]['step']} of {args.max_steps}"
-        text += f", {median(seconds):.2f} s per update {parts}" if seconds else ""
+        if seconds := [row["timing_s/step"] for row in rows[-10:] if "timing_s/step" in row]:
+            text += f", {median(seconds):.2f} s per update"
+        scores = [row for row in rows if row.get("eval/accuracy") is not None]
         for row in scores[:1] + scores[-1:]:
-            kinds = [row.get(f"eval/{k}") for k in ("tool_call_accuracy", "answer_accuracy")]
-            text += f"; after {row['step']}: " + ", ".join(
-                "-" if k is None else f"{k:.1%}" for k in kinds
-            )
-        if "reward" in rows[-1]:
-            text += f"; reward {mean(row['reward'] for row in rows[-10:] if 'reward' in row):.2f}"
+            text += f"; after {row['step']}: {row['eval/accuracy']:.1%}"
+        if rewards := [row["reward"] for row in rows[-10:] if "reward" in row]:
+            text += f"; reward {mean(rewards):.2f}"
         lines.append(text)
     for name, row in ended.items():
         if row is None and name != "all":
             lines.append(f"running: {name}")
         elif row and row["code"] not in (0, *INTERRUPTED):
-            lines += [
-                f"FAILED: {name}, exit code {row['code']}",
-                log_of(args, name).read_text()[-1500:],
-            ]
+            end = log_of(args, name).read_text()[-1500:]
+            lines.append(f"FAILED: {name}, exit code {row['code']}\n{end}")
         elif row:
             lines.append(f"ended: {name}, {row['seconds']} s")
     return "\n".join(lines) or f"nothing in {args.output_dir} yet"
@@ -417,45 +299,34 @@ def status(args: argparse.Namespace) -> str:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Write real.json, real.png and rollouts-ARM.jsonl.gz into the folder --collect."""
-    import common
-
+    """Write real.json and real.png into the folder --collect."""
     args.collect.mkdir(parents=True, exist_ok=True)
-    out, settings = args.output_dir, shared(args)
+    out, config = args.output_dir, shared(args)
     events = read(out / "events.jsonl")
     runs = [arm for arm in args.arms if len(read(out / arm / "metrics.jsonl")) > 1]
+    models = ("published", "start", *(f"{arm}-{reached(args, arm)}" for arm in runs))
     with ProcessPoolExecutor(max(1, min(len(runs), os.cpu_count() or 1))) as pool:
-        texts = pool.map(
-            read_rollouts,
-            [out / arm for arm in runs],
-            [args.collect / f"rollouts-{arm}.jsonl.gz" for arm in runs],
-        )
-        rollouts = dict(zip(runs, texts))
+        rollouts = dict(zip(runs, pool.map(read_rollouts, [out / arm for arm in runs])))
     begun = [row for row in events if row["event"] == "begin"]
+    beside = f"up to {args.jobs} arms and two measurements ran side by side on one machine"
+    share = f"{args.start_share:.0%} of sampled calls and of all samples are right"
     record = {
         "machine": {**common.machine(), **({"commit": args.commit} if args.commit else {})},
         "commands": [f"python bench/real.py {' '.join(row['command'])}" for row in begun],
         "hours": round(hours(events), 3),
-        "notes": [
-            f"up to {args.jobs} arms and two measurements ran side by side on one machine: see `beside`",
-            *args.note,
-        ],
-        "model": settings.model_name_or_path,
-        "seed": settings.seed,
-        "data": {name: checksum(name) for name in (*settings.train_file, *settings.eval_file)},
+        "notes": [f"{beside}: see `beside`", *args.note],
+        "model": config.model_name_or_path,
+        "seed": config.seed,
+        "data": {name: checksum(name) for name in (*config.train_file, *config.eval_file)},
         "start": {
-            "rule": f"the least N at which {args.start_share:.0%} of sampled calls and of all samples are right",
+            "rule": f"the least N at which {share}",
             "probe": f"{args.probe} training prompts, {SAMPLES} samples each, temperature 1",
             "learning_rate": args.sft_learning_rate,
             "steps": read(out / "start.jsonl"),
         },
         "arms": {arm: arm_record(args, arm, events, rollouts[arm]) for arm in runs},
-        "evaluations": {
-            name: scores
-            for name in ("published", "start", *(f"{arm}-{reached(args, arm)}" for arm in runs))
-            if (scores := evaluation(args, name))
-        },
-        "examples": responses(args, runs),
+        "evaluations": {name: found for name in models if (found := evaluation(args, name))},
+        "examples": responses(args, models),
     }
     path = args.collect / "real.json"
     numbers = lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]"
@@ -477,8 +348,7 @@ def hours(events: list[dict]) -> float:
 
 def checksum(source: str) -> str:
     """sha256 of the file of NAME:FILE; what stands there, where it is no file."""
-    path = Path(source.partition(":")[2] or source)
-    path = path if path.is_absolute() else REPO / path
+    path = REPO / Path(source.partition(":")[2] or source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "generated"
 
 
@@ -486,17 +356,13 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
     """An arm: its command, its seconds and beside whom, and its metrics as columns over steps."""
     config, *rows = read(args.output_dir / arm / "metrics.jsonl")
     own = [row for row in events if row["name"] == arm]
+    commands = [f"python {' '.join(row['command'])}" for row in own if row["event"] == "start"]
+    kept = ("time", "event", "beside", "seconds", "code")
     steps = [row for row in rows if row["step"]]
-    names = sorted(
-        {
-            name
-            for row in steps
-            for name in row
-            if not name.startswith(("eval/", "timing_s", "perf/"))
-        }
-    )
-    rounded = lambda x: x if x is None or isinstance(x, (int, str)) else float(f"{x:.4g}")
     curve = [row for row in rows if row.get("eval/accuracy") is not None]
+    apart = ("eval/", "timing_s", "perf/")
+    names = sorted({name for row in steps for name in row if not name.startswith(apart)})
+    rounded = lambda x: x if x is None or isinstance(x, (int, str)) else float(f"{x:.4g}")
     seconds = defaultdict(list)
     for row in steps:
         for name in row:
@@ -506,68 +372,36 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
         "algo": ARMS[arm][0],
         "from": ARMS[arm][1],
         "updates": rows[-1]["step"],
-        "command": next(
-            (
-                f"python {' '.join(row['command'])}"
-                for row in reversed(own)
-                if row["event"] == "start"
-            ),
-            None,
-        ),
-        "runs": [
-            {k: row[k] for k in ("time", "event", "beside", "seconds", "code") if k in row}
-            for row in own
-        ],
+        "command": commands[-1] if commands else None,
+        "runs": [{key: row[key] for key in kept if key in row} for row in own],
         "median_seconds": {name: rounded(median(values)) for name, values in seconds.items()},
         "config": config,
         "curve": {
             name: [rounded(row.get(name)) for row in curve]
-            for name in ("step", *sorted(k for k in curve[0] if k[:5] == "eval/"))
+            for name in ("step", *sorted(name for name in curve[0] if name.startswith("eval/")))
         },
         "metrics": {name: [rounded(row.get(name)) for row in steps] for name in names},
         "rollouts": rollouts,
     }
 
 
-def read_rollouts(folder: Path, out: Path) -> dict:
-    """What an arm's rollouts tell, as columns over steps; copies them to `out`, thinned to fit.
+def read_rollouts(folder: Path) -> dict:
+    """What an arm's rollouts tell, as columns over steps; {} where there are none.
 
     The columns are the metrics of metrics.shares, of runs too that did not log them yet.
     """
-    import metrics
-    from run import add
-
-    path, sums = folder / "rollouts.jsonl", defaultdict(dict)
-    if not path.exists():
-        return {}
+    sums = defaultdict(dict)
     alignment = read(folder / "metrics.jsonl")[0].get("alignment", "positional")
-    with open(path) as file, gzip.open(out, "wt", compresslevel=5) as copy:
-        for line in file:
-            if not line.endswith("\n"):
-                break
-            row = json.loads(line)
-            copy.write(line)
-            first, right = row["advantages"][:1], row["outcome"]["total"] == 4
-            one = [row["token_ids"]], [row["text"]], [right], first, alignment
-            add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
+    for row in data.read_jsonl(folder / "rollouts.jsonl", growing=True):
+        first, right = row["advantages"][:1], row["outcome"]["total"] == 4
+        one = [row["token_ids"]], [row["text"]], [right], first, alignment
+        add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
     steps = sorted(sums)
     found = [metrics.shares(sums[step]) for step in steps]
     names = sorted({name for row in found for name in row})
     rounded = lambda x: None if x is None else round(x, 4)
-    thin(path, out, steps)
-    return {"step": steps, **{name: [rounded(row.get(name)) for row in found] for name in names}}
-
-
-def thin(path: Path, out: Path, steps: list[int]) -> None:
-    """Write every n-th step and the last to `out` again, so that it fits in ROLLOUT_BYTES."""
-    every = -(-out.stat().st_size // ROLLOUT_BYTES)
-    if every > 1:
-        every += 1  # the last step, and steps of unequal size
-        kept = {*steps[::every], steps[-1]}
-        with open(path) as file, gzip.open(out, "wt", compresslevel=5) as copy:
-            copy.writelines(
-                line for line in file if line.endswith("\n") and json.loads(line)["step"] in kept
-            )
+    columns = {name: [rounded(row.get(name)) for row in found] for name in names}
+    return {"step": steps, **columns} if steps else {}
 
 
 def evaluation(args: argparse.Namespace, name: str) -> dict:
@@ -584,37 +418,20 @@ def evaluation(args: argparse.Namespace, name: str) -> dict:
     return found
 
 
-def responses(args: argparse.Namespace, runs: list[str]) -> list[dict]:
+def responses(args: argparse.Namespace, models: tuple[str, ...]) -> list[dict]:
     """All models' responses to the first test rows with a single call, parallel calls, an answer."""
     found = {}
-    for name in ("published", "start", *(f"{arm}-{reached(args, arm)}" for arm in runs)):
+    for name in models:
         chosen = {}
         for row in read(args.output_dir / "eval" / f"{name}-file" / "results.jsonl"):
-            parallel = row["category"] == "tool_call" and row["target"].split("\n")[1].startswith(
-                "["
-            )
+            parallel = row["target"].startswith("<tool_call>\n[")
             chosen.setdefault("parallel calls" if parallel else row["category"], row)
-        for which, row in chosen.items():
-            query = (
-                row["prompt"]
-                .partition("[User Query]")[2]
-                .partition("[Intermediate Tools")[0]
-                .strip()
-            )
-            example = found.setdefault(
-                which,
-                {
-                    "id": row["id"],
-                    "kind": which,
-                    "query": query,
-                    "target": row["target"],
-                    "responses": {},
-                },
-            )
-            example["responses"][name] = {
-                "text": row["turns"][0][0] if row["turns"] else None,
-                "right": row["correct"],
-            }
+        for kind, row in chosen.items():
+            query = row["prompt"].partition("[User Query]")[2].partition("[Intermediate Tools")[0]
+            about = {"id": row["id"], "kind": kind, "query": query.strip()}
+            example = found.setdefault(kind, {**about, "target": row["target"], "responses": {}})
+            text = row["turns"][0][0] if row["turns"] else None
+            example["responses"][name] = {"text": text, "right": row["correct"]}
     return list(found.values())
 
 
@@ -623,37 +440,31 @@ def responses(args: argparse.Namespace, runs: list[str]) -> list[dict]:
 
 def draw(path: Path) -> str:
     """Write the picture of a record beside it; return README's table in Markdown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     record = json.loads(path.read_text())
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    n = (
-        record["evaluations"]
-        .get("start", record["evaluations"].get("published", {}))
-        .get("file", {})
-    )
-    counts = [n.get(kind, [0, "?"])[1] for kind in ("tool_call", "answer")]
+    start_scores = record["evaluations"].get("start", {}).get("file", {})
+    calls, answers = (start_scores.get(kind, [0, "?"])[1] for kind in ("tool_call", "answer"))
     for name, arm in record["arms"].items():
         style = {"label": name, "color": COLOURS.get(name)}
+        curve, rollouts = arm["curve"], arm["rollouts"]
         for axis, key in zip(axes, ("eval/tool_call_accuracy", "eval/answer_accuracy")):
             points = [
-                (s, 100 * y)
-                for s, y in zip(arm["curve"]["step"], arm["curve"].get(key, []))
-                if y is not None
+                (x, 100 * y) for x, y in zip(curve["step"], curve.get(key, [])) if y is not None
             ]
-            axis.plot(*zip(*points), "o-", ms=4, **style) if points else None
-        if arm["rollouts"]:
-            steps = arm["rollouts"]["step"]
+            if points:
+                axis.plot(*zip(*points), "o-", ms=4, **style)
+        if rollouts:
+            steps = rollouts["step"]
             axes[2].plot(steps, smooth(arm["metrics"]["reward"][: len(steps)]), **style)
-            matched = [y and 100 * y for y in arm["rollouts"]["tokens_matched/calls"]]
+            matched = [y and 100 * y for y in rollouts["tokens_matched/calls"]]
             axes[3].plot(steps, smooth(matched), **style)
-    for axis, title in zip(axes, (
-        f"test calls right, of {counts[0]}", f"test answers right, of {counts[1]}",
-        "reward of rollouts, mean of ten updates", "expert tokens matched, mean of ten updates",
-    )):  # fmt: skip
+    titles = (f"test calls right, of {calls}", f"test answers right, of {answers}")
+    titles += (
+        "reward of rollouts, mean of ten updates",
+        "expert tokens matched, mean of ten updates",
+    )
+    for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="optimiser updates", ylabel="" if "reward" in title else "%")
         axis.grid(alpha=0.3)
     if record["arms"]:
@@ -665,36 +476,29 @@ def draw(path: Path) -> str:
 
 def smooth(values: list, width: int = 10) -> list[float]:
     """Means of up to `width` values, the last one included; unknown ones do not count."""
-    parts = (
-        [v for v in values[max(0, i + 1 - width) : i + 1] if v is not None]
-        for i in range(len(values))
-    )
+    parts = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    parts = ([value for value in part if value is not None] for part in parts)
     return [mean(part) if part else float("nan") for part in parts]
 
 
 def table(record: dict) -> str:
     """The record in Markdown: before, the common start, and each arm after its last update."""
-    lines = [
-        "| model | updates | calls | answers | BFCL calls | BFCL no call due | s per update |",
-        "|---" * 7 + "|",
-    ]
+    heads = ("model", "updates", "calls", "answers", "BFCL calls", "BFCL no call due")
+    lines = [f"| {' | '.join(heads)} | s per update |", "|---" * 7 + "|"]
     share = lambda right, n: f"{100 * right / n:.1f} ({right} of {n})" if n else "-"
+    steps = record["start"]["steps"]
+    names = {"published": "as published", "start": "start"}
+    if steps:
+        names["start"] = f"common start, {steps[-1]['step']} SFT steps"
     for name, scores in record["evaluations"].items():
         arm = record["arms"].get(name.rpartition("-")[0], {})
         rows, bfcl = scores.get("file", {}), scores.get("bfcl", {})
         due = [v for k, v in bfcl.items() if "irrelevance" not in k]
         none = [v for k, v in bfcl.items() if "irrelevance" in k]
         cells = [
-            f"`{name.rpartition('-')[0]}`"
-            if arm
-            else {
-                "published": "as published",
-                "start": f"common start, {record['start']['steps'][-1]['step']} SFT steps"
-                if record["start"]["steps"]
-                else "start",
-            }[name]
+            f"`{name.rpartition('-')[0]}`" if arm else names[name],
+            str(arm.get("updates", "")),
         ]
-        cells += [str(arm.get("updates", ""))]
         cells += [share(*rows.get(kind, [0, 0])) for kind in ("tool_call", "answer")]
         cells += [share(sum(v[0] for v in part), sum(v[1] for v in part)) for part in (due, none)]
         cells += [f"{arm['median_seconds']['step']:.1f}" if arm.get("median_seconds") else ""]
@@ -705,58 +509,27 @@ def table(record: dict) -> str:
 # ------------------------------------------------------------------------------------- the program
 
 
-def shared(args: argparse.Namespace) -> argparse.Namespace:
+def shared(args: argparse.Namespace) -> train.Config:
     """What the start and the measurements read of train.py's flags: typed, else the recipe's."""
-    parser = argparse.ArgumentParser(fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
-    parser.add_argument("--model_name_or_path", default=args.model_name_or_path)
-    parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--no_gradient_checkpointing", action="store_true")
-    for name in ("train_file", "eval_file"):
-        parser.add_argument(f"--{name}", nargs="+", required=True)
-    for name, default in (
-        ("seed", 0), ("train_batch_size", 16), ("max_prompt_length", 2048), ("max_completion_length", 256),
-        ("max_tokens_per_row", 16384), ("max_num_seqs", 256),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
-    settings, _ = parser.parse_known_args([f"@{REPO / args.recipe}", *args.typed])
-    settings.sft_learning_rate = args.sft_learning_rate
-    return settings
+    own = start.own_flags([f"@{REPO / args.recipe}", *args.typed], train.Config, Sft)
+    return train.parse_args([*own, "--algo", "sft"])[0]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Own flags; `typed`, those that go to train.py; `argv`, both."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--recipe", default=RECIPE, help="flags of train.py for all arms")
     add("--output_dir", type=Path, default=Path("runs/real"))
     add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="in this order")
     add("--jobs", type=int, default=3, help="arms side by side")
     add("--stagger", type=float, default=5.0, help="seconds between the starts of two arms")
-    add(
-        "--minutes",
-        type=float,
-        default=1e6,
-        help="after which nothing new begins and arms save and leave",
-    )
+    add("--minutes", type=float, default=1e6, help="then nothing new begins; arms save and leave")
     add("--max_steps", type=int, default=150, help="updates of an arm")
-    add(
-        "--sft_learning_rate",
-        type=float,
-        default=2e-5,
-        help="of the start and of the arm sft: between the paper's 1e-5 and 3e-5",
-    )
-    add(
-        "--start_share",
-        type=float,
-        default=0.1,
-        help="of sampled calls, and of all samples, that must be right at the start",
-    )
+    add("--sft_learning_rate", type=float, default=2e-5, help="of the start and of the arm sft")
+    add("--start_share", type=float, default=0.1, help="of samples right, at which the start ends")
     add("--start_steps", type=int, default=60, help="of SFT at most")
     add("--probe", type=int, default=64, help="training prompts that are sampled")
     add("--bfcl", nargs="*", default=["single_turn"], help="categories or groups; none: no BFCL")
@@ -767,17 +540,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--collect", type=Path, metavar="FOLDER", help="write the record of the run as it is")
     add("--draw", type=Path, metavar="RECORD", help="picture and table of a record")
     args, args.typed = parser.parse_known_args(argv)
-    args.argv = argv
-    args.output_dir = args.output_dir.absolute()
-    args.model_name_or_path = None
-    if not args.draw:
-        args.model_name_or_path = shared(args).model_name_or_path
+    args.argv, args.output_dir = argv, args.output_dir.absolute()
     return args
 
 
 def main() -> None:
     args = parse_args()
-    sys.path.insert(0, str(REPO))
     if args.draw:
         print(draw(args.draw))
     elif args.status:
@@ -791,4 +559,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

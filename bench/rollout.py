@@ -18,14 +18,10 @@ Throughput is sampled tokens per second; the prefix cache is emptied before ever
 calls: one or two calls with two to four parameters, right, wrong in a value, malformed.
 """
 
-import argparse
-import os
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import common
 import torch
@@ -100,7 +96,7 @@ def device_check(shape: str, prompt: int, answer: int, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = common.parser(__doc__, "rollout.json")
     parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
     parser.add_argument("--device-check", action="store_true", help="the transformers engine alone")
     parser.add_argument("--shape", default="14M", choices=common.SHAPES)
@@ -108,7 +104,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens")
     parser.add_argument("--answer", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one of warm-up")
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "rollout.json"))
     args = parser.parse_args()
     if args.device_check:
         return device_check(args.shape, args.prompt, args.answer, args.prompts)

@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import common
 
@@ -35,14 +34,14 @@ def worker(folder: Path, args) -> None:
     """Under torchrun: measured steps as one JSON line of rank 0."""
     import torch.distributed as dist
 
-    from run import init_distributed
+    from start import init_distributed
 
     init_distributed()
     tokenizer = common.AutoTokenizer.from_pretrained(folder)
     examples = common.make_examples(args.prompts_per_step, args.prompt, args.answer, tokenizer)
     own = {"output_dir": str(folder / f"run-{os.environ['TORCHELASTIC_RUN_ID']}")}
     arm = common.Ours(folder, examples, args.answer, train_batch_size=args.prompts_per_step, **own)
-    rows = [arm.step() for _ in range(args.steps + 1)][1:]
+    rows = arm.steps(args.steps)
     arm.run.close()
     arm.run.engine.close()
     if dist.get_rank() == 0:
@@ -52,16 +51,9 @@ def worker(folder: Path, args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="14M", choices=common.SHAPES)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
-    parser.add_argument("--answer", type=int, default=64, help="tokens")
-    parser.add_argument("--prompts_per_step", type=int, default=4)
-    parser.add_argument(
-        "--steps", type=int, default=3, help="measured per round, after one of warm-up"
-    )
+    parser = common.parser(__doc__, "scaling.json")
+    common.add_step_flags(parser, steps=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "scaling.json"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -71,28 +63,13 @@ def main() -> None:
         folder = common.make_model(args.shape, Path(folder) / "model", args.prompt + args.answer)
         for _ in range(args.rounds):
             for name, (ranks, threads, factor) in SETTINGS.items():
-                command = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    f"--nproc_per_node={ranks}",
-                    __file__,
-                    "--worker",
-                    folder,
-                    "--prompt",
-                    args.prompt,
-                    "--answer",
-                    args.answer,
-                    "--steps",
-                    args.steps,
-                    "--prompts_per_step",
-                    args.prompts_per_step * factor,
-                ]
-                environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+                flags = f"--prompt {args.prompt} --answer {args.answer} --steps {args.steps} "
+                flags += f"--prompts_per_step {args.prompts_per_step * factor}"
+                torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={ranks}"
+                command = [sys.executable, *torchrun.split(), __file__, *flags.split()]
                 done = subprocess.run(
-                    list(map(str, command)),
-                    env=environment,
+                    [*command, "--worker", str(folder)],
+                    env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                     text=True,
                     capture_output=True,
                     check=False,
@@ -106,13 +83,8 @@ def main() -> None:
     for name, (ranks, threads, factor) in SETTINGS.items():
         middle = {part: common.median([row[part] for row in rows[name]]) for part in PARTS}
         prompts = args.prompts_per_step * factor
-        results[name] = {
-            "ranks": ranks,
-            "threads": threads,
-            "prompts": prompts,
-            **middle,
-            "prompts_per_second": prompts / middle["step"],
-        }
+        results[name] = {"ranks": ranks, "threads": threads, "prompts": prompts, **middle}
+        results[name]["prompts_per_second"] = prompts / middle["step"]
     base = results["1 rank"]["prompts_per_second"]
     for name, row in results.items():
         row["speedup"] = row["prompts_per_second"] / base
@@ -121,14 +93,8 @@ def main() -> None:
             f"update {row['timing_s/update']:6.2f} s  rollout {row['timing_s/rollout']:6.2f} s  "
             f"{row['speedup']:.2f} x the prompts per second of one rank"
         )
-    common.write(
-        args.out,
-        {
-            "machine": common.machine(),
-            "settings": {**vars(args), "worker": None},
-            "results": results,
-        },
-    )
+    record = {"machine": common.machine(), "settings": {**vars(args), "worker": None}}
+    common.write(args.out, record | {"results": results})
 
 
 if __name__ == "__main__":

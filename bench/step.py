@@ -39,7 +39,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import common
 from common import data
@@ -49,7 +48,7 @@ GROUP = 8
 
 def ours(pipe, folder: Path, examples: list, args) -> None:
     """The process of our arm: one step per message."""
-    from run import init_distributed
+    from start import init_distributed
 
     init_distributed()
     arm = common.Ours(
@@ -167,14 +166,8 @@ def compare(shape: str, prompt: int, args, deadline: float) -> dict:
                 time.sleep(1)  # what the arm leaves behind is over
                 row[name]["rates"] = before, common.matmul_rate()
             rows.append(row)
-            print(
-                f"{shape} {prompt}: "
-                + "  ".join(
-                    f"{name} {row[name]['step']:.2f} s, update {row[name]['update']:.2f} s"
-                    for name in arms
-                ),
-                flush=True,
-            )
+            times = (f"{x} {row[x]['step']:.2f} s, update {row[x]['update']:.2f} s" for x in arms)
+            print(f"{shape} {prompt}: {'  '.join(times)}", flush=True)
         for process, pipe, _ in arms.values():
             pipe.send(False)
             process.join(timeout=60)
@@ -236,9 +229,7 @@ def main() -> None:
         "--trl", nargs="*", default=[], metavar="NAME=JSON", help="more of its GRPOConfig"
     )
     parser.add_argument("--minutes", type=float, default=60, help="then no further step starts")
-    parser.add_argument(
-        "--out", type=common.folder, default=str(common.BENCH), help="folder of step-SHAPE.json"
-    )
+    parser.add_argument("--out", type=common.folder, default=str(common.BENCH))
     args = parser.parse_args()
     deadline, machine = time.time() + 60 * args.minutes, common.machine()
     for shape in args.shapes:
@@ -251,15 +242,12 @@ def main() -> None:
             r = results[-1]
             print(
                 f"{shape}, prompt {prompt}: step {r['ratio_step']:.1f} x faster than TRL, training "
-                "part "
-                f"{r['ratio_training']:.1f} x; training part = {r['times_floor']:.2f} x the floor "
-                f"({r['matmul_gflops']:.0f} GFLOP/s; {r['times_floor_best']:.2f} x at "
-                f"{r['matmul_gflops_best']:.0f})",
+                f"part {r['ratio_training']:.1f} x; training part = {r['times_floor']:.2f} x the "
+                f"floor ({r['matmul_gflops']:.0f} GFLOP/s)",
                 flush=True,
             )
-            common.write(
-                Path(args.out, f"step-{shape}.json"), {"machine": machine, "results": results}
-            )
+            out = Path(args.out, f"step-{shape}.json")
+            common.write(out, {"machine": machine, "results": results})
 
 
 if __name__ == "__main__":

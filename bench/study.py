@@ -17,15 +17,16 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+import common
+from common import REPO, data
+
+from tools.serving import this_commit
 
 RECIPE = "recipes/study.args"
 MEASURED = 256  # test examples; train.py's own evaluations are switched off
@@ -78,7 +79,6 @@ def flags(arm: str, seed: int, world: str, steps: int) -> list[str]:
 
 def scores(run, world: str, seed: int) -> dict[str, list[int]]:
     """By part: [right, all] of the test examples, with the weights that the run ended with."""
-    import data
     from run import sync
 
     sync(run)
@@ -103,13 +103,11 @@ def scores(run, world: str, seed: int) -> dict[str, list[int]]:
 def carry_out(arm: str, seed: int, world: str, steps: int, engine) -> tuple[dict, object]:
     """A line of the record, and the engine for the next run."""
     import train
-    from data import read_jsonl
-    from tools.serving import this_commit
 
     words, began = flags(arm, seed, world, steps), time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         run = train.train(*train.parse_args([*words, "--output_dir", out]), engine)
-        knobs, *rows = read_jsonl(Path(out) / "metrics.jsonl")
+        knobs, *rows = data.read_jsonl(Path(out) / "metrics.jsonl")
     seconds = round(time.perf_counter() - began, 1)
     values = {x: [r[x] for r in rows if r.get(x) is not None] for x in LOGGED + NORMS}
     line = {
@@ -188,11 +186,7 @@ def norms(rows: list[dict]) -> str:
 
 def picture(rows: list[dict], path: Path) -> None:
     """By arm and part: every seed, and the mean with its 95 % interval; a row for each world."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = common.pyplot()
     worlds = {world: of for world in ("valid", "test") if (of := percents(rows, world))}
     heights = [len(of) + 2 for of in worlds.values()]
     figure, axes = plt.subplots(
@@ -223,11 +217,6 @@ def picture(rows: list[dict], path: Path) -> None:
 # --------------------------------------------------------------------------------- the program
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a record, none without a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,11 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=REPO / "bench/study.jsonl")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
-    done = {(row["arm"], row["seed"], row["world"]) for row in read(args.out)}
+    done = {
+        (row["arm"], row["seed"], row["world"]) for row in data.read_jsonl(args.out, growing=True)
+    }
     wanted = [(arm, seed, args.world) for seed in args.seeds for arm in args.arms]
     todo = [] if args.draw else [job for job in wanted if job not in done]
     if todo:
-        from run import init_distributed
+        from start import init_distributed
 
         os.chdir(REPO)
         init_distributed()
@@ -255,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         line, engine = carry_out(*job, args.steps, engine)
         with open(args.out, "a") as file:
             file.write(json.dumps(line) + "\n")
-    rows = read(args.out)
+    rows = list(data.read_jsonl(args.out, growing=True))
     for world in dict.fromkeys(row["world"] for row in rows):
         print(f"\n{world} world\n\n{table(rows, world)}\n\n{differences(rows, world)}")
     print(f"\n{norms(rows)}")

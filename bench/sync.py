@@ -10,21 +10,19 @@ a GPU: what torch's allocator holds). A second copy of the model would show ther
 vLLM needs for a moment within a layer (gathered, new and packed weight) is not included.
 """
 
-import argparse
 import ctypes
 import os
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import common
 import torch
 import torch.distributed as dist
 
 import model as modeling
-from run import init_distributed
+from start import init_distributed
 
 
 class Watch:
@@ -61,14 +59,9 @@ def local_tensors(model):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shape", default="14M", choices=common.SHAPES)
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens")
-    parser.add_argument("--answer", type=int, default=64, help="tokens")
-    parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser = common.parser(__doc__, "sync.json")
+    common.add_step_flags(parser, steps=5)
     parser.add_argument("--tensor_parallel", type=int, default=1, help="ranks per vLLM model")
-    parser.add_argument("--steps", type=int, default=5, help="measured, after one of warm-up")
-    parser.add_argument("--out", type=common.file, default=str(common.BENCH / "sync.json"))
     args = parser.parse_args()
     init_distributed()
     folders = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
@@ -85,7 +78,7 @@ def main() -> None:
     }
     arm = common.Ours(folder, examples, args.answer, **settings)
     modeling.full_tensors = watch = Watch()
-    rows = [arm.step() for _ in range(args.steps + 1)][1:]
+    rows = arm.steps(args.steps)
     watch.held = []
     arm.step()
     arm.run.close()

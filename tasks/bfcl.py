@@ -18,11 +18,13 @@ Columns, in percent; p is a category's accuracy, S = mean(simple_python, _java, 
     multi_turn   mean of its four categories
     relevance    live_relevance                irrelevance   mean(irrelevance, live_irrelevance)
     overall_paper = (non_live + live + irrelevance + 3 multi_turn) / 6          ToolUPT's tables
-    overall_v3    = mean(mean(S, multiple, parallel, parallel_multiple, irrelevance),
-                         pooled(live, live_irrelevance, live_relevance), multi_turn)   "v3"
+    non_live_v3  mean(S, multiple, parallel, parallel_multiple, irrelevance)
+    live_v3      correct / all of live, live_irrelevance and live_relevance (2,251)
+    overall_v3    = mean(non_live_v3, live_v3, multi_turn)                      iTool's tables
+    live_multi_turn = mean(live_v3, multi_turn)                                 iTool's Table 5
 
-ToolUPT's "Overall" is the first (45 of its 48 rows within 0.01); iTool's baselines are on the
-second. The two papers' overalls are on different scales.
+ToolUPT's "Overall" is the first (45 of its 48 rows within 0.01), with non_live and live beside it;
+iTool's baselines are on the second, with the columns in _v3. They are different scales.
 
 Safety. The package's simulator passes strings to `eval`. Here no text of a model reaches it: a call
 becomes a string only if it names a public method, with identifiers as keys (call_string), and the
@@ -106,10 +108,16 @@ def columns(counts: dict) -> dict:
     if has(*SIMPLE, *NON_LIVE):
         ast4 = (mean(*(p[name] for name in SIMPLE)), *(p[name] for name in NON_LIVE))
         out["non_live"] = mean(*ast4)
+        if has("irrelevance"):
+            out["non_live_v3"] = mean(*ast4, p["irrelevance"])
     if has(*LIVE):
         out["live"] = pool(*LIVE)
+        if has("live_irrelevance", "live_relevance"):
+            out["live_v3"] = pool(*LIVE, "live_irrelevance", "live_relevance")
     if has(*MULTI_TURN):
         out["multi_turn"] = mean(*(p[name] for name in MULTI_TURN))
+        if "live_v3" in out:
+            out["live_multi_turn"] = mean(out["live_v3"], out["multi_turn"])
     if has("live_relevance"):
         out["relevance"] = p["live_relevance"]
     if has("irrelevance", "live_irrelevance"):
@@ -117,8 +125,7 @@ def columns(counts: dict) -> dict:
     if has(*CATEGORIES):
         four = out["non_live"] + out["live"] + out["irrelevance"] + 3 * out["multi_turn"]
         out["overall_paper"] = four / 6
-        v3_live = pool(*LIVE, "live_irrelevance", "live_relevance")
-        out["overall_v3"] = mean(mean(*ast4, p["irrelevance"]), v3_live, out["multi_turn"])
+        out["overall_v3"] = mean(out["non_live_v3"], out["live_v3"], out["multi_turn"])
     return out
 
 

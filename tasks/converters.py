@@ -41,7 +41,7 @@ class Conversation(NamedTuple):
     """One raw row after its layout is gone; texts are stripped."""
 
     tools: list[dict]  # {"name", "description", "parameters"}
-    # (role, content); user, assistant, observation: a text; call, think: list of {"name", "params"};
+    # (role, content); user, assistant, observation: a text; call, think: [{"name", "params"}, ..];
     # no_tool: None, an answer whose words the row does not hold
     turns: list[tuple]
     policy: str = ""  # what the model must also be told
@@ -73,7 +73,7 @@ def json_object(pairs: list[tuple]) -> dict:
 
 
 def chat(row) -> Conversation:
-    """OpenAI and TRL (`messages`, `tool_calls`), ShareGPT and APIGen-MT (`conversations`), with `tools`.
+    """OpenAI, TRL (`messages`, `tool_calls`), ShareGPT, APIGen-MT (`conversations`), with `tools`.
 
     Calls are `tool_calls`, turns of their own, or <tool_call> blocks of JSON in the text.
     """
@@ -92,7 +92,7 @@ def chat(row) -> Conversation:
 
 
 def hermes(row) -> Conversation:
-    """Hermes: a chat that lists its tools in `tools` or in the system turn, else is its JSON mode."""
+    """Hermes: a chat with its tools in `tools` or in the system turn; without, it is JSON mode."""
     if _field(row, "conversations", list) and row.get("schema"):
         raise Drop("no tool list")
     if "tools" not in row and not _listed(_messages(row)):
@@ -343,7 +343,7 @@ _BESIDE_TOOL |= {"output_schema", "outputSchema", "annotations", "examples", "ta
 
 
 def bare(tool):
-    """Return a tool without OpenAI's wrapper, its schema under "parameters"; other values as they are."""
+    """Return a tool without OpenAI's wrapper, its schema under "parameters"; others as they are."""
     if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
         tool = tool["function"]
     if isinstance(tool, dict) and not tool.get("parameters"):
@@ -458,7 +458,7 @@ def _field(row, key: str, kind: type | tuple):
 
 
 def unpadded(value):
-    """Return a JSON value without the keys whose value is null: Arrow gives all objects all keys."""
+    """Return a JSON value without the keys of value null: Arrow gives all objects all keys."""
     if isinstance(value, dict):
         kept = {key: unpadded(inner) for key, inner in value.items() if inner is not None}
         return type(value)(kept)
@@ -466,7 +466,7 @@ def unpadded(value):
 
 
 def _messages(row) -> list[tuple[str, str, dict]]:
-    """Return [(role of ours, stripped text, message)] of a chat with the keys of OpenAI or ShareGPT."""
+    """Return [(our role, stripped text, message)] of a chat with OpenAI's or ShareGPT's keys."""
     chat = []
     openai = isinstance(row, dict) and "messages" in row
     for message in _field(row, "messages" if openai else "conversations", list):
@@ -481,7 +481,7 @@ def _messages(row) -> list[tuple[str, str, dict]]:
 
 
 def _text(content, role: str) -> str:
-    """Return the stripped text of a turn: a text, OpenAI's list of text parts, or what a tool returned."""
+    """Return the stripped text of a turn: a text, OpenAI's list of parts, or a tool's result."""
     if isinstance(content, list) and content:
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         if len(parts) == len(content):
@@ -537,7 +537,7 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
 
 
 def _json_calls(text: str, message: dict) -> tuple[list, str]:
-    """Return the raw calls of an assistant's turn, in its fields or its text, and the text beside them."""
+    """Return the raw calls in the fields or the text of an assistant's turn, and the other text."""
     blocks, text = _blocks(text, "tool_call")
     raw = [_decode(block) for block in blocks]
     for key in ("tool_calls", "function_call"):

@@ -3,6 +3,7 @@
     report(run)         columns, categories, error types, what went wrong -> report.md, report.png
     compare(runs)       columns over the common cases, differences from the first run
     errors(file)        error types (iTool Figure 3) of any file of responses and targets
+    columns_of(run)     columns that are complete, in percent
     bootstrap(results)  columns under resampling of the cases within each category
 
 Intervals are the 2.5th and 97.5th percentiles over resampled cases, paired between runs. They say
@@ -21,13 +22,15 @@ from tasks import api_bank, bfcl
 
 LABELS = {
     "overall_paper": "Overall (ToolUPT)",
-    "overall_v3": "Overall (v3)",
-    "live_multi_turn": "Live and Multi-turn (iTool Table 5)",
     "non_live": "Non-live AST",
     "live": "Live AST",
     "multi_turn": "Multi-turn",
     "relevance": "Relevance",
     "irrelevance": "Irrelevance",
+    "overall_v3": "Overall (iTool)",
+    "non_live_v3": "Non-live with irrelevance (iTool)",
+    "live_v3": "Live with relevance, irrelevance (iTool)",
+    "live_multi_turn": "mean of that and Multi-turn (iTool Table 5)",
     "level_1": "L1",
     "level_2": "L2",
     "level_2_without_search": "L2 without ToolSearcher",
@@ -39,7 +42,7 @@ SAMPLES = 1000  # of the bootstrap
 # Entries of settings.json, other than the model, that a figure depends on.
 SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
 SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
-SETTINGS += ("versions",)
+SETTINGS += ("versions", "allow_thinking")
 
 
 def file_columns(counts: dict) -> dict:
@@ -83,15 +86,18 @@ def report(out: Path) -> str:
         lines += ["| " + " | ".join(map(str, cells)) + " |"]
     lines += ["", *_forms(rows)] if settings["format"] == "toolupt" else []
     lines += ["", *_notes(rows, settings)]
-    errors = {
-        k: Counter(r["error_class"] for r in rows if r["category"] == k and not r["correct"])
-        for k in counts
-    }
+    errors, accuracies = error_counts(rows)
     lines += ["", "Error types (iTool Figure 3)", "", error_table(errors)]
     text = "\n".join(lines) + "\n"
     (out / "report.md").write_text(text, encoding="utf-8")
-    picture(errors, out / "report.png", {k: 100 * c / n for k, (c, n) in counts.items()})
+    picture(errors, out / "report.png", accuracies)
     return f"{text}\n{out}/report.md, report.png, results.jsonl"
+
+
+def columns_of(out: Path) -> dict[str, float]:
+    """The complete columns of a run in percent."""
+    settings = json.loads((out / "settings.json").read_text())
+    return _columns(list(read_jsonl(out / "results.jsonl", growing=True)), settings)
 
 
 def compare(outs: list[Path]) -> str:
@@ -106,7 +112,7 @@ def compare(outs: list[Path]) -> str:
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
     for name in SETTINGS:
-        if len({str(s.get(name)) for s in settings}) > 1:
+        if len({str(s.get(name) or None) for s in settings}) > 1:
             lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
     targets = [{row["id"]: row.get("target") for row in rows} for rows in results]
     other = sorted(i for i in common if any(t[i] != targets[0][i] for t in targets))
@@ -123,10 +129,8 @@ def errors(path: Path) -> str:
     does. ValueError naming the line that lacks one.
     """
     counts, right = {}, Counter()
-    text = path.read_text(encoding="utf-8").rstrip("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         try:
-            row = json.loads(line)
             response = row["response"] if "response" in row else row["text"]
             kind = rewards.error_type(response, row["target"])
         except KeyError as error:
@@ -145,6 +149,20 @@ def errors(path: Path) -> str:
     image = picture(counts, path.with_suffix(".errors.png"))
     lines = [f"{k}: {right[k]} of {right[k] + n.total()} without error" for k, n in counts.items()]
     return "\n".join([*lines, "", error_table(counts), "", str(image)])
+
+
+def error_counts(rows: list[dict]) -> tuple[dict[str, Counter], dict[str, float]]:
+    """Error types of the wrong cases and percent of right ones: per category and, as in iTool's
+    Figure 3, of all non-live and all live cases of BFCL."""
+    parts = {category: (category,) for category in _counts(rows)}
+    for name, group in (("all non-live", "non_live"), ("all live", "live")):
+        parts |= {name: bfcl.GROUPS[group]} if parts.keys() & bfcl.GROUPS[group] else {}
+    errors, accuracies = {}, {}
+    for name, categories in parts.items():
+        mine = [row for row in rows if row["category"] in categories]
+        errors[name] = Counter(row["error_class"] for row in mine if not row["correct"])
+        accuracies[name] = 100 * sum(row["correct"] for row in mine) / len(mine)
+    return errors, accuracies
 
 
 def error_table(counts: dict[str, Counter]) -> str:
@@ -206,8 +224,6 @@ def _column_table(results, settings, names):
     bench = settings[0]["bench"]
     exact = [_columns(rows, s) for rows, s in zip(results, settings)]
     spread = bootstrap(results, bench)
-    if "live_multi_turn" in exact[0]:
-        spread["live_multi_turn"] = (spread["live"] + spread["multi_turn"]) / 2
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
     whole = set.intersection(*(_whole(rows, s) for rows, s in zip(results, settings)))
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
@@ -236,8 +252,6 @@ def _columns(rows, settings):
     counts = _counts(rows)
     found = COLUMNS[settings["bench"]](counts)
     whole = all(counts[k][1] == settings["sizes"][k] for k in counts) and settings["half"] is None
-    if settings["half"] is not None and {"live", "multi_turn"} <= found.keys():
-        found["live_multi_turn"] = (found["live"] + found["multi_turn"]) / 2
     return {k: v for k, v in found.items() if whole or not k.startswith("overall")}
 
 
@@ -248,7 +262,7 @@ def _whole(rows, settings):
     names = set(COLUMNS[settings["bench"]](full))
     if len(full) < len(counts):
         names -= {"accuracy"}  # which is over all categories
-    return names | ({"live_multi_turn"} if {"live", "multi_turn"} <= names else set())
+    return names
 
 
 def _clean(row, form):
@@ -312,7 +326,8 @@ def _notes(rows, settings):
         lines += [
             "- Overall (ToolUPT) = (Non-live + Live + Irrelevance + 3 Multi-turn) / 6, the scale of"
             " ToolUPT's tables. A model that never calls a tool gets 16.67 on it.",
-            "- Overall (v3) is the mean of BFCL-v3's three parts, on another scale.",
+            "- Overall (iTool) is the mean of BFCL-v3's three parts, on another scale: Multi-turn,"
+            " and Non-live and Live, which there include relevance and irrelevance.",
             "- Error types: a wrong multi-turn case, a call where none is due and a missing call"
             " (relevance) count as Other.",
         ]
@@ -320,8 +335,8 @@ def _notes(rows, settings):
         lines += [f"- {raised} cases count as wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
-        sums = rewards.tally(*zip(*pairs)) if pairs else {"n": 1, "reward": float("nan")}
-        lines += [f"- mean outcome reward {sums['reward'] / sums['n']:.3f} in [-3, 4] (Eq. 12)"]
+        mean = sum(rewards.outcome(*pair).total for pair in pairs) / (len(pairs) or float("nan"))
+        lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12)"]
     long, wrong = _sum(rows, "over_long"), _malformed(rows)
     cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
     lines += [

@@ -18,6 +18,7 @@ import guard
 import methods
 import rollout
 import run as run_module
+import start
 import train
 from tasks import toy
 
@@ -41,7 +42,7 @@ def one_rank():
     """A gloo group of one rank and one thread, gone after this file: other files start their own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run_module.init_distributed()
+    start.init_distributed()
     yield
     dist.destroy_process_group()
     torch.set_num_threads(threads)

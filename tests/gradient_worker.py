@@ -16,7 +16,8 @@ import frozen
 import itool
 import model as modeling
 import train
-from run import Run, init_distributed
+from run import Run
+from start import init_distributed
 
 METHODS = ("toolupt", "grpo", "dapo", "srft", "sft")
 BUDGETS = (1, 100_000)

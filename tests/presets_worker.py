@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPO))
 import data
 import train
 from methods import METHODS
-from run import init_distributed
+from start import init_distributed
 
 STEPS, PROMPTS = 3, 2
 

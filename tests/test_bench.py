@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -15,16 +14,12 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "bench"))
 
 import gpu
+
 import packing
 
 
-@pytest.mark.parametrize("way", ["merged", "blocks"])
-def test_attention_is_exact(way):
-    assert max(gpu.attention_apart(gpu.ATTEND[way], "toy", "cpu")) < 1e-5
-
-
 def test_flex_attends_to_what_it_should():
-    """Its backward pass needs a GPU, where --check compares it."""
+    """Its backward pass needs a GPU."""
     rows = [packing.pack(range(20), [range(7), range(3)]), packing.pack(range(5), [range(9)])]
     packed = packing.join(rows)
     torch.manual_seed(0)
@@ -32,16 +27,6 @@ def test_flex_attends_to_what_it_should():
     dense = scaled_dot_product_attention(q, k, v, packing.attention_mask(packed), enable_gqa=True)
     out = gpu.flex(packing._Plan(packed, q.device), q, k, v, None)
     assert torch.allclose(out.transpose(1, 2), dense, atol=1e-5)
-
-
-def test_a_wrong_mask_is_seen():
-    """Responses that see each other, as in an ordinary row."""
-
-    def causal(plan, q, k, v, scale):
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
-
-    assert max(gpu.attention_apart(causal, "toy", "cpu")) > 0.05
 
 
 def test_lengths_have_the_means_that_are_asked_for():
@@ -85,12 +70,6 @@ def test_every_way_is_measured_at_every_length(tmp_path):
             continue
         assert row["seconds"] == sum(row["row_seconds"]), row
         assert 0 < row["mfu_with_optimizer"] < row["mfu"] and row["times_padded"] > 0, row
-
-
-def test_check_compares_every_way(tmp_path):
-    rows = run(tmp_path, "--check --prompts 48 --ways merged blocks")
-    assert [row["way"] for row in rows] == ["masked", "merged", "blocks"]
-    assert all(row["exact"] for row in rows) and rows[1]["ms_48"] > 0
 
 
 def test_plan_is_for_the_measured_row():

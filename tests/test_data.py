@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data
-from data import Example, load, load_with_drops, messages, render, target_ids
+from data import Example, load, messages, render, target_ids
 from tasks.converters import Conversation
 
 ORACLES = json.loads((Path(__file__).parent / "oracles" / "data.json").read_text())
@@ -680,8 +680,10 @@ def test_load_reads_files_folders_and_lines_and_reports_drops(tmp_path, capsys):
     lines = "\ufeff" + json.dumps(row, ensure_ascii=False) + "\n\n" + json.dumps(bad)
     (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
     assert load("xlam", tmp_path / "b.jsonl") == examples
-    found, drops = load_with_drops("xlam", tmp_path)
-    assert found == examples and drops.total() == 3  # b repeats a
+    capsys.readouterr()
+    assert load("xlam", tmp_path) == examples
+    out = capsys.readouterr().err.partition("left out: ")[2]
+    assert sum(int(part.split()[0]) for part in out.split(", ")) == 3  # b repeats a
     expected = data.SOURCES["xlam"][1]
     (tmp_path / expected).write_text(json.dumps([{**row, "query": "own file"}]))
     assert [e.query for e in load("xlam", str(tmp_path))] == ["own file"]
@@ -1017,8 +1019,16 @@ def test_jsonl_rows_that_are_no_examples(tmp_path, change):
         load("jsonl", tmp_path / "a.jsonl")
     del good["query"]
     (tmp_path / "a.jsonl").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="row 1 is not a valid line: .*query"):
-        load("jsonl", tmp_path / "a.jsonl")
+    for row, reason in (
+        (good, "it lacks query"),
+        ({"target": good["target"]}, "it lacks id, tools, history, query, steps, kind"),
+        (vars(example()) | {"answer": "x"}, "nothing reads answer; it may hold id, "),
+        ([], r"'\[\]' is not an object"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        message = rf"a\.jsonl: row 1 is not a valid line: {reason}.*docs/data.md shows rows"
+        with pytest.raises(ValueError, match=message):
+            load("jsonl", tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import data
 import eval as evaluation
 import rewards
 import rollout
+import scoring
 from tasks import api_bank, bfcl, scores
 
 needs_bfcl = pytest.mark.skipif(
@@ -120,12 +121,10 @@ def test_columns_against_the_definitions_in_words():
         "relevance": share["live_relevance"],
         "irrelevance": irrelevance,
         "overall_paper": (sum(four) / 4 + pooled(live) + irrelevance + 3 * turns) / 6,
-        "overall_v3": (
-            (sum(four) + share["irrelevance"]) / 5
-            + pooled([*live, "live_irrelevance", "live_relevance"])
-            + turns
-        )
-        / 3,
+        "non_live_v3": (non_live := (sum(four) + share["irrelevance"]) / 5),
+        "live_v3": (with_all := pooled([*live, "live_irrelevance", "live_relevance"])),
+        "live_multi_turn": (with_all + turns) / 2,
+        "overall_v3": (non_live + with_all + turns) / 3,
     }
     assert evaluation.columns(counts) == pytest.approx({k: 100 * v for k, v in wanted.items()})
 
@@ -136,7 +135,19 @@ def test_incomplete_columns_are_left_out():
         found = evaluation.columns({k: v for k, v in whole.items() if k != missing})
         assert not {"overall_paper", "overall_v3"} & found.keys()
         lost = evaluation.columns(whole).keys() - found.keys() - {"overall_paper", "overall_v3"}
-        assert len(lost) == 1, missing
+        if missing in (*bfcl.SIMPLE, *bfcl.NON_LIVE):
+            wanted = {"non_live", "non_live_v3"}
+        elif missing in bfcl.LIVE:
+            wanted = {"live", "live_v3", "live_multi_turn"}
+        elif missing in bfcl.MULTI_TURN:
+            wanted = {"multi_turn", "live_multi_turn"}
+        else:
+            wanted = {
+                "irrelevance": {"irrelevance", "non_live_v3"},
+                "live_irrelevance": {"irrelevance", "live_v3", "live_multi_turn"},
+                "live_relevance": {"relevance", "live_v3", "live_multi_turn"},
+            }[missing]
+        assert lost == wanted, missing
     assert evaluation.columns({}) == {}
 
 
@@ -488,7 +499,7 @@ class Scripted:
             for step, text in enumerate(texts)
         }
 
-    def generate(self, prompts, *, n, temperature, max_tokens, seeds):
+    def generate(self, prompts, *, n, temperature, max_tokens, seeds, progress):
         assert n == 1 and len(prompts) == len(seeds)
         assert all(len(p) + max_tokens <= self.max_model_len for p in prompts)
         self.rounds.append(len(prompts))
@@ -1036,7 +1047,7 @@ def test_forms_of_the_responses(tmp_path, monkeypatch, own):
 
 
 def test_tally_is_what_training_reports(own):
-    """rewards.tally against a slow count; train.evaluate divides these sums."""
+    """Reward.tally against a slow count; train.evaluate divides these sums."""
     file, script = own
     examples, n = data.load("jsonl", file), Counter()
     for example, [text] in zip(examples, script.values()):
@@ -1047,14 +1058,9 @@ def test_tally_is_what_training_reports(own):
         n["accuracy"] += right
         n["n_calls"] += example.kind == "tool_call"
         n["tool_calls" if example.kind == "tool_call" else "answers"] += right
-    found = rewards.tally([t for [t] in script.values()], [e.target for e in examples])
-    assert found == pytest.approx(dict(n))
-    parts = [
-        rewards.tally(
-            *zip(*[(t[0], e.target) for t, e in list(zip(script.values(), examples))[i::2]])
-        )
-        for i in (0, 1)
-    ]
+    texts, tally = [text for [text] in script.values()], scoring.Reward().tally
+    assert tally(texts, examples) == pytest.approx(dict(n))
+    parts = [tally(texts[i::2], examples[i::2]) for i in (0, 1)]
     assert {k: parts[0][k] + parts[1][k] for k in n} == pytest.approx(dict(n))
 
 
@@ -1153,8 +1159,9 @@ def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
     for name, value in wanted.items():
         assert f"{value:.2f} [" in text, name
     assert (
-        "| Overall (ToolUPT) | Overall (v3) | Non-live AST | Live AST | Multi-turn | Relevance "
-        "| Irrelevance |" in text
+        "| Overall (ToolUPT) | Non-live AST | Live AST | Multi-turn | Relevance | Irrelevance "
+        "| Overall (iTool) | Non-live with irrelevance (iTool) | Live with relevance, irrelevance "
+        "(iTool) | mean of that and Multi-turn (iTool Table 5) |" in text
     )
     lines = scores.compare([a, b, c]).splitlines()
     differs = next(line for line in lines if line.startswith(f"| {b} - {a}"))
@@ -1170,6 +1177,28 @@ def test_reports_of_the_whole_benchmark_and_comparisons(tmp_path):
     e = fake_run(tmp_path / "e", {"level_1": [True]}, bench="api_bank")
     with pytest.raises(ValueError, match="different benchmarks"):
         scores.compare([a, e])
+
+
+def test_error_types_are_pooled_over_live_and_non_live(tmp_path):
+    """Figure 3's two bars: every wrong case of the group counts once, right ones and multi-turn never."""
+    rng = random.Random(3)
+    draw = {k: [rng.random() < 0.5 for _ in range(30)] for k in bfcl.CATEGORIES if "java" not in k}
+    out = fake_run(tmp_path / "a", draw)
+    rows = list(data.read_jsonl(out / "results.jsonl"))
+    for row in rows:
+        row["error_class"] = None if row["correct"] else rng.choice(bfcl.CLASSES)
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = scores.report(out).splitlines()
+    for name, live in (("all live", True), ("all non-live", False)):
+        slow = dict.fromkeys(bfcl.CLASSES, 0)
+        for row in rows:
+            of_group = row["category"].startswith("live_") == live
+            if of_group and "multi_turn" not in row["category"] and not row["correct"]:
+                slow[row["error_class"]] += 1
+        assert sum(slow.values()) > 30
+        assert f"| {name} | {' | '.join(map(str, slow.values()))} |" in lines
+    small = fake_run(tmp_path / "b", {"simple_python": [False]})
+    assert "all non-live" in (text := scores.report(small)) and "all live" not in text
 
 
 def test_bootstrap_against_a_slow_loop():

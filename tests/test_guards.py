@@ -22,6 +22,8 @@ import train
 from run import Run, sync
 from tools import serving
 
+needs_bf16 = pytest.mark.skipif(bool(start.no_bf16()), reason=start.no_bf16())
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -45,6 +47,7 @@ VARIANTS = [
     "--algo toolupt --lora_rank 4",
     "--algo sft --torch_compile",
     "--algo grpo --lora_rank 4 --quant 4bit",
+    pytest.param("--algo grpo --bf16", marks=needs_bf16),
 ]
 
 
@@ -67,7 +70,7 @@ def test_a_good_model_passes_and_nothing_is_changed(run, flags):
     assert [n for n, tensor in before.items() if not torch.equal(after[n], tensor)] == []
     sent = dict(modeling.full_tensors(run.model))
     for name, parameter in run.engine.model.named_parameters():
-        assert torch.equal(parameter, sent[name]), name
+        assert torch.equal(parameter, sent[name].to(parameter.dtype)), name
 
 
 def test_perturbed_weights_move_by_six_to_twelve_per_cent():
@@ -151,6 +154,70 @@ def test_an_engine_that_keeps_old_weights_is_seen(run, monkeypatch, stale):
         sync(run)
 
 
+# ------------------------------------------------------------------------------- bfloat16 on a CPU
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    "engine",
+    ["transformers", pytest.param("vllm", marks=[frozen.needs_vllm, pytest.mark.long])],
+)
+def test_bf16_computes_in_bfloat16_and_keeps_float32(tiny, tmp_path, monkeypatch, engine):
+    """Two steps: products and engine in bfloat16; weights, gradients and moments in float32."""
+    seen, step = {"products": set(), "kept": set()}, Run.optimizer_step
+
+    def note(run, *rest):
+        for p in run.model.parameters():
+            seen["kept"] |= {p.dtype, p.grad.dtype}
+        skipped = step(run, *rest)
+        moments = [t for state in run.optimizer.state.values() for t in state.values()]
+        seen["kept"] |= {t.dtype for t in moments if t.numel() > 1}
+        return skipped
+
+    def watch(module, inputs):
+        seen["products"].add((inputs[0].dtype, module.weight.dtype))
+
+    def load(run, engine=None):
+        real(run, engine)
+        run.model.get_decoder().layers[0].mlp.down_proj.register_forward_pre_hook(watch)
+
+    real = Run.load
+    monkeypatch.setattr(Run, "optimizer_step", note)
+    monkeypatch.setattr(Run, "load", load)
+    flags = ["--bf16", "--engine", engine, "--term_norm_steps", "1"]
+    run = train.train(*train.parse_args(frozen.short_flags(tiny, tmp_path, *flags)))
+    assert seen == {"products": {(torch.bfloat16,) * 2}, "kept": {torch.float32}}
+    if engine == "transformers":
+        assert {p.dtype for p in run.engine.model.parameters()} == {torch.bfloat16}
+    else:
+        assert run.engine.llm.llm_engine.model_config.dtype == torch.bfloat16
+        run.engine.close()
+    apart = run.history("sampling/sampling_logp_difference/mean")
+    assert len(apart) == 2 and all(1e-5 < x < 0.05 for x in apart), apart
+
+
+def test_the_limit_of_the_engine_check_follows_the_arithmetic():
+    config = train.Config()
+    for bf16, passes, fails in ((False, 9e-4, 2e-3), (True, 0.09, 0.2)):
+        config.bf16 = bf16
+        guard.check_engine(config, passes, 1)
+        with pytest.raises(ValueError, match="differ from the trainer's"):
+            guard.check_engine(config, fails, 1)
+
+
+def test_bf16_without_the_hardware_is_refused(monkeypatch):
+    config, _ = train.parse_args(["--algo", "grpo", "--bf16"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    with pytest.raises(ValueError, match="--bf16: this CPU has neither avx512_bf16 nor AMX"):
+        start.check_machine(config, 1)
+    for name in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        start.check_machine(config, 1)
+    quantised = replace(config, quant="4bit", lora_rank=4)
+    with pytest.raises(ValueError, match="--bf16: with --quant 4bit"):
+        start.check_machine(quantised, 1)
+
+
 # --------------------------------------------------------------------------- from config.json alone
 
 
@@ -160,10 +227,6 @@ def config_of(family, folder, **changes):
 
 
 REFUSED = [
-    ("gemma2", {}, "caps its attention scores"),
-    ("granite", {"logits_scaling": 8.0}, "scales its logits"),
-    ("cohere", {"logit_scale": 0.0625}, "scales its logits"),
-    ("falcon_h1", {"lm_head_multiplier": 0.5}, "scales its logits"),
     ("qwen3_moe", {"num_experts": 8}, "mixture of experts.*--engine transformers"),
     ("mixtral", {}, "mixture of experts"),
     ("gpt_oss", {}, "mixture of experts"),
@@ -218,8 +281,14 @@ PADDED = [
 
 
 @pytest.mark.parametrize("family, changes, why", PADDED)
-def test_what_no_joined_row_can_hold_takes_the_padded_path(family, changes, why, tmp_path):
+def test_what_no_joined_row_can_hold_takes_the_padded_path(
+    family, changes, why, tmp_path, monkeypatch
+):
     config = config_of(family, tmp_path, **changes)
+    if "without" in why:
+        with pytest.raises(ValueError, match="no engine reads on a CPU"):
+            start.suited(config, 1001)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     changed, said = start.suited(config, 1001)
     assert changed == replace(config, share_prefix=False)
     assert why in said and "--no_share_prefix is taken" in said
@@ -231,7 +300,8 @@ def test_what_no_joined_row_can_hold_takes_the_padded_path(family, changes, why,
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "glm4", "gemma", "phi3", "olmo2", "smollm3", "mistral"]
+    "family",
+    ["llama", "qwen2", "qwen3", "glm4", "gemma", "phi3", "olmo2", "smollm3", "gemma2", "granite"],
 )
 def test_ordinary_families_are_left_alone(family, tmp_path):
     config = config_of(family, tmp_path)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -101,7 +102,7 @@ class Scripted:
         self.tokenizer, self.prompts, self.end = tokenizer, prompts, end
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
         self.lists = [[*encode(text), *[tokenizer.eos_token_id] * end] for text in texts]
-        self.calls, self.seeds, self.questions = Counter(), [], []
+        self.calls, self.seeds, self.questions, self.drawn = Counter(), [], [], []
         self.max_model_len, self.stop_ids = 4096, [tokenizer.eos_token_id]
 
     def generate(self, prompts, *, n, max_tokens, seeds, **_):
@@ -116,6 +117,7 @@ class Scripted:
             for k in range(count):
                 ids = fitting[k % len(fitting)][len(done) :][:limit]
                 reason = "stop" if ids[-1] == self.tokenizer.eos_token_id else "length"
+                self.drawn.append((root, done, ids))
                 groups[-1].append(rollout.Sample(ids, [-0.1 * (1 + k)] * len(ids), "", reason))
         return groups
 
@@ -293,6 +295,50 @@ def test_search_over_a_real_engine_keeps_its_log_probs(tiny, tokenizer, examples
             assert -2 <= node.C <= 1
             checked += 1
     assert checked > 10
+
+
+def test_diversity_is_that_of_a_slow_count(tokenizer):
+    """Distinct n-grams of what the engine drew and distinct calls of the whole responses, tree by tree."""
+    searcher, roots, engine, _ = searched(tokenizer, copies=2)
+    for root, prompt in zip(roots, engine.prompts):
+        assert root.token_ids == prompt
+    slow = Counter()
+    for prompt in engine.prompts:
+        mine = [(done, ids) for root, done, ids in engine.drawn if root == prompt]
+        assert len(mine) > 3
+        for n in (1, 2, 3):
+            grams = []
+            for _, ids in mine:
+                for i in range(len(ids) - n + 1):
+                    grams.append(tuple(ids[i : i + n]))
+            slow[f"diversity/distinct_{n}"] += len({*grams})
+            slow[f"diversity/distinct_{n} of"] += len(grams)
+        calls = []
+        for done, ids in mine:
+            text = tokenizer.decode([i for i in done + ids if i != tokenizer.eos_token_id])
+            if "<tool_call>" in text:
+                calls.append(
+                    re.sub(r"\s", "", text.split("<tool_call>")[1].split("</tool_call>")[0])
+                )
+        slow["diversity/distinct_calls"] += len({*calls})
+        slow["diversity/distinct_calls of"] += len(calls)
+    found = {name: value for name, value in searcher.stats.items() if "diversity" in name}
+    assert found == slow
+    assert 0 < slow["diversity/distinct_calls"] < slow["diversity/distinct_calls of"]
+
+
+def test_the_order_of_keys_makes_no_other_call():
+    write = lambda text: ([1, 2, 1], f"<tool_call>\n{text}\n</tool_call>")
+    calls = [
+        '{"name": "f", "params": {"a": 1, "b": 2}}',
+        '{"params": {"b": 2, "a": 1}, "name": "f"}',
+    ]
+    calls += ['[{"name": "f", "params": {"a": 1, "b": 2}}, {"name": "f", "params": {}}]', "no call"]
+    counts = itool.diversity([list(map(write, calls)), [write(calls[0])], []])
+    assert counts["diversity/distinct_calls"] == 2 + 1
+    assert counts["diversity/distinct_calls of"] == 4 + 1
+    assert counts["diversity/distinct_2"] == 2 + 2 and counts["diversity/distinct_2 of"] == 8 + 2
+    assert itool.diversity([]) == {}
 
 
 # ---- pairs ----
@@ -510,6 +556,9 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
 
     warmup = rows_of(out / "warmup" / "metrics.jsonl")[1:]
     assert warmup[-1]["eval/loss"] < warmup[1]["loss"]
+    assert {row["stage"] for row in warmup[1:]} == {1, 2, 3}
+    for last in [[row for row in warmup[1:] if row["stage"] == k][-1] for k in (1, 2, 3)]:
+        assert (out / "warmup" / f"checkpoint-{last['step']}" / "config.json").exists()
     searches, pairs = rows_of(out / "searches.jsonl"), rows_of(out / "pairs.jsonl")
     assert [row["iteration"] for row in searches] == [1, 2]
     for row in searches:
@@ -524,6 +573,14 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
     norms = [end["adapter_norm"] for end in ends]
     assert 0 < norms[0] < norms[1]  # one adapter, continued
     assert searches[0]["held_out"] >= 4
+    for end, row in zip(ends, searches):
+        for name in itool.DIVERSITY:
+            assert end[name] == row[name] and 0 < row[name] <= 1
+    hours = json.loads((out / "hours.json").read_text())
+    assert hours["warmup"].keys() == {"load", "update", "sync", "evaluate", "other", "total"}
+    more = {"perplexity", "search", "reference"}
+    assert hours["itool"].keys() == hours["warmup"].keys() | more
+    assert all(seconds > 0 for stage in hours.values() for seconds in stage.values())
     assert ends[0]["eval/rewards/margins"] > searches[0]["eval/rewards/margins"]
 
     folder = out / f"checkpoint-{len(steps)}"
@@ -647,7 +704,7 @@ def test_a_stage_alone(stage, loop):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--mcts_width", "1"], "a pair compares two steps"),
+        (["--mcts_width", "1"], "--mcts_width 1: must be >= 2"),
         (["--buffer_fraction", "0"], "--buffer_fraction"),
         (["--preference", "ppo"], "--preference: invalid choice: 'ppo'"),
         (["--vllm_tensor_parallel_size", "2"], "each rank searches its own trees"),

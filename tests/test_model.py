@@ -31,8 +31,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 import checkpoint
@@ -332,17 +330,6 @@ def compare_weights(rank, world, folder, expected):
     network, _ = library.load(folder)
     assert all(isinstance(p, DTensor) for p in network.parameters())
     assert all(torch.equal(whole(p), expected[n]) for n, p in network.named_parameters())
-
-
-def test_experts_are_converted_by_transformers(tmp_path, capsys):
-    shape = SHAPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    torch.manual_seed(0)
-    Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    network, _ = library.load(tmp_path)
-    assert "transformers converts those of qwen3_moe" in capsys.readouterr().out
-    expected = plain(tmp_path).state_dict()
-    assert all(torch.equal(p, expected[n]) for n, p in network.named_parameters())
 
 
 def test_a_tied_head_that_differs_on_disk_is_not_tied(folders, tmp_path, capsys):

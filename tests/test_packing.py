@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -367,14 +365,13 @@ def test_head_is_restored_after_an_error():
 
 
 def test_models_that_would_be_wrong_are_refused():
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        response_logps(Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8)), pack([1], [[2]]))
     hybrid = Lfm2ForCausalLM(Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]))
     with pytest.raises(ValueError, match="1 of 2 layers.*--no_share_prefix"):
         response_logps(hybrid, pack([1, 2], [[2], [3]]))
-    capped = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=None)
-    with pytest.raises(ValueError, match="softcap.*--no_share_prefix"):
-        response_logps(Gemma2ForCausalLM(capped), pack([1, 2], [[2], [3]]))
+    query = torch.zeros(1, 1, 3, 8)
+    plan = packing._Plan(pack([1], [[2, 3]]), torch.device("cpu"))
+    with pytest.raises(ValueError, match="s_aux: use --no_share_prefix"):
+        packing.shared_prefix_attention(hybrid, query, query, query, None, plan, s_aux=query)
     windowed = qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=0)
     with pytest.raises(ValueError, match="sliding window 4 < 6 tokens"):
         response_logps(windowed, pack([1, 2, 3], [[2, 3], [3, 4, 5]]))

@@ -44,6 +44,8 @@ OF_THE_LOSS = {
     "toolupt_no_spo": {"balance", *SFT},
 }
 EVAL = {"eval/accuracy", "eval/reward", "eval/tool_call_accuracy", "eval/answer_accuracy"}
+EVAL |= {"timing_s/evaluate"}
+LOADED = {"timing_s/load", "timing_s/sync", "timing_s/step"}
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +78,13 @@ def check_metrics(out, expected: set) -> dict:
     """Steps and metrics of one stage; returns its config."""
     config, before, *rows = rows_of(out / "metrics.jsonl")
     rl = "entropy" in expected
-    assert before.keys() == {"step", *EVAL, *(START if rl else ())}
+    assert before.keys() == {"step", *EVAL, *LOADED, *(START if rl else ())}
     assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
     for row in rows:
         kinds = [kind for kind in ("calls", "answers") if f"accuracy/{kind}" in row]
         assert bool(kinds) is rl
         of_kinds = {f"{name}/{kind}" for name in BY_KIND for kind in kinds}
-        last = EVAL | ({"eval/loss"} & expected) if row["step"] == STEPS else set()
+        last = EVAL | ({"eval/loss"} & expected) | {"timing_s/sync"} if row["step"] == STEPS else set()
         wanted = {"step", *(expected - {"eval/loss"}), *of_kinds, *last}
         assert row.keys() - {"timing_s/records"} == wanted
         assert all(math.isfinite(value) for value in row.values()), row

@@ -1,6 +1,5 @@
 """bench/real.py: the common start is train.py's SFT, the order of the work, and what is read off rollouts."""
 
-import gzip
 import json
 import math
 import subprocess
@@ -27,28 +26,10 @@ def parsed(*argv) -> Namespace:
 
 
 def test_the_start_is_sft_by_train_py(tmp_path):
-    steps = [
-        "--start_steps",
-        "2",
-        "--start_share",
-        "2",
-        "--probe",
-        "2",
-        "--sft_learning_rate",
-        "1e-4",
-    ]
+    steps = "--start_steps 2 --start_share 2 --probe 2 --sft_learning_rate 1e-4".split()
     ours = ["bench/real.py", *FLAGS, *steps, "--output_dir", str(tmp_path / "ours"), "--only_start"]
-    theirs = [
-        "train.py",
-        "--algo",
-        "sft",
-        *FLAGS,
-        *real.SFT,
-        "--learning_rate",
-        "1e-4",
-        "--max_steps",
-        "2",
-    ]
+    constant = "--lr_scheduler_type constant --warmup_ratio 0 --learning_rate 1e-4".split()
+    theirs = ["train.py", "--algo", "sft", *FLAGS, *constant, "--max_steps", "2"]
     theirs += ["--eval_steps", "0", "--output_dir", str(tmp_path / "theirs")]
     for command in (ours, theirs):
         done = subprocess.run(
@@ -60,10 +41,7 @@ def test_the_start_is_sft_by_train_py(tmp_path):
     before = load_file(REPO / "toy_model" / "model.safetensors")
     moved = max(float((b[name] - before[name]).abs().max()) for name in b)
     apart = max(float((b[name] - a[name]).abs().max()) for name in b)
-    assert moved > 1e-5 and apart < 0.02 * moved, (
-        moved,
-        apart,
-    )  # rows are packed otherwise: another rounding
+    assert moved > 1e-5 and apart == 0, (moved, apart)
     assert [row["step"] for row in real.read(tmp_path / "ours" / "start.jsonl")] == [0, 1, 2]
 
 
@@ -97,12 +75,6 @@ def test_an_arm_is_called_as_a_user_would(tmp_path):
         assert ("--balance_up" in words) == (algo == "toolupt")
 
 
-def test_rows_hold_what_fits():
-    pairs = [([0] * a, [0] * b) for a, b in ((3, 2), (4, 1), (2, 2), (20, 1), (1, 1))]
-    sizes = [[len(p) + len(t) for p, t in row] for row in real.in_rows(pairs, 10)]
-    assert sizes == [[5, 5], [4], [21], [2]]
-
-
 def response(step, kind, ids, target, advantages, text, total):
     return {
         "step": step, "kind": kind, "token_ids": ids, "target_ids": target, "advantages": advantages, "text": text,
@@ -123,7 +95,7 @@ def test_what_rollouts_tell(tmp_path):
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "rollouts.jsonl").write_text(whole + '{"step": 3, "torn')
     (tmp_path / "metrics.jsonl").write_text('{"alignment": "positional"}\n')
-    found = real.read_rollouts(tmp_path, tmp_path / "copy.gz")
+    found = real.read_rollouts(tmp_path)
     assert found["step"] == [1, 2]
     assert found["tokens_matched/calls"] == [0.25, 0.5]
     assert found["tokens_matched/answers"] == [1.0, None]
@@ -132,23 +104,6 @@ def test_what_rollouts_tell(tmp_path):
     assert found["form/call"] == [0.3333, 1.0]
     assert found["form/answer"] == [0.6667, 0.0]
     assert found["form/empty_answer"] == [0.3333, 0.0]
-    assert gzip.decompress((tmp_path / "copy.gz").read_bytes()).decode() == whole
-
-
-def test_large_rollouts_are_thinned(tmp_path, monkeypatch):
-    lines = [
-        json.dumps({"step": s, "text": str(s) * 50}) + "\n" for s in range(1, 41) for _ in range(3)
-    ]
-    (tmp_path / "rollouts.jsonl").write_text("".join(lines))
-    with gzip.open(tmp_path / "copy.gz", "wt") as copy:
-        copy.writelines(lines)
-    limit = (tmp_path / "copy.gz").stat().st_size // 2
-    monkeypatch.setattr(real, "ROLLOUT_BYTES", limit)
-    real.thin(tmp_path / "rollouts.jsonl", tmp_path / "copy.gz", list(range(1, 41)))
-    copied = gzip.decompress((tmp_path / "copy.gz").read_bytes()).decode()
-    kept = [json.loads(line)["step"] for line in copied.splitlines()]
-    assert kept[0] == 1 and kept[-1] == 40 and (tmp_path / "copy.gz").stat().st_size <= limit
-    assert all(kept.count(step) == 3 for step in kept)  # whole steps
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -376,12 +376,11 @@ def test_an_answer_tag_inside_a_value_is_data(value):
     assert error_type(text, ANSWER) == "Tools Count"
 
 
-def test_empty_answers_in_the_tally():
+def test_an_empty_answer_and_a_call_beside_an_answer_are_wrong():
     responses = [ANSWER, "<answer></answer>", CALL, CALL + ANSWER, CALL + ANSWER]
-    got = rewards.tally(responses, [ANSWER, ANSWER, CALL, CALL, ANSWER])
-    assert got == {
-        "n": 5, "accuracy": 2, "reward": 4 - 2 + 4 - 3 - 3, "n_calls": 2, "tool_calls": 1, "answers": 1,
-    }  # fmt: skip
+    pairs = list(zip(responses, [ANSWER, ANSWER, CALL, CALL, ANSWER]))
+    assert [outcome(*pair).total for pair in pairs] == [4, -2, 4, -3, -3]
+    assert [binary(*pair) for pair in pairs] == [1, 0, 1, 0, 0]
     assert error_type("<answer> </answer>", ANSWER) == "Other"
     assert error_type("<answer> </answer>", CALL) == "Tools Count"
 

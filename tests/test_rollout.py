@@ -4,11 +4,11 @@ Started once per module: one vLLM engine, one transformers engine, and one torch
 """
 
 import functools
-import io
 import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -410,7 +410,7 @@ def test_graphs_compute_what_plain_steps_compute(folder, model):
         assert sum(errors) / len(errors) < 0.05
 
 
-@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"softcap": 30.0}])
+@pytest.mark.parametrize("change", [{"sliding_window": 8}, {"s_aux": 1.0}])
 def test_attention_that_we_do_not_have_is_an_error(change):
     x = torch.zeros(1, 2, 16, 4)
     with pytest.raises(ValueError, match="--engine vllm"):
@@ -533,20 +533,55 @@ def test_prompts_beyond_one_step_keep_their_seeds(engine):
     assert groups[50][0].token_ids == alone[0][0].token_ids
 
 
-def test_progress_counts_requests(engine):
-    out = io.StringIO()
-    bar = functools.partial(tqdm, file=out)
-    engine.generate(prompts_of(4, 5), n=3, temperature=1.0, max_tokens=2, progress=bar)
-    assert "6/6" in out.getvalue()
+def shown_by(monkeypatch):
+    """What every refresh of a bar shows: (finished responses, the bar as text), as it happens."""
+    shown = []
+
+    class Watched(tqdm):
+        def display(self, msg=None, pos=None):
+            if msg is None:  # not the blank that clears it
+                shown.append((self.n, str(self)))
+
+    monkeypatch.setattr(rollout, "tqdm", Watched)
+    return shown
 
 
-def test_progress_moves_within_a_batch(engines):
-    out = io.StringIO()
-    bar = functools.partial(tqdm, file=out, mininterval=0, miniters=1)
-    engines("transformers").generate(
-        prompts_of(4, 5, 6), n=1, temperature=0, max_tokens=[1, 20, 40], progress=bar
-    )
-    assert "1/3" in out.getvalue() and "tokens/s" in out.getvalue()
+def test_the_bar_moves_before_the_batch_ends(engine, monkeypatch):
+    """Refreshes with none, some and all responses ended, each with tokens per second and time left."""
+    shown = shown_by(monkeypatch)
+    monkeypatch.setattr(rollout, "HIDDEN", 0)
+    monkeypatch.setattr(rollout, "REFRESH", 0)
+    limits = [2, 20, 40]
+    groups = engine.generate(
+        prompts_of(4, 5, 6), n=2, temperature=1.0, max_tokens=limits, seeds=[1, 2, 3], progress="my rollouts"
+    )  # fmt: skip
+    ended = sorted(len(sample.token_ids) for group in groups for sample in group)
+    assert ended[0] < ended[-1]
+    counts = [n for n, text in shown if "tokens/s" in text]
+    assert counts == sorted(counts) and counts[-1] == 6
+    assert 0 in counts and any(0 < n < 6 for n in counts)
+    for n, text in shown[1:]:  # the first is drawn when there is nothing to say
+        assert text.startswith("my rollouts: ") and f"{n}/6 responses [" in text
+        assert re.search(r", [\d,]+ tokens/s, (at most )?\d\d:\d\d left\]", text), text
+        assert ("at most" in text) == (n == 0)
+
+
+def test_a_bar_shows_within_ten_seconds_and_not_for_moments(engines, monkeypatch):
+    """By a clock of our own: a step of half a second in which no response ends, twenty times."""
+    shown, clock = shown_by(monkeypatch), [0.0]
+    monkeypatch.setattr(rollout.time, "perf_counter", lambda: clock[0])
+    with rollout.Bar("rollouts", [50, 50]) as bar:
+        bar.bar._time, bar.bar.start_t, bar.bar.last_print_t = (lambda: clock[0]), 0.0, 0.0
+        first = None
+        for i in range(1, 21):
+            clock[0] = i / 2
+            bar.tell([], 2 * i)
+            first = first or (clock[0] if shown else None)
+    assert 1 < first < 10 and len(shown) > 5  # not for moments; before anything has ended
+    assert shown[-1][0] == 0 and "4 tokens/s, at most 00:25 left" in shown[-1][1]
+    shown.clear()
+    engines("transformers").generate(prompts_of(4), n=1, temperature=0, max_tokens=2)
+    assert not shown  # no name, no bar
 
 
 def changed(model):

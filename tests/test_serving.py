@@ -51,6 +51,7 @@ WHITE = (  # white space that a careless preamble would swallow
     "\n\n  {% for m in messages %}\n<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>\n"
     "  {% endfor %}\n"
 )
+THINKS = WHITE + "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n\n{% endif %}"
 OWN = {  # prompts of a user's own, with what might upset a template
     "system_prompt": 'Say {{ "no" }} {% raw %} \\ \' "to"\r\ntools:\t😀 é\n__TOOL_DESCS__\n'
     "__OTHER__ %} %USER%",
@@ -118,11 +119,13 @@ def parsed(messages):
     return copy
 
 
-@pytest.mark.parametrize("base", [None, LLAMA, WHITE])
+@pytest.mark.parametrize("base", [None, LLAMA, WHITE, THINKS])
 @pytest.mark.parametrize("prompts", [FIGURES, OWN])
 def test_a_request_reads_as_the_training_prompt(base, prompts):
     """At every assistant turn of random conversations: calls, later steps, answers; a policy."""
     tokenizer, rng = toy_tokenizer(base), random.Random(0)
+    if base is THINKS:
+        data.allow_thinking(tokenizer)
     serving.add_tool_template(tokenizer, **prompts)
     tools = [tool("f"), tool("g")]
     wrapped = [{"type": "function", "function": one} for one in tools]
@@ -350,16 +353,34 @@ CASES = [  # response, content, calls
 ]  # fmt: skip
 
 
-def read_in_pieces(module, pieces):
-    reader, content, calls = module.Reader(), "", []
+THOUGHTS = [  # opening of the prompt (None: not allowed), response, content, calls
+    (None, "<think>x</think>y", "<think>x</think>y", []),
+    ("", f"<think>\nf: {json.dumps(F)}? <answer>\n</think>\n\n<answer>\nyes\n</answer>", "yes", []),
+    ("", f" \n<think><tool_call>{json.dumps(G)}</tool_call></think><tool_call>{json.dumps(F)}</tool_call>", "", [F]),
+    ("", f"<tool_call>{json.dumps(F)}</tool_call>", "", [F]),
+    ("", "so be it <think>x</think>", "so be it <think>x</think>", []),
+    ("", "< b", "< b", []),
+    ("", "<thin", "", []),
+    ("", f"<think>endless <tool_call>{json.dumps(F)}</tool_call>", "", []),
+    ("", "<think>a</thin", "", []),
+    ("<think>\n", f"f, then.</think>\n<tool_call>{json.dumps([F, G])}</tool_call>", "", [F, G]),
+    ("<think>\n", "<think>again</think>so", "so", []),
+    ("<think>\n", f"endless <tool_call>{json.dumps(F)}</tool_call>", "", []),
+    ("<think>\n", "", "", []),
+]  # fmt: skip
+ALL = [(None, *case) for case in CASES] + [("", *case) for case in CASES] + THOUGHTS
+
+
+def read_in_pieces(module, pieces, opening=None):
+    reader, content, calls = module.Reader(opening), "", []
     for piece in pieces:
         text, found = reader.feed(piece)
         content, calls = content + text, calls + found
     return content + reader.finish(), calls
 
 
-@pytest.mark.parametrize("response, content, calls", CASES)
-def test_a_response_in_every_split(parsers, response, content, calls):
+@pytest.mark.parametrize("opening, response, content, calls", ALL)
+def test_a_response_in_every_split(parsers, opening, response, content, calls):
     """Whole, in every two pieces, character by character, in random pieces: always the same."""
     rng, n = random.Random(0), len(response)
     splits = [[response], list(response), *([response[:i], response[i:]] for i in range(n))]
@@ -367,7 +388,7 @@ def test_a_response_in_every_split(parsers, response, content, calls):
         cuts = sorted(rng.sample(range(n + 1), min(n, rng.randint(1, 8))))
         splits.append([response[a:b] for a, b in zip([0, *cuts], [*cuts, n])])
     for pieces in splits:
-        assert read_in_pieces(parsers, pieces) == (content, calls), pieces
+        assert read_in_pieces(parsers, pieces, opening) == (content, calls), pieces
 
 
 def test_no_tag_in_any_text(parsers):
@@ -389,13 +410,15 @@ def test_no_tag_in_any_text(parsers):
         assert (content, calls) == read_in_pieces(parsers, text), text
 
 
-@pytest.mark.parametrize("response, content, calls", CASES)
-def test_the_parser_as_vllm_drives_it(parsers, response, content, calls):
+@pytest.mark.parametrize("opening, response, content, calls", ALL)
+def test_the_parser_as_vllm_drives_it(parsers, opening, response, content, calls):
     """vLLM's own parser around ours, token by token and whole, with and without tools to call."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser.parser_manager import ParserManager
 
     tokenizer = toy_tokenizer()
+    if opening is not None:
+        tokenizer.init_kwargs["thought_opening"] = opening
     kind = ParserManager.get_parser(tool_parser_name="toolupt", enable_auto_tools=True)
     tools = [{"type": "function", "function": tool(name)} for name in "fg"]
     wanted = [(call["name"], call["params"]) for call in calls]
@@ -411,7 +434,7 @@ def test_the_parser_as_vllm_drives_it(parsers, response, content, calls):
         assert (text or "") == content
         assert [(c.name, json.loads(c.arguments)) for c in found or []] == kept
         parser, text, found = kind(tokenizer, request.tools), "", {}
-        shown = ""
+        shown, parts = "", 0
         for place, token in enumerate(ids or [tokenizer.eos_token_id]):
             now = tokenizer.decode(ids[: place + 1]).rstrip("\ufffd")
             last = place + 1 >= len(ids)
@@ -420,11 +443,13 @@ def test_the_parser_as_vllm_drives_it(parsers, response, content, calls):
             )
             shown = now
             text += (delta and delta.content) or ""
+            parts += bool(delta and delta.content)
             for call in (delta and delta.tool_calls) or []:
                 one = found.setdefault(call.index, [None, ""])
                 one[0] = call.function.name or one[0]
                 one[1] += call.function.arguments or ""
         assert text == content
+        assert parts > 2 or content != "It is done."  # an answer comes as it is written
         assert [(name, json.loads(arguments)) for name, arguments in found.values()] == kept
 
 
@@ -476,10 +501,11 @@ def train(model: Path, out: Path, flags: str) -> list[dict]:
 TASKS = ("single", "parallel", "second_step", "done")
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
+@pytest.fixture(scope="module", params=["plain", "thinks"])
+def served(tmp_path_factory, request):
     """vLLM's server on a checkpoint of train.py that knows one toy example of each task by heart.
 
+    thinks: its template opens a block of thoughts, and --allow_thinking had the model close it.
     Returns an OpenAI client, the examples by task, and the checkpoint's folder.
     """
     openai, folder = pytest.importorskip("openai"), tmp_path_factory.mktemp("served")
@@ -489,7 +515,13 @@ def served(tmp_path_factory):
     file = f"jsonl:{folder / 'four.jsonl'}"
     flags = f"""--algo sft --train_file {file} --eval_file {file} --max_steps 20
     --train_batch_size 4 --learning_rate 1e-3 --eval_steps 20 --save_steps 20"""
-    log = train(TOY, folder / "out", flags)
+    model, thinks = TOY, request.param == "thinks"
+    if thinks:
+        model = shutil.copytree(TOY, folder / "model")
+        template = (TOY / "chat_template.jinja").read_text().rstrip().removesuffix("{% endif %}")
+        opens = "{{ '' if enable_thinking is false else '<think>\n' }}{% endif %}"
+        (model / "chat_template.jinja").write_text(template + opens)
+    log = train(model, folder / "out", flags + " --allow_thinking" * thinks)
     assert log[-1]["eval/accuracy"] == 1
     checkpoint = folder / "out" / "checkpoint-20"
     with socket.socket() as free:
@@ -572,7 +604,9 @@ def test_the_server_reads_the_training_prompt(served, task):
     ids = httpx.post(address, json=fields, timeout=60).json()["tokens"]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert ids == data.render(examples[task], tokenizer)
-    assert ids == data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
+    plain = data.render(examples[task], AutoTokenizer.from_pretrained(TOY))
+    assert tokenizer.decode(ids).removesuffix("<think>\n") == tokenizer.decode(plain)
+    assert data.thinks(tokenizer) == tokenizer.decode(ids).endswith("<think>\n")
 
 
 @needs_vllm
@@ -596,17 +630,16 @@ def test_a_call_parallel_calls_a_result_sent_back_and_an_answer(served, task, ch
 def test_streaming(served, task):
     client, examples, _ = served
     asked = request(examples[task]) | {"temperature": 0, "max_tokens": 100, "stream": True}
-    content, found, pieces = "", {}, 0
+    content, found = "", {}
     for chunk in client.chat.completions.create(**asked):
         delta = chunk.choices[0].delta
-        content, pieces = content + (delta.content or ""), pieces + bool(delta.content)
+        content += delta.content or ""
         for call in delta.tool_calls or []:
             name, arguments = found.get(call.index, ("", ""))
             name, arguments = name + (call.function.name or ""), arguments + call.function.arguments
             found[call.index] = name, arguments
     calls = [{"name": name, "params": json.loads(params)} for name, params in found.values()]
     assert (content, calls) == expected(examples[task])
-    assert pieces > 2 or calls  # an answer comes as it is written
 
 
 @needs_vllm
@@ -625,4 +658,4 @@ def test_no_tag_reaches_the_client(served, task):
         cut = ask(client, examples[task], max_tokens=length)
         texts.append(cut.message.content)
         assert not calls or not told(cut.message.tool_calls) or cut.finish_reason == "tool_calls"
-    assert not any(tag[:-1] in (text or "") for tag in data.TAGS[:4] for text in texts), texts
+    assert not any(tag[:-1] in (text or "") for tag in data.TAGS[:6] for text in texts), texts

@@ -1,18 +1,17 @@
 """bench/study.py: equal budgets, a resumed record, intervals, picture and tables of hand-written rows."""
 
-import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from frozen import REPO
 
 import train
 
-spec = importlib.util.spec_from_file_location("study", REPO / "bench/study.py")
-study = importlib.util.module_from_spec(spec)
-sys.modules["study"] = study
-spec.loader.exec_module(study)
+REPO = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPO / "bench"))
+
+import study
 
 
 def test_every_arm_makes_the_same_updates_and_is_a_command(monkeypatch):
@@ -63,13 +62,13 @@ def test_a_record_is_continued(tmp_path, monkeypatch):
         return row(arm, seed, 20, world), len(made)
 
     monkeypatch.setattr(study, "carry_out", pretend)
-    monkeypatch.setattr("run.init_distributed", lambda: None)
+    monkeypatch.setattr("start.init_distributed", lambda: None)
     monkeypatch.chdir(REPO)
     argv = ["--out", str(out), "--arms", "sft", "toolupt", "--seeds"]
     study.main([*argv, "0"])
     assert made == [("sft", 0), ("toolupt", 0)]
     made.clear()
     study.main([*argv, "0", "1"])
-    assert made == [("sft", 1), ("toolupt", 1)] and len(study.read(out)) == 4
+    assert made == [("sft", 1), ("toolupt", 1)] and len(out.read_text().splitlines()) == 4
     study.main([*argv, "5", "--draw"])
     assert len(made) == 2 and json.loads(out.read_text().splitlines()[0])["arm"] == "sft"

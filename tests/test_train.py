@@ -10,9 +10,10 @@ import math
 import random
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
-from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ import checkpoint
 import data
 import methods
 import model as modeling
+import records
 import rewards
 import rollout
 import run as run_module
@@ -34,7 +36,7 @@ import start
 import train
 from methods import METHODS
 from run import Run
-from tools import audit, show
+from tools import audit
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared/data/train/toolrl_rlla"
 RL_ROWS = [name for name, row in METHODS.items() if issubclass(row, methods.Rollouts)]
@@ -754,6 +756,32 @@ def test_a_flag_of_another_row_is_rejected(argv, named, owner, tmp_path, capsys)
     assert f"ignored: --{named}\n" in capsys.readouterr().out
 
 
+def test_lora_alpha_without_adapters_is_an_error_where_it_is_typed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--lora_alpha", "64"])
+    assert "--lora_alpha has no effect here: all weights" in capsys.readouterr().err
+    file = tmp_path / "my.args"
+    file.write_text("--lora_alpha 64")  # a recipe may serve both
+    assert train.parse_args([f"@{file}"])[0].lora_alpha == 64
+    for more in (["--lora_rank", "8"], ["--algo", "itool"]):
+        assert train.parse_args(["--lora_alpha", "64", *more])[0].lora_alpha == 64
+
+
+def test_help_prints_the_rate_that_itool_computes(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--algo", "itool", "--help"])
+    assert re.search(r"--learning_rate float\s[^-]*\(default: 1e-06\)", capsys.readouterr().out)
+
+
+def test_a_closed_pipe_ends_the_list_quietly():
+    command = [sys.executable, str(frozen.REPO / "train.py"), "--list"]
+    listing = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listing.stdout.close()  # as `| head` does
+    with listing:
+        assert listing.stderr.read() == ""
+    assert listing.returncode == -signal.SIGPIPE
+
+
 @pytest.mark.parametrize("flag", ["reward", "advantage", "loss", "expert", "balance", "stages"])
 def test_a_method_is_chosen_by_its_name_alone(flag, tmp_path, capsys):
     """Even in a file: no row has such a flag, iTool's --stages aside."""
@@ -867,7 +895,8 @@ def test_every_recipe_serves_every_row(name, monkeypatch):
 def test_the_script_of_table_1_runs_every_row():
     script = (frozen.REPO / "recipes/table1.sh").read_text()
     [rows] = re.findall(r"for algo in ([^;]*);", script)
-    assert rows.replace("\\", "").split() == [name for name in METHODS if name != "dr_grpo"]
+    listed = rows.replace("\\", "").split()
+    assert len(listed) == 13 and listed == [name for name in METHODS if name in listed]
 
 
 def broken_folder(tiny, tmp_path, *gone) -> Path:
@@ -1408,7 +1437,7 @@ def test_audit_reads_texts_with_the_runs_tokenizer_and_the_means_of_the_metrics(
         forged = copy.deepcopy(rows)
         change(forged)
         for row in forged:
-            row["crc32"] = checkpoint.checksum(row)
+            row["crc32"] = records.checksum(row)
         (out / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in forged))
 
     def other_token(forged):  # in the noise of an answer: neither reward nor advantage change
@@ -1440,7 +1469,7 @@ def test_audit_finds_missing_and_unknown_steps(finished, tmp_path):
     with pytest.raises(ValueError, match="which metrics.jsonl does not have"):
         audit.audit(out)
     (out / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
-    with pytest.raises(ValueError, match=f"metrics.jsonl line {len(lines)} is not JSON"):
+    with pytest.raises(ValueError, match=f"line {len(lines)} of .*metrics.jsonl is not JSON"):
         audit.audit(out)
 
 
@@ -1479,115 +1508,6 @@ def test_audit_finds_a_missing_line(finished, tmp_path):
     (out / "rollouts.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(ValueError, match=f"{K - 1} of {K} lines"):
         audit.audit(out)
-
-
-def test_show_colours_tokens_by_advantage(finished, capsys):
-    show.main([str(finished), "--step", "2"])
-    text = capsys.readouterr().out
-    assert text.count("step 2 ") == 4 * K and "step 1 " not in text
-    assert "\033[30;48;5;" in text and "expert: <" in text
-    with pytest.raises(ValueError, match="no step 9"):
-        show.show(finished, 9)
-    with pytest.raises(ValueError, match="nowhere/metrics.jsonl does not exist: only RL runs"):
-        show.show(Path("nowhere"), 1)
-    audit.main([str(finished)])
-    assert "32 responses agree" in capsys.readouterr().out
-
-
-class Texts(HTMLParser):
-    """Visible text, and the titles of spans, of a page; what would load or run something is an error."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.text, self.titles, self.open = "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "link", "img", "iframe", "object"), tag
-        assert not {name for name, _ in attributes} & {"src", "href"}, attributes
-        assert not any(name.startswith("on") for name, _ in attributes), attributes
-        self.open.append(tag)
-        if tag == "span":
-            self.titles.append(dict(attributes)["title"])
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if "pre" in self.open:
-            self.text += data
-
-
-def test_the_page_holds_every_number_and_needs_nothing_else(finished):
-    show.main([str(finished), "--step", "2", "--by", "token_rewards"])
-    text = (finished / "step-2.html").read_text()
-    assert "http" not in text and "url(" not in text and "@import" not in text
-    page, rows = Texts(text), [r for r in rollouts_of(finished) if r["step"] == 2]
-    tokenizer = AutoTokenizer.from_pretrained(TOY)
-    pieces = [[tokenizer.decode([i]) for i in row["token_ids"]] for row in rows]
-    shown = [show.visible("".join(p)) + show.visible(r["target"]) for p, r in zip(pieces, rows)]
-    assert page.text.replace("expert: ", "") == "".join(shown)
-    columns = ("token_ids", "logps", "sampler_logps", "token_rewards", "advantages")
-    tokens = [values for row in rows for values in zip(*(row[name] for name in columns))]
-    assert len(page.titles) == len(tokens)
-    for title, (token, logp, sampled, reward, advantage) in zip(page.titles, tokens):
-        numbers = [float(x) for x in re.findall(r"(?<=[a-z] )-?\d+\.\d+", title)]
-        phi = math.exp(logp) * (1 - math.exp(logp))
-        assert numbers == pytest.approx([logp, sampled, reward, advantage, phi], abs=6e-5)
-        assert title.startswith(f"token {token} ")
-
-
-def test_the_page_and_the_terminal_are_not_steered_by_what_a_model_writes():
-    evil = [
-        "</pre><script>alert(1)</script>",
-        '"><b onmouseover="x">',
-        "\x1b[2J\x1b]0;t\x07",
-        "&lt;",
-    ]
-    tokenizer = SimpleNamespace(decode=lambda ids: evil[ids[0]])
-    row = {
-        "step": 1, "id": "<i>x</i>", "k": 0, "reward": -3.0, "target": "".join(evil), "token_ids": [0, 1, 2, 3],
-        "logps": [-0.5, math.nan, -2.0, 0.0], "sampler_logps": [-1.0] * 4, "token_rewards": None,
-        "advantages": [1.0, -1.0, 0.0, math.nan],
-    }  # fmt: skip
-    page = show.page([row], tokenizer)
-    shown = "".join(evil).replace("\x1b", "\\x1b").replace("\x07", "\\x07")
-    assert Texts(page).text == shown + "expert: " + shown
-    assert "\x1b" not in page and "<i>x" not in page
-    text = show.coloured({**row, "advantages": [0.0] * 4}, tokenizer)
-    assert "\x1b" not in text and "\x07" not in text
-
-
-def test_colours_follow_sign_and_size():
-    tokenizer = SimpleNamespace(decode=lambda ids: f"t{ids[0]}\n" if ids[0] == 3 else f"t{ids[0]}")
-    row = {
-        "step": 1, "id": "x", "k": 0, "reward": 1.0, "target": "<answer>", "token_ids": [0, 1, 2, 3],
-        "advantages": [2.0, 0.1, 0.0, -2.0],
-    }  # fmt: skip
-    shades = show.SHADES
-    paint = lambda shade, text: f"\033[30;48;5;{shade}m{text}\033[0m"
-    body = show.coloured(row, tokenizer).split("\n", 1)[1]
-    strong, weak, red = shades[1][-1], shades[1][0], shades[-1][-1]
-    assert (
-        body == f"{paint(strong, 't0')}{paint(weak, 't1')}t2{paint(red, 't3')}\n\nexpert: <answer>"
-    )
-    assert "t0" in show.coloured({**row, "advantages": [0.0] * 4}, tokenizer)
-
-
-def test_summary_and_picture(finished, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(finished, out)
-    rows = metrics_of(out)
-    rows[1]["eval/accuracy"], rows[-1]["eval/accuracy"] = 0.25, 0.5
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = show.summary(out, AutoTokenizer.from_pretrained(TOY))
-    assert "before 25.0%, after 50.0%" in text
-    for name in ("metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
-        assert str(out / name) in text
-    assert "\033[30;48;5;" in text
-    picture = (out / "learning_curve.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
 def test_a_tracker_that_is_missing_is_named_before_anything_is_loaded(monkeypatch):

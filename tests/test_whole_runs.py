@@ -87,7 +87,7 @@ def test_toolupt_on_two_ranks_with_vllm(tmp_path):
     assert "learning_rate = 0.0003" in done.stdout and METHODS["toolupt"].__doc__ in done.stdout
     assert "2 rank(s); a step: 8 prompts" in done.stdout
     assert done.stdout.index("2 rank(s)") < done.stdout.index("accuracy")
-    for name in (f"checkpoint-{steps}", "metrics.jsonl", "rollouts.jsonl", "learning_curve.png"):
+    for name in (f"checkpoint-{steps}", "metrics.jsonl", "rollouts.jsonl", "report.html"):
         assert str(out / name) in done.stdout and (out / name).exists(), name
     assert "\033[30;48;5;" in done.stdout  # a rollout in colours
 

@@ -17,8 +17,8 @@ import data
 import model as modeling
 import rollout
 import start
-from checkpoint import checksum, records
 from methods import METHODS, Group, Rollouts
+from records import checksum, lines_of
 from scoring import COPY, Reward
 from train import Config, score
 
@@ -35,19 +35,25 @@ def audit(out: Path) -> str:
     tokenizer = modeling.load_tokenizer(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
+    if config.allow_thinking:
+        data.allow_thinking(tokenizer)
+    there, now = digests.get("model_name_or_path"), f"prompt {data.template_digest(tokenizer)}"
+    if there != now:
+        raise ValueError(
+            f"{config.model_name_or_path} writes other prompts than in the run ({there}, now "
+            f"{now}): put its chat template and tokenizer back to audit"
+        )
     checked, pending, seen = 0, [], defaultdict(list)
-    with open(out / "rollouts.jsonl") as file:
-        for number, line in enumerate(file, 1):
+    for number, row in enumerate(data.read_jsonl(out / "rollouts.jsonl"), 1):
+        pending.append((number, row))
+        if len(pending) == method.num_generations:
             try:
-                pending.append((number, json.loads(line)))
-                if len(pending) == method.num_generations:
-                    _audit_group(config, method, pending, tokenizer, out, reward, examples)
-            except (json.JSONDecodeError, LookupError, TypeError, OverflowError) as error:
+                _audit_group(config, method, pending, tokenizer, out, reward, examples)
+            except (LookupError, TypeError, OverflowError) as error:
                 raise ValueError(f"{out}/rollouts.jsonl line {number}: {error!r}") from None
-            if len(pending) == method.num_generations:
-                for _, row in pending:
-                    seen[row["step"]].append((row["reward"], len(row["token_ids"])))
-                checked, pending = checked + len(pending), []
+            for _, row in pending:
+                seen[row["step"]].append((row["reward"], len(row["token_ids"])))
+            checked, pending = checked + len(pending), []
     if pending:
         raise ValueError(
             f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of "
@@ -72,7 +78,7 @@ def audit(out: Path) -> str:
 
 
 def _own_reward(config: Config, digests: dict, out: Path) -> tuple[Reward, dict]:
-    """The reward of a run, and the examples by id and target where it is a user's, which reads them."""
+    """The reward of a run, and the examples by id and target where a user's reward reads them."""
     if not config.reward_file:
         return Reward(), {}
     reward = Reward(out / COPY)
@@ -90,29 +96,19 @@ def _own_reward(config: Config, digests: dict, out: Path) -> tuple[Reward, dict]
 
 
 def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict], dict[str, str]]:
-    """A run's settings, its metrics by step, its digests; ValueError where there is nothing to audit."""
+    """A run's settings, its metrics by step, its digests; ValueError if it cannot be audited."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         if not (out / name).exists():
             raise ValueError(
                 f"{out}/{name} does not exist: only RL runs with their rollouts (not "
                 "--no_log_rollouts) can be audited"
             )
-    rows = []
-    with open(out / "metrics.jsonl") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{out}/metrics.jsonl line {number} is not JSON ({error.msg}): resume the run, "
-                    "which drops a torn line"
-                ) from None
+    settings, *rows = data.read_jsonl(out / "metrics.jsonl")
     try:
-        digests = rows[0].pop("digests", {})
-        own = {f.name for f in fields(Config)}
-        config = Config(**{name: rows[0].pop(name) for name in own})
-        steps = {row["step"]: row for row in rows[1:]}
-        return config, METHODS[config.algo](**rows[0]), steps, digests
+        digests = settings.pop("digests", {})
+        config = Config(**{f.name: settings.pop(f.name) for f in fields(Config)})
+        steps = {row["step"]: row for row in rows}
+        return config, METHODS[config.algo](**settings), steps, digests
     except (LookupError, TypeError) as error:
         raise ValueError(f"{out}/metrics.jsonl is not of this version: {error!r}") from None
 
@@ -137,9 +133,16 @@ def _audit_group(
         max_length=config.max_completion_length,
         with_expert=method.learns_from_expert,
         seed=first["seed"],
+        num_thoughts=len(data.no_thoughts(tokenizer)),
     )
     group.samples = [
-        rollout.Sample(r["token_ids"], r["sampler_logps"], r["text"], r["finish_reason"])
+        rollout.Sample(
+            r["token_ids"],
+            r["sampler_logps"],
+            r["text"],
+            r["finish_reason"],
+            rollout.num_thoughts(tokenizer, r["token_ids"]),
+        )
         for r in rows
     ]
     target_ids = data.target_ids(example, tokenizer)
@@ -148,7 +151,7 @@ def _audit_group(
     group.logps = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(r["logps"]) for r in rows], batch_first=True
     )
-    for (number, row), again in zip(lines, records(first["step"], group)):
+    for (number, row), again in zip(lines, lines_of(first["step"], group)):
         for name, value in again.items():
             if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
                 where, there, value = _first_difference(name, row[name], value)

@@ -51,16 +51,8 @@ MODELS = {
     "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151_936, True, True),  # Qwen/Qwen2.5-1.5B-Instruct
     "qwen2.5-3b": (2048, 11_008, 36, 16, 2, 151_936, True, True),  # Qwen/Qwen2.5-3B-Instruct
     "qwen2.5-7b": (3584, 18_944, 28, 28, 4, 152_064, False, True),  # Qwen/Qwen2.5-7B-Instruct
-    "llama-3.1-8b": (
-        4096,
-        14_336,
-        32,
-        32,
-        8,
-        128_256,
-        False,
-        False,
-    ),  # meta-llama/Llama-3.1-8B-Instruct
+    # meta-llama/Llama-3.1-8B-Instruct
+    "llama-3.1-8b": (4096, 14_336, 32, 32, 8, 128_256, False, False),
     "qwen2.5-14b": (5120, 13_824, 48, 40, 8, 152_064, False, True),  # Qwen/Qwen2.5-14B-Instruct
     "qwen2.5-32b": (5120, 27_648, 64, 40, 8, 152_064, False, True),  # Qwen/Qwen2.5-32B-Instruct
 }
@@ -346,46 +338,33 @@ def table(rows: list[tuple[str, dict]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The flags: machine, lengths, and the rates that are assumed."""
     flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    flags.add_argument("model", help=f"{', '.join(MODELS)}, paper, or a folder with config.json")
-    flags.add_argument("--gpus", type=int, default=8, help="per node")
-    flags.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
-    flags.add_argument("--nodes", type=int, default=1)
-    flags.add_argument("--batch", type=int, default=256, help="prompts per step")
-    flags.add_argument("--num_generations", type=int, default=8)
-    flags.add_argument("--prompt", type=int, default=2000, help="mean tokens of a prompt")
-    flags.add_argument("--answer", type=int, default=100, help="mean tokens of a response")
-    flags.add_argument("--max_prompt", type=int, default=8192)
-    flags.add_argument("--max_answer", type=int, default=1024)
-    flags.add_argument("--max_tokens_per_row", type=int, default=16_384)
-    flags.add_argument("--max_num_seqs", type=int, default=256)
-    flags.add_argument(
-        "--tensor_parallel", type=int, help="of vLLM; left out: the smallest that fits"
-    )
-    flags.add_argument("--lora_rank", type=int, default=0, help="0: all weights are trained")
-    flags.add_argument("--quant", choices=("none", "4bit"), default="none")
-    flags.add_argument("--offload_moments", action="store_true", help="Adam's moments on the host")
-    flags.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept")
-    flags.add_argument(
-        "--reserve", type=float, help="GB for CUDA, NCCL, fragments: 6; 2 on one GPU"
-    )
-    flags.add_argument(
-        "--graphs",
-        type=float,
-        help="GB of vLLM's CUDA graphs: 1 at 256 sequences or more, 0.4 at least",
-    )
-    flags.add_argument("--tflops", type=float, default=989, help="bf16 peak of a GPU; A100: 312")
-    flags.add_argument(
-        "--bandwidth", type=float, default=3350, help="GB/s of its memory; A100: 2039, H200: 4800"
-    )
-    flags.add_argument(
-        "--mfu", type=float, default=0.4, help="of the update, without recomputation"
-    )
-    flags.add_argument(
-        "--link", type=float, default=300, help="GB/s between GPUs of a node, per GPU"
-    )
-    flags.add_argument("--host_link", type=float, default=25, help="GB/s between GPU and host")
-    flags.add_argument("--network", type=float, default=40, help="GB/s between nodes, per GPU")
-    flags.add_argument("--out", help="write the plans as JSON")
+    add = flags.add_argument
+    add("model", help=f"{', '.join(MODELS)}, paper, or a folder with config.json")
+    add("--gpus", type=int, default=8, help="per node")
+    add("--gpu-memory", type=float, default=80, help="GiB of each")
+    add("--nodes", type=int, default=1)
+    add("--batch", type=int, default=256, help="prompts per step")
+    add("--num_generations", type=int, default=8)
+    add("--prompt", type=int, default=2000, help="mean tokens of a prompt")
+    add("--answer", type=int, default=100, help="mean tokens of a response")
+    add("--max_prompt", type=int, default=8192)
+    add("--max_answer", type=int, default=1024)
+    add("--max_tokens_per_row", type=int, default=16_384)
+    add("--max_num_seqs", type=int, default=256)
+    add("--tensor_parallel", type=int, help="of vLLM; left out: the smallest that fits")
+    add("--lora_rank", type=int, default=0, help="0: all weights are trained")
+    add("--quant", choices=("none", "4bit"), default="none")
+    add("--offload_moments", action="store_true", help="Adam's moments on the host")
+    add("--save_total_limit", type=int, default=2, help="checkpoints kept")
+    add("--reserve", type=float, help="GB for CUDA, NCCL, fragments: 6; 2 on one GPU")
+    add("--graphs", type=float, help="GB of vLLM's CUDA graphs: 1 at 256 sequences, 0.4 at least")
+    add("--tflops", type=float, default=989, help="bf16 peak of a GPU; A100: 312")
+    add("--bandwidth", type=float, default=3350, help="GB/s of its memory; A100: 2039, H200: 4800")
+    add("--mfu", type=float, default=0.4, help="of the update, without recomputation")
+    add("--link", type=float, default=300, help="GB/s between GPUs of a node, per GPU")
+    add("--host_link", type=float, default=25, help="GB/s between GPU and host")
+    add("--network", type=float, default=40, help="GB/s between nodes, per GPU")
+    add("--out", help="write the plans as JSON")
     return flags
 
 
@@ -398,13 +377,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.model == "paper":
         cases = [(name, m, "", "") for m in MACHINES for name in PAPER] + [*CASES]
     try:
-        rows = [
-            (
-                f"{n} {way}".strip(),
-                plan(shape_of(n), *m, parser().parse_args([*argv, *flags.split()])),
-            )
-            for n, m, flags, way in cases
-        ]
+        rows = []
+        for name, machine, flags, way in cases:
+            own = parser().parse_args([*argv, *flags.split()])
+            rows.append((f"{name} {way}".strip(), plan(shape_of(name), *machine, own)))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(table(rows))

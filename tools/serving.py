@@ -103,7 +103,7 @@ PREAMBLE = """\
 {%- set user_content = %USER% -%}
 {%- set messages = [{"role": "system", "content": system_content}] -%}
 {%- set messages = messages + [{"role": "user", "content": user_content}] -%}
-{%- set enable_thinking = false -%}
+{%- set enable_thinking = %THINKING% -%}
 {%- set tools = none %}
 """
 FIELDS = {
@@ -115,16 +115,20 @@ FIELDS = {
 }
 
 
-def tool_use_template(base_template: str, system_prompt: str, user_prompt: str) -> str:
+def tool_use_template(
+    base_template: str, system_prompt: str, user_prompt: str, thinking: bool = False
+) -> str:
     """Return a Jinja template that renders a request with tools as `data.render` does an Example.
 
     base_template  the model's own chat template
     system_prompt  template with __TOOL_DESCS__; the request's system text goes where
                    data.policy_place puts a policy
     user_prompt    template with __HISTORY__, __QUERY__ and __STEPS__
+    thinking       whether the prompt asks for thoughts
     """
     place = data.policy_place(system_prompt)
     prompts = {"%SYSTEM%": _concatenation(place), "%USER%": _concatenation(user_prompt)}
+    prompts["%THINKING%"] = str(thinking).lower()
     preamble = re.sub("|".join(prompts), lambda match: prompts[match[0]], PREAMBLE)
     # The preamble's last block ends without a dash: it takes its own line break and no other.
     return preamble + base_template
@@ -136,7 +140,8 @@ def add_tool_template(
     """Give the tokenizer, and so what it saves, the template "tool_use" beside its own one."""
     templates = tokenizer.chat_template
     templates = dict(templates) if isinstance(templates, dict) else {"default": templates}
-    templates[TEMPLATE] = tool_use_template(templates["default"], system_prompt, user_prompt)
+    prompts, thinking = (system_prompt, user_prompt), data.thinks(tokenizer)
+    templates[TEMPLATE] = tool_use_template(templates["default"], *prompts, thinking)
     tokenizer.chat_template = templates
 
 
@@ -197,6 +202,8 @@ def model_card(
             "",
             f"    {shlex.join(command)}",
             "",
+            *["Thoughts, `<think>...</think>`, may come first.", ""]
+            * settings.get("allow_thinking", 0),
             "A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat",
             f"template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,",
             "writes the prompt that the model was trained on:",

@@ -10,8 +10,10 @@ What a response may hold, and what the client sees of it:
     <answer>text</answer>                                          content, as it comes
     a block that is no such JSON, or is cut off                    its text, as content
     anything else                                                  content
+    <think>thoughts</think> at the start                           nothing
 
-Tags never reach the client, nor does a tag that was cut off; white space at both ends of the
+Thoughts are dropped for a model trained with --allow_thinking, whose tokenizer_config.json says so;
+a block that never ends is all thoughts. Tags never reach the client, nor does a tag that was cut off; white space at both ends of the
 content is dropped. A </tool_call> inside a JSON string does not end a block. tool_choice "none"
 keeps content only. "required" or a named function are parsed like "auto": a call is not enforced.
 
@@ -32,6 +34,7 @@ from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 TAGS = (OPEN, CLOSE, "<answer>", "</answer>")
+THINK, THOUGHT = "<think>", "</think>"
 
 
 class Reader:
@@ -42,7 +45,9 @@ class Reader:
     last. Their text goes out when the next character fits none of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opening: str | None = None) -> None:
+        """opening: what the prompt has written of a block of thoughts; None: there are none."""
+        self.thoughts = opening  # text of what may be such a block; None: it is over
         self.held: list[str] = []
         self.blank = ""  # white space that goes out if content follows
         self.started = False  # whether content has gone out
@@ -51,7 +56,7 @@ class Reader:
     def feed(self, text: str) -> tuple[str, list[dict]]:
         """Return the content and the calls that `text` completes."""
         content, calls = "", []
-        for character in text:
+        for character in self._said(text):
             if self.block is None:
                 released, tag = self._step(character)
                 content += released
@@ -75,6 +80,21 @@ class Reader:
         content += "".join(held for held in self.held if held == "<")
         self.held = []
         return self._stripped(content)
+
+    def _said(self, text: str) -> str:
+        """Return what comes after the thoughts, "" as long as it may still be one of them."""
+        if self.thoughts is None:
+            return text
+        self.thoughts += text
+        begun = self.thoughts.lstrip()
+        if begun.startswith(THINK):
+            _, ended, text = begun.partition(THOUGHT)
+        else:
+            ended, text = not THINK.startswith(begun), self.thoughts
+        if not ended:
+            return ""
+        self.thoughts = None
+        return text
 
     def _step(self, character: str) -> tuple[str, str | None]:
         """Return the text that one more character releases, and the tag that it completes."""
@@ -130,7 +150,8 @@ class ToolUPTParser(ToolParser):
 
     def __init__(self, tokenizer, tools=None) -> None:
         super().__init__(tokenizer, tools)
-        self.reader = Reader()
+        self.opening = getattr(tokenizer, "init_kwargs", {}).get("thought_opening")
+        self.reader = Reader(self.opening)
 
     def adjust_request(self, request):
         """Have the tags decoded where the tokenizer counts them among its special tokens."""
@@ -140,7 +161,7 @@ class ToolUPTParser(ToolParser):
 
     def extract_tool_calls(self, model_output, request) -> ExtractedToolCallInformation:
         """Read a whole response."""
-        reader = Reader()
+        reader = Reader(self.opening)
         content, calls = reader.feed(model_output)
         content += reader.finish()
         return ExtractedToolCallInformation(
