@@ -196,8 +196,8 @@ class Rollouts(Row):
         rows     a micro-batch of R responses, at most T tokens long
         logps    (R, T) log-probs, with grad
         entropy  (R, T) entropy of the policy at each token, nats, with grad
-        totals   tokens, responses, expert_tokens and kept_tokens (Eq. 19) of the whole step, the
-                 denominators; max_length of a response and tag_length of "<answer>", tokens
+        totals   tokens, responses and expert_tokens of the whole step, the denominators; max_length
+                 of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
         The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss
@@ -437,18 +437,15 @@ def _with_expert(method: Rollouts, group: Group) -> Tensor:
 class Srft(Rollouts):
     """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13).
 
-    The reward is binary, as in its paper, unless --graded_reward. The variant hpt shapes p and has
-    no std; its denominators are the paper's all the same.
+    The reward is binary, as in its paper. The variant hpt shapes p and has no std; its denominators
+    are the paper's all the same.
     """
 
     num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
-    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-
-    def reward(self, outcome, length, max_length) -> float:
-        return outcome.total if self.graded_reward else float(outcome.right)
+    reward = Grpo.reward
 
     def advantages(self, group: Group) -> Tensor:
         """Over rollouts and expert, with the printed std; both public codes have none."""
@@ -474,7 +471,7 @@ class Chord(Rollouts):
 
     mu = 0.1 is the best of its paper on tool use, and needs no schedule. The experts are those of
     the step's own prompts; CHORD has a batch apart. ToolUPT does not say which reward this row had:
-    it is binary, as in CHORD's ToolACE example, unless --graded_reward.
+    it is binary, as in CHORD's ToolACE example.
     """
 
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
@@ -484,9 +481,8 @@ class Chord(Rollouts):
     chord_mu_decay: Annotated[int, ">= 0"] = knob(
         0, "steps of the cosine to --chord_mu; theirs: 30"
     )
-    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-    reward = Srft.reward
+    reward = Grpo.reward
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -515,16 +511,11 @@ class ToolUpt(FgDapoStar):
     """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23)."""
 
     spo_beta: Positive = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
+    spo_phi: bool = knob(True, "weigh SPO's tokens by phi (Eq. 22); --no_spo_phi: Eq. 20")
     balance_low: Share = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
     balance_high: Share = knob(0.3, "its highest weight; equal to the lowest: constant")
     balance_up: Count = knob(100, "steps from low to high")
     balance_down: Count = knob(200, "steps from high to low")
-    spo_phi: Literal["factor", "weight", "none"] = knob(
-        "factor", "of Eq. 22; weight: phi [1 - sigm] weighs -log p and is detached; none: Eq. 20"
-    )
-    spo_denominator: Literal["all", "kept"] = knob(
-        "all", "expert tokens that SPO averages over; kept: those that Eq. 19 does not mask"
-    )
     learns_from_expert = True
 
     def check(self, config: Any) -> None:
@@ -554,11 +545,8 @@ class ToolUpt(FgDapoStar):
         keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])  # Eq. 19
         experts = (logps[off], rows.mask[off], keep)
         rollouts = (logps[on], rows.advantages[on], rows.mask[on])
-        form = {"weighted": self.spo_phi != "none", "detached": self.spo_phi == "weight"}
-        counts = _both(totals)
-        if self.spo_denominator == "kept":
-            counts["num_expert_tokens"] = totals["kept_tokens"]
-        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **form, **counts)
+        form = {"beta": self.spo_beta, "weighted": self.spo_phi}
+        return spo.spo_loss(*experts, *rollouts, **form, **_both(totals))
 
 
 # ---------------------------------------------------------------------------------------- Figure 4
@@ -577,8 +565,7 @@ class ToolUptNoSpo(ToolUpt):
     """ToolUPT with a plain SFT loss in place of SPO (Figure 4, right)."""
 
     spo_beta: float = unread(1.0)
-    spo_phi: str = unread("factor")
-    spo_denominator: str = unread("all")
+    spo_phi: bool = unread(True)
     terms = Rollouts.terms
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:

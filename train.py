@@ -377,14 +377,12 @@ def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
 def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
-    experts = [x for x in batch if not isinstance(x, Group) or x.with_expert]
-    longest = {"answer": run.tag_length}  # of what Eq. 19 keeps
+    experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
     sums = all_sum(
         {
             "tokens": sum(map(len, rollouts)),
             "responses": len(rollouts),
-            "expert_tokens": sum(len(x.target) for x in experts),
-            "kept_tokens": sum(len(x.target[: longest.get(x.example.kind)]) for x in experts),
+            "expert_tokens": sum(map(len, experts)),
             "prompt_tokens": sum(len(x.prompt) for x in batch),
         }
     )

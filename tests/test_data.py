@@ -1054,7 +1054,7 @@ def test_jsonl_pairs_of_another_form_are_refused(tmp_path, change, message):
 
 def test_toy_is_wired(monkeypatch):
     monkeypatch.setattr(data, "TOY_SIZES", {"train": 40, "valid": 20, "test": 20})
-    for name, size in (("train", 40), ("valid", 20), ("hard-test", 20)):
+    for name, size in (("train", 40), ("hard-test", 20), ("house-valid", 20)):
         examples = load("toy", name, seed=1)
         assert len(examples) == size and len({e.id for e in examples}) == size
         assert all(
@@ -1064,7 +1064,7 @@ def test_toy_is_wired(monkeypatch):
     assert load("toy", seed=1) == load("toy", "train", seed=1)
     first, second = data.split(load("toy"), 0.5)
     assert first and second
-    for name in ("dev", "hard", "hard-dev"):
+    for name in ("dev", "hard", "hard-dev", "soft-test"):
         with pytest.raises(ValueError, match="unknown split"):
             load("toy", name)
 

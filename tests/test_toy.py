@@ -103,6 +103,23 @@ def test_no_tool_and_missing_rows_have_no_call_to_make():
             assert not any(set(t["name"].split(".")) <= words for t in row["tools"])
 
 
+def test_the_house_rule():
+    """Old verbs in list and query, new ones in the expert's calls, and nowhere else a difference."""
+    verb = re.compile(r'(?<=\.)(book|cancel|find|send)(?=")')
+    for row in toy.generate("valid", 400, house=True):
+        listed = {tool["name"] for tool in row["tools"]}
+        assert len(row["tools"]) <= 2
+        if row["kind"] == "tool_call":
+            names = [call["name"] for call in calls_of(row["target"])]
+            ruled = any(name not in listed for name in names)
+            assert ruled == row["id"].endswith("+rule") and not verb.search(row["target"])
+            old = {toy.RENAMED[v]: v for v in toy.RENAMED}
+            for name in names:
+                noun, last = name.split(".")
+                assert name in listed or f"{noun}.{old[last]}" in listed
+    assert 0.2 < sum("+rule" in r["id"] for r in toy.generate("train", 400, house=True)) / 400 < 0.4
+
+
 def test_the_seed_decides():
     assert toy.generate("train", 20, seed=3) == toy.generate("train", 20, seed=3)
     assert toy.generate("train", 20, seed=3) != toy.generate("train", 20, seed=4)

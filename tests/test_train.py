@@ -183,19 +183,22 @@ def slow_drgrpo(batch):
     return total
 
 
-def slow_spo(batch, advantages_of, tag_length):
-    """Eqs. 19-22 with beta 1 and the plus sign."""
+def slow_spo(batch, advantages_of, tag_length, beta=1.0, weighted=True):
+    """Eqs. 19-22 with the plus sign; Eq. 20 unless `weighted`."""
+
+    def term(logp, beta):
+        p = math.exp(logp.item())
+        return (p * (1 - p) if weighted else 1.0) * (1 - torch.sigmoid(beta * logp))
+
     chosen = rejected = 0.0
     for group in batch:
         for t, logp in enumerate(group.expert.logps):
-            p = math.exp(logp.item())
             if group.kind == "tool_call" or t < tag_length:
-                chosen = chosen + p * (1 - p) * (1 - torch.sigmoid(logp))
+                chosen = chosen + term(logp, beta)
         for row, advantages in zip(group.rows, advantages_of(group)):
             for logp, A in zip(row.logps, advantages):
-                p = math.exp(logp.item())
                 if A < 0:
-                    rejected = rejected + p * (1 - p) * (1 - torch.sigmoid(-logp))
+                    rejected = rejected + term(logp, -beta)
     return chosen / expert_tokens_of(batch) + rejected / tokens_of(batch)
 
 
@@ -274,6 +277,9 @@ SLOW = {
         b, _, mu=0.5, phi=False
     ),
     "dr_grpo": lambda b, _: slow_drgrpo(b),
+    "toolupt --no_spo_phi --spo_beta 0.13": lambda b, n: slow_mix(
+        slow_spo(b, slow_fgae, n, beta=0.13, weighted=False), slow_surrogate(b, slow_fgae)
+    ),
     "toolupt --tis_cap 2": lambda b, n: slow_mix(
         slow_spo(b, slow_fgae, n), slow_surrogate(b, slow_fgae, cap=2.0)
     ),
