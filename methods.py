@@ -508,7 +508,12 @@ class Chord(Rollouts):
 
 @dataclass
 class ToolUpt(FgDapoStar):
-    """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23)."""
+    """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23).
+
+    phi (Eq. 22) silences SPO on what the policy cannot sample. In a toy world whose expert knows
+    such a rule, the defaults equal FG-DAPO*, and only Eq. 20 with beta 0.13 at a constant weight of
+    0.97 learns it (bench/study.py). The defaults stay with the paper's last equation.
+    """
 
     spo_beta: Positive = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
     spo_phi: bool = knob(True, "weigh SPO's tokens by phi (Eq. 22); --no_spo_phi: Eq. 20")

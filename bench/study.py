@@ -2,7 +2,7 @@
 
     python bench/study.py --arms toolupt fg_dapo_star --seeds 0 1 2        on the validation world; resumes
     python bench/study.py --arms toolupt fg_dapo_star --world test
-    python bench/study.py --draw                                           picture and tables of the record
+    python bench/study.py --draw                  OUT.png and OUT.md of the record alone
 
 World: the toy world's house level (tasks/toy.py). A seed draws training data, test examples and samples; arms of a
 seed share the first two and are compared seed by seed. Every arm makes --steps updates of 8 prompts (sft_dapo_star:
@@ -247,9 +247,13 @@ def main(argv: list[str] | None = None) -> None:
         with open(args.out, "a") as file:
             file.write(json.dumps(line) + "\n")
     rows = list(data.read_jsonl(args.out, growing=True))
+    text = "Percent right; differences in points, with 95 % intervals; gradient norms of SPO's terms "
+    text += "before gamma, relative to the policy's.\n"
     for world in dict.fromkeys(row["world"] for row in rows):
-        print(f"\n{world} world\n\n{table(rows, world)}\n\n{differences(rows, world)}")
-    print(f"\n{norms(rows)}")
+        text += f"\n{world} world\n\n{table(rows, world)}\n\n{differences(rows, world)}\n"
+    text += f"\n{norms(rows)}\n"
+    print(text)
+    args.out.with_suffix(".md").write_text(text)
     picture(rows, args.out.with_suffix(".png"))
 
 
