@@ -297,7 +297,9 @@ def test_a_drive_is_killed_and_goes_on_past_a_row_that_fails(tmp_path):
         json.loads(line).get("step") for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps[1:] == list(range(11))  # no step twice, none lost
-    assert len(re.findall("before training", (run / "log.txt").read_text())) == 1  # it was resumed
+    assert (
+        len(re.findall("right on 64 held-out", (run / "log.txt").read_text())) == 1
+    )  # it was resumed
     text = (out / "table1.md").read_text()
     assert f"sft_dapo_star: **failed**: `{ended['sft_dapo_star', None]}`" in text
     assert "toy_model/sft: not finished" in text and (out / "table1.png").exists()
