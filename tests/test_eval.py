@@ -476,6 +476,7 @@ class Chats:
     """A tokenizer whose ids are the number of a chat, so that a script can see what was asked."""
 
     chat_template = "{}"
+    init_kwargs: dict = {}
 
     def __init__(self, lengths=None):
         self.chats, self.lengths = [], lengths
