@@ -247,8 +247,8 @@ def main(argv: list[str] | None = None) -> None:
         with open(args.out, "a") as file:
             file.write(json.dumps(line) + "\n")
     rows = list(data.read_jsonl(args.out, growing=True))
-    text = "Percent right; differences in points, with 95 % intervals; gradient norms of SPO's terms "
-    text += "before gamma, relative to the policy's.\n"
+    text = "Percent right; differences in points, with 95 % intervals; gradient norms of SPO's "
+    text += "terms before gamma, relative to the policy's.\n"
     for world in dict.fromkeys(row["world"] for row in rows):
         text += f"\n{world} world\n\n{table(rows, world)}\n\n{differences(rows, world)}\n"
     text += f"\n{norms(rows)}\n"
