@@ -43,7 +43,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import data
 import model as modeling
@@ -505,7 +504,7 @@ def _judge_again(out, settings, rows, cases):
 def describe(options: argparse.Namespace) -> dict:
     """What a result depends on, and what was asked for: settings.json."""
     modeling.check_folder(options.model)
-    config = AutoConfig.from_pretrained(options.model).get_text_config()
+    config = modeling.read_config(options.model).get_text_config()
     room = getattr(config, "max_position_embeddings", options.max_model_len)
     system = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
     prompts = {"system": system, "user": data.USER_PROMPT} | own_prompts(options)

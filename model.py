@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -135,13 +136,17 @@ def skeleton(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model without dropout or storage (meta device): its names, shapes and layers."""
-    config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+    config = read_config(model_name_or_path, trust_remote_code=trust_remote_code)
     for part in (config, config.get_text_config()):
         for name, value in [*vars(part).items()]:
             if "drop" in name and isinstance(value, float):  # training mode would turn it on
                 setattr(part, name, 0.0)
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    with torch.device("meta"), meta_device_safe_creation_ops():
+    with (
+        _reading_config(model_name_or_path),
+        torch.device("meta"),
+        meta_device_safe_creation_ops(),
+    ):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
@@ -154,12 +159,31 @@ def skeleton(
     return model
 
 
+@contextmanager
+def _reading_config(name: str | Path) -> Iterator[None]:
+    """Within, transformers reads config.json: ValueError where it fails at one of its values."""
+    try:
+        yield
+    except (StrictDataclassError, AttributeError, LookupError, TypeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{name}: correct its config.json ({why})") from error
+
+
+def read_config(
+    model_name_or_path: str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """A model's config.json; ValueError where a value in it has the wrong type or does not fit."""
+    with _reading_config(model_name_or_path):
+        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=trust_remote_code)
+
+
 def load_tokenizer(
     model_name_or_path: str | Path, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; ValueError where folder, tokenizer or chat template are missing."""
     check_folder(str(model_name_or_path))
     try:
+        read_config(model_name_or_path, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path, trust_remote_code=trust_remote_code
         )
@@ -190,7 +214,7 @@ def _adapt_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     pinned = lambda call: json.dumps(DATE.strftime(call[2]))
     date = f"prints today's date: it is {DATE:%d %b %Y} in this run and its checkpoints"
-    change(lambda text: re.sub(r"""strftime_now\((["'])(.*?)\1\)""", pinned, text), date)
+    change(lambda text: re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", pinned, text), date)
     chat = [{"role": "system", "content": "Turn-0"}, {"role": "user", "content": "Turn-1"}]
     try:
         takes_system = "Turn-0" in tokenizer.apply_chat_template(chat, tokenize=False)

@@ -146,7 +146,7 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
         listed = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # the file is optional
         config = PreTrainedConfig.get_config_dict(model_path)[0]
-        listed = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        listed = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     listed = [listed] if isinstance(listed, int) else listed or []
     return sorted({tokenizer.eos_token_id, *listed} - {None})
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 import checkpoint
 import data
@@ -46,7 +46,7 @@ PROGRAM = {
 }
 
 
-EXPERTS = "num_experts", "num_local_experts", "n_routed_experts"  # by family
+EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"  # by family
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
@@ -311,16 +311,17 @@ def suited(config, longest: int) -> tuple[Any, str]:
     ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.
     """
     name = config.model_name_or_path
-    whole = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    whole = modeling.read_config(name, trust_remote_code=config.trust_remote_code)
     model = whole.get_text_config()
     get = lambda key: getattr(model, key, None)
+    number = lambda key: get(key) if isinstance(get(key), int) else 0  # a family's own are checked
     if model is not whole:
         raise ValueError(
             f"{name} ({whole.model_type}) reads more than text: save its language model alone, as "
             "docs/models.md shows, and train that"
         )
     on_cpu = config.engine == "vllm" and not torch.cuda.is_available()
-    experts = any((get(key) or 0) > 1 for key in EXPERTS)
+    experts = any(number(key) > 1 for key in EXPERTS)
     mixer = any(key.startswith("mamba_") for key in vars(model))
     if config.lora_rank and (experts or mixer):
         raise ValueError(
@@ -336,8 +337,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
         if kind in ("longrope", "dynamic"):
-            lengths = (rope.get(ORIGINAL), get(ORIGINAL), get("max_position_embeddings"))
-            room = next(length for length in lengths if length)
+            lengths = (rope.get(ORIGINAL), number(ORIGINAL), number("max_position_embeddings"))
+            room = next((n for n in lengths if isinstance(n, int) and n), longest)
             if longest > room:
                 raise ValueError(
                     f"{name} ({kind}): beyond {room} tokens the positions of a response would "
@@ -346,7 +347,7 @@ def suited(config, longest: int) -> tuple[Any, str]:
                 )
     kinds, reasons = {*(get("layer_types") or ())}, []
     for kind, key in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size")):
-        window = get(key)
+        window = number(key)
         if window and window < longest and (not kinds or f"{kind}_attention" in kinds):
             reasons.append(f"a {kind} window of {window} tokens, fewer than {longest}")
     if kinds - ATTENTION or mixer:
@@ -411,11 +412,12 @@ def longest(config, method, tokenizer) -> int:
     """Tokens of the longest sequence that the engine will see; ValueError beyond the model's."""
     wanted = config.max_prompt_length + config.max_completion_length
     question = method.question_length(tokenizer, config.max_completion_length)
-    room = AutoConfig.from_pretrained(
+    room = modeling.read_config(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
-    room = room.get_text_config().max_position_embeddings
-    if max(wanted, question) > room:
+    # None: ALiBi or no attention at all
+    room = getattr(room.get_text_config(), "max_position_embeddings", None)
+    if room and max(wanted, question) > room:
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "
             f"{config.max_prompt_length} and --max_completion_length "

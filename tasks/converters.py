@@ -294,6 +294,7 @@ def _calls(raw, tools: list[dict]) -> list[dict]:
 _MARKUP = re.compile(
     r"""<[|/]?(?:functions?[ _-]?calls?|tool[ _-]?(?:calls|use)|function=|invoke\b|｜tool)
     | <\|(?:tool_call|python_tag)\|> | \[TOOL_CALLS\] | functools\[ | ✿FUNCTION✿ | ```tool
+    | <tool_code> | <start_function_call> | \bto=functions\.
     | ^[ ]*Action[ ]*:.*\n\s*Action[ ]Input[ ]*:
     | ["'](?:name|function)["']\s*:\s*["'][^"']*["']\s*,\s*["'](?:arguments|parameters|params)["']\s*:
     | \{\s*["'](?:arguments|parameters|params)["']\s*:\s*[{"']""",
@@ -309,7 +310,7 @@ def looks_like_call(text: str, names: list[str] = ()) -> bool:
     """
     if _MARKUP.search(text) or any(name in names for name in _NAMED.findall(text)):
         return True
-    start = text.lstrip("`[( \n")
+    start = re.sub(r"\A\s*```\w*\s", "", text).lstrip("`[( \n").removeprefix("print(")
     return any(start.startswith(f"{name}(") for name in names)
 
 

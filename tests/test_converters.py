@@ -535,6 +535,11 @@ UNREAD_CALLS = [
     '[weather(city="Oslo")]',
     'weather(city="Oslo")',
     "```tool_code\nweather()\n```",
+    '```python\nweather(city="Oslo")\n```',
+    'print(weather(city="Oslo"))',
+    '<tool_code>\nweather(city="Oslo")\n</tool_code>',
+    "<start_function_call>call:weather{city:Oslo}<end_function_call>",
+    '<|channel|>commentary to=functions.weather <|message|>{"city": "Oslo"}<|call|>',
 ]  # fmt: skip
 
 
@@ -566,6 +571,7 @@ def test_a_call_in_other_markup_is_dropped_with_what_follows_and_never_an_answer
         'His name: "Ada". Action: call her.',
         '```json\n{"name": "Ada", "age": 36}\n```',
         "Use the weather tool, please.",
+        "```python\nprint(7)\n```",
         "[1] Rain. [2](http://a.b)",
         "The function is f(x) = 2x, its arguments are real.",
     ],

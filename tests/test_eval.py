@@ -476,7 +476,7 @@ class Chats:
     """A tokenizer whose ids are the number of a chat, so that a script can see what was asked."""
 
     chat_template = "{}"
-    init_kwargs: dict = {}
+    init_kwargs = {}
 
     def __init__(self, lengths=None):
         self.chats, self.lengths = [], lengths
@@ -504,6 +504,7 @@ class Scripted:
         assert n == 1 and len(prompts) == len(seeds)
         assert all(len(p) + max_tokens <= self.max_model_len for p in prompts)
         self.rounds.append(len(prompts))
+        self.progress = progress
         return [[rollout.Sample([1], [0.0], self.said[s], "stop")] for s in seeds]
 
     def close(self):
@@ -543,6 +544,15 @@ def test_a_model_that_never_stops_is_stopped(cases):
     ).values()
     assert row["force_quit"] and not row["correct"] and row["error_class"] == "Other"
     assert [len(turn) for turn in row["turns"]] == [21]
+
+
+@needs_bfcl
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_first_rank_shows_progress_within_a_batch(cases, quiet):
+    entry, case = cases["simple_python"][0]
+    engine = Scripted({entry.id: ["No."]})
+    evaluation.answer([case], engine, options(), lambda row: None, quiet=quiet)
+    assert engine.progress == ("" if quiet else "turns")
 
 
 @needs_bfcl

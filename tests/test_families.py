@@ -200,8 +200,13 @@ def test_adapters_reach_every_linear_layer_and_merge(family, folder, whole):
     score = lambda *group: packing.padded_logps(model, *group)
     scores = packing.response_logps(model, joined()) if family in DENSE else each(score)
     assert_same(model, scores, each(lambda *group: alone(model, *group)))
-    merged = AutoModelForCausalLM.from_pretrained(folder(family))
-    merged.load_state_dict(dict(modeling.full_tensors(model)))
+    merged = AutoModelForCausalLM.from_pretrained(folder(family), attn_implementation="eager")
+    with torch.no_grad():
+        before, _ = each(lambda *group: alone(merged, *group))
+        merged.load_state_dict(dict(modeling.full_tensors(model)))
+        logps, _ = each(lambda *group: alone(merged, *group))
+    assert torch.allclose(logps, scores[0], atol=1e-4)
+    assert (before - logps).abs().max() > 0.01  # the adapters say something
 
 
 def run_of(family, folder, tmp_path, *more):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 import data
 import guard
+import methods
 import model as modeling
 import packing
 import rollout
@@ -232,6 +233,8 @@ REFUSED = [
     ("mixtral", {}, "mixture of experts"),
     ("gpt_oss", {}, "mixture of experts"),
     ("deepseek_v3", {}, "mixture of experts"),
+    ("aria_text", {}, "mixture of experts"),
+    ("mamba", {}, "no engine reads on a CPU"),
     (
         "phi3",
         {
@@ -309,6 +312,20 @@ def test_ordinary_families_are_left_alone(family, tmp_path):
     assert start.suited(config, 1001) == (config, "")
 
 
+def test_keys_that_a_family_does_not_have_change_nothing(tmp_path):
+    """Their values may be anything: nobody reads them."""
+    odd = {"num_experts": "8", "sliding_window": "512", "original_max_position_embeddings": "9"}
+    config = config_of("llama", tmp_path, **odd)
+    assert start.suited(config, 1001) == (config, "")
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "mamba"])
+def test_a_family_without_a_longest_position_has_no_limit(family, tmp_path):
+    config = config_of(family, tmp_path)
+    wanted = config.max_prompt_length + config.max_completion_length
+    assert start.longest(config, methods.METHODS["grpo"](), None) == wanted
+
+
 # ---------------------------------------------------------------------------------- chat templates
 
 TURNS = """{% for m in messages %}<|im_start|>{{ m["role"] }}
@@ -357,7 +374,7 @@ def test_a_system_text_moves_to_the_users_turn(kind, tiny, tmp_path, capsys):
 
 def test_the_date_of_a_template_is_pinned(tiny, tmp_path, capsys):
     template = (
-        """{%- set date = strftime_now("%d %b %Y") -%}Today: {{ date }}, {{ strftime_now('%Y-%m-%d') }}
+        """{%- set date = strftime_now( "%d %b %Y" ) -%}Today: {{ date }}, {{ strftime_now('%Y-%m-%d') }}
 """
         + TURNS
     )

@@ -32,6 +32,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import checkpoint
 import model as library
@@ -378,6 +379,19 @@ def test_dropout_under_other_names_is_off(tmp_path, config):
     network, _ = library.load(tmp_path)
     ids = torch.tensor([[1, 2, 3, 4]])
     assert network.training and torch.equal(network(ids).logits, plain(tmp_path).eval()(ids).logits)
+
+
+def test_dropout_written_in_a_models_code_is_off(folders, monkeypatch):
+    make = LlamaMLP.__init__
+
+    def with_dropout(self, config):
+        make(self, config)
+        self.act_fn = nn.Sequential(self.act_fn, nn.Dropout(0.5))
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_dropout)
+    network, _ = library.load(folders / "llama")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert network.training and torch.equal(network(ids).logits, network(ids).logits)
 
 
 def test_a_generation_config_that_could_not_be_saved_is_repaired(folders, tmp_path):

@@ -470,6 +470,11 @@ def test_the_stop_ids_of_a_model(tmp_path):
     (tmp_path / "generation_config.json").write_text("{}")
     assert rollout.stop_ids(tokenizer, str(tmp_path)) == [8]
     assert rollout.stop_ids(SimpleNamespace(eos_token_id=None), str(tmp_path)) == []
+    (tmp_path / "generation_config.json").unlink()
+    for text, wanted in ((None, [8]), ({"eos_token_id": 5}, [5, 8])):
+        config = {"model_type": "gemma3", "text_config": text}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert rollout.stop_ids(tokenizer, str(tmp_path)) == wanted
 
 
 def test_a_model_of_two_ends_stops_at_both(engine):

@@ -939,6 +939,25 @@ def test_bad_models_are_named(tiny, tmp_path):
     assert "reads 4096 tokens" in text and "--max_prompt_length 9000" in text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position_embeddings": None},
+        {"hidden_size": "64"},
+        {"layer_types": ["full_attention"]},
+        {"rope_parameters": {"rope_type": "nope"}},
+        {"hidden_act": "nope"},
+        {"dtype": "float99"},
+    ],
+)
+def test_a_value_of_config_json_that_cannot_be_is_one_line(change, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    text = refusal(Run, *train.parse_args(frozen.flags(tmp_path / "model", tmp_path)))
+    assert text.startswith(f"{tmp_path}/model: correct its config.json (") and "\n" not in text
+
+
 def test_rows_without_an_expert_response_are_rejected(tiny, tmp_path):
     command = frozen.flags(tiny, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
