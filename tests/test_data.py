@@ -1119,20 +1119,20 @@ def test_examples_are_frozen():
 
 
 def test_the_rows_of_the_documentation_are_read():
-    """docs/data.md's rows, as printed, are one conversation in three forms."""
+    """docs/data.md's rows, as printed, are one conversation in four forms."""
     text = (Path(data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
     rows = [
         json.loads(block)
         for block in re.findall(r'```\n(\{"(?:tools|id)":.*?)```', text, re.DOTALL)
     ]
-    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "jsonl"]
-    for row in rows[:2]:
+    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "openai", "jsonl"]
+    for row in rows[:3]:
         call, answer = data.convert(None, [row])[0]
         assert call.target == (
             '<tool_call>\n{"name": "weather", "params": {"city": "Oslo"}}\n</tool_call>'
         )
         assert (answer.target, answer.steps[0][1]) == ("<answer>\nYes.\n</answer>", "rain")
-    own = data.convert(None, rows[2:])[0][0]
+    own = data.convert(None, rows[3:])[0][0]
     assert (own.query, own.steps, own.target) == (answer.query, answer.steps, answer.target)
 
 
