@@ -1150,3 +1150,12 @@ def test_a_call_too_long_for_the_reward_is_dropped():
     assert len(kept) == 1 and not drops
     kept, drops = data.convert(None, [row(50_001)])
     assert not kept and drops == {"turn: a target that the reward cannot read": 1}
+
+
+@pytest.mark.parametrize("command", ["stats", "convert"])
+def test_a_file_of_which_nothing_is_left_is_refused_by_the_commands_too(command, tmp_path):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl could be read \(1 row: no assistant turn\)"):
+        data.main([command, str(file), *([str(out)] if command == "convert" else [])])
+    assert not out.exists()
