@@ -206,12 +206,8 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
     loaded = _load(name, path, seed)
-    _refuse_lost_calls(loaded)
+    _refuse_losses(loaded, name, path)
     examples, listing = loaded.examples, _listing(loaded.drops)
-    if not examples:
-        form = f" as {name!r}" if name else ""
-        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
-        raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
     if listing:
         count = f"{len(examples)} examples"
         print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
@@ -699,7 +695,7 @@ def main(arguments: list[str] | None = None) -> None:
         mixed = [f"{layout} {count}" for layout, count in layouts.items()]
         print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else layouts)})")
         print(statistics(sampled, examples, drops, tokenizer, original=original))
-        _refuse_lost_calls(loaded)
+        _refuse_losses(loaded, name, path)
         totals += Counter(original=original, sampled=sampled, processed=len(examples))
         if options.command == "convert":
             write_jsonl(examples, options.out)
@@ -829,8 +825,11 @@ def _listing(drops: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
 
 
-def _refuse_lost_calls(loaded: Loaded) -> None:
-    """Raise ValueError where a file lost all its calls: a model trained on the rest would never call."""
+def _refuse_losses(loaded: Loaded, name: str | None, path: str | Path | None) -> None:
+    """Raise ValueError where nothing is left, or a file lost all its calls.
+
+    A model trained on the rest of such a file would never call.
+    """
     if loaded.lost_calls:
         remedy = (
             "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
@@ -838,6 +837,11 @@ def _refuse_lost_calls(loaded: Loaded) -> None:
         raise ValueError(
             f"no row with a call could be read in {', '.join(loaded.lost_calls)}; {remedy}"
         )
+    if not loaded.examples:
+        form = f" as {name!r}" if name else ""
+        listing = _listing(loaded.drops)
+        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
+        raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
 
 
 def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:

@@ -65,7 +65,7 @@ class Reward:
             exec(compile(self.source, self.file, "exec"), vars(module))
         except SyntaxError as error:
             raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"{self._line(error)}: {_named(error)}") from error
         need = "MINIMUM, MAXIMUM (numbers, the first below) and reward(response, example)"
         bounds = [getattr(module, name, None) for name in ("MINIMUM", "MAXIMUM")]
@@ -83,7 +83,7 @@ class Reward:
             return rewards.outcome(text, example.target)
         try:
             found = self.function(text, example)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = f"{self._line(error)}: {_named(error)}"
             raise ValueError(f"{where} at example {example.id}, response {text[:200]!r}") from error
         code = getattr(self.function, "__code__", None)

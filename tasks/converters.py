@@ -28,6 +28,7 @@ data.SOURCES. Copy this file on its own: standard library only.
 """
 
 import ast
+import itertools
 import json
 import re
 import warnings
@@ -75,7 +76,7 @@ def json_object(pairs: list[tuple]) -> dict:
 def chat(row) -> Conversation:
     """OpenAI, TRL (`messages`, `tool_calls`), ShareGPT, APIGen-MT (`conversations`), with `tools`.
 
-    Calls are `tool_calls`, turns of their own, or <tool_call> blocks of JSON in the text.
+    Calls are `tool_calls`, Anthropic's `tool_use`, turns of their own, or <tool_call> blocks of JSON.
     """
     said = _messages(row)
     if any(role == "user" and None in message.values() for role, _, message in said):
@@ -325,7 +326,7 @@ def holds_call(row) -> bool:
         said = " ".join(str(turn.get(key)) for key in ("value", "content", "answers", "output"))
         if ROLES.get(str(role)) not in ("system", "user", "assistant") or turn.get("tool_calls"):
             return True
-        marked = "<tool_call>" in said or re.search(r"\[[^\[\](]+\(\w+ ?=", said)
+        marked = re.search(r"<tool_call>|'tool_use'|\[[^\[\](]+\(\w+ ?=", said)
         if ROLES[role] == "assistant" and (marked or looks_like_call(said)):
             return True
     return False
@@ -470,7 +471,8 @@ def _messages(row) -> list[tuple[str, str, dict]]:
     """Return [(our role, stripped text, message)] of a chat with OpenAI's or ShareGPT's keys."""
     chat = []
     openai = isinstance(row, dict) and "messages" in row
-    for message in _field(row, "messages" if openai else "conversations", list):
+    said = _field(row, "messages" if openai else "conversations", list)
+    for message in itertools.chain.from_iterable(map(_without_blocks, said)):
         keys = ("role", "content") if openai else ("from", "value")
         if isinstance(message, dict) and not message.get(keys[0]):
             keys = ("from", "value") if openai else ("role", "content")
@@ -479,6 +481,27 @@ def _messages(row) -> list[tuple[str, str, dict]]:
             raise Drop(f"unknown role {word[:20]!r}")
         chat.append((ROLES[word], _text(message.get(keys[1]), ROLES[word]), message))
     return chat
+
+
+def _without_blocks(message) -> list:
+    """Return a message whose content holds Anthropic's tool_use or tool_result blocks as OpenAI's."""
+    content = message.get("content") if isinstance(message, dict) else None
+    blocks = content if isinstance(content, list) else []
+    kinds = [block.get("type") if isinstance(block, dict) else None for block in blocks]
+    if not {"tool_use", "tool_result"} & set(map(str, kinds)):
+        return [message]
+    found, calls, rest = [], [], []
+    for kind, block in zip(kinds, blocks, strict=True):
+        if kind == "tool_use":
+            calls.append({**block, "arguments": block.get("input"), "input": None})
+        elif kind == "tool_result":
+            reply = {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
+            found.append({"role": "tool", **reply})
+        elif kind not in ("thinking", "redacted_thinking"):
+            rest.append(block)
+    if calls or rest:
+        found.append({**message, "content": rest or None, "tool_calls": calls})
+    return found
 
 
 def _text(content, role: str) -> str:

@@ -433,6 +433,44 @@ def test_openai_chats(arguments, form):
     assert CONVERTERS["openai"](row) == Conversation([WEATHER], CHAT, "Be brief.")
 
 
+def test_anthropic_blocks_are_read_as_calls_and_results():
+    use = [
+        {"type": "tool_use", "id": city, "name": "weather", "input": {"city": city}}
+        for city in ("Oslo", "Rome")
+    ]
+    results = [
+        {
+            "type": "tool_result",
+            "tool_use_id": "Rome",
+            "content": [{"type": "text", "text": "sun"}],
+        },
+        {"type": "tool_result", "tool_use_id": "Oslo", "content": "rain"},
+    ]
+    thought = {"type": "thinking", "thinking": "Two cities.", "signature": "x"}
+    looking, more = [{"type": "text", "text": text} for text in ("Let me look.", "And Bonn?")]
+    row = openai_row(
+        ("user", "q"),
+        ("assistant", [thought, looking, *use]),
+        ("user", [*results, more]),
+        ("assistant", [{"type": "text", "text": "Which Bonn?"}]),
+    )
+    row["tools"] = [{"name": "weather", "description": "w", "input_schema": WEATHER["parameters"]}]
+    row["system"] = "Be brief."
+    turns = [
+        ("user", "q"),
+        ("assistant", "Let me look."),
+        ("call", [OSLO, {"name": "weather", "params": {"city": "Rome"}}]),
+        ("observation", "rain"),
+        ("observation", "sun"),
+        ("user", "And Bonn?"),
+        ("assistant", "Which Bonn?"),
+    ]
+    assert CONVERTERS["openai"](row) == Conversation([WEATHER], turns, "Be brief.")
+    use[0]["name"] = "undeclared"
+    assert reason("openai", row) == "undeclared tool name"
+    assert converters.holds_call(row)
+
+
 def test_openai_results_stand_in_the_order_of_their_calls():
     calls = [called({"city": city})["tool_calls"][0] | {"id": city} for city in ("Oslo", "Rome")]
     result = lambda id: {"role": "tool", "tool_call_id": id, "content": f"rain in {id}"}

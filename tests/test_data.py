@@ -1119,20 +1119,20 @@ def test_examples_are_frozen():
 
 
 def test_the_rows_of_the_documentation_are_read():
-    """docs/data.md's rows, as printed, are one conversation in three forms."""
+    """docs/data.md's rows, as printed, are one conversation in four forms."""
     text = (Path(data.__file__).parent / "docs/data.md").read_text(encoding="utf-8")
     rows = [
         json.loads(block)
         for block in re.findall(r'```\n(\{"(?:tools|id)":.*?)```', text, re.DOTALL)
     ]
-    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "jsonl"]
-    for row in rows[:2]:
+    assert [data.guess(row) for row in rows] == ["openai", "sharegpt", "openai", "jsonl"]
+    for row in rows[:3]:
         call, answer = data.convert(None, [row])[0]
         assert call.target == (
             '<tool_call>\n{"name": "weather", "params": {"city": "Oslo"}}\n</tool_call>'
         )
         assert (answer.target, answer.steps[0][1]) == ("<answer>\nYes.\n</answer>", "rain")
-    own = data.convert(None, rows[2:])[0][0]
+    own = data.convert(None, rows[3:])[0][0]
     assert (own.query, own.steps, own.target) == (answer.query, answer.steps, answer.target)
 
 
@@ -1150,3 +1150,12 @@ def test_a_call_too_long_for_the_reward_is_dropped():
     assert len(kept) == 1 and not drops
     kept, drops = data.convert(None, [row(50_001)])
     assert not kept and drops == {"turn: a target that the reward cannot read": 1}
+
+
+@pytest.mark.parametrize("command", ["stats", "convert"])
+def test_a_file_of_which_nothing_is_left_is_refused_by_the_commands_too(command, tmp_path):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl could be read \(1 row: no assistant turn\)"):
+        data.main([command, str(file), *([str(out)] if command == "convert" else [])])
+    assert not out.exists()

@@ -157,6 +157,7 @@ def test_a_run_with_ones_own_reward_is_recorded_and_audited(job, tmp_path):
         ("\nimport data\nx = 1 +\n", r"my_reward\.py line 3: invalid syntax"),
         ("\nimport nothing_of_this_name\n", r"my_reward\.py line 2: ModuleNotFoundError"),
         ("\n\n1 / 0\n", r"my_reward\.py line 3: ZeroDivisionError"),
+        ("\nimport sys\nsys.exit(3)\n", r"my_reward\.py line 3: SystemExit: 3"),
     ],
 )
 def test_a_reward_file_that_cannot_be_read_names_its_line(text, message, tmp_path):
@@ -175,6 +176,7 @@ def test_a_reward_file_that_cannot_be_read_names_its_line(text, message, tmp_pat
         ("    return 1.0\n", r"line 2.*mine/0/0; return \(parts, total\)"),
         ("    return {'a': 'b'}, 1.0\n", r"line 2.*mine/0/0; return \(parts, total\)"),
         ("    x = {}\n    return x, x['a']\n", r"line 4: KeyError: 'a' at example mine/0/0"),
+        ("    raise SystemExit(3)\n", r"line 3: SystemExit: 3 at example mine/0/0"),
         ("    import json\n    return {}, json.loads(r)\n", r"line 4: JSONDecodeError.*mine/0/0"),
     ],
 )
