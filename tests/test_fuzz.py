@@ -152,7 +152,9 @@ def check_reading(text: str, targets: list[str]) -> int:
             assert outcome.total == outcome.format + outcome.correct
             assert (rewards.binary(text, target) == 1) == (outcome.total == 4)
             due = "call" if target.startswith("<tool_call>") else "answer"
-            right = form.kind in (due, "untagged call") and not (form.empty_answer or form.repeated_key)
+            right = form.kind in (due, "untagged call") and not (
+                form.empty_answer or form.repeated_key
+            )
             assert right or outcome.correct == -3
         with case("error_type", (text, target)):
             assert rewards.error_type(text, target) in ERRORS
@@ -282,7 +284,9 @@ ALLOWED = {  # with fixed words, or what the user asks for by name
 
 
 def product_files() -> list:
-    return sorted(path for folder in ("", "tasks", "tools") for path in (REPO / folder).glob("*.py"))
+    return sorted(
+        path for folder in ("", "tasks", "tools") for path in (REPO / folder).glob("*.py")
+    )
 
 
 @pytest.mark.parametrize("path", product_files(), ids=lambda path: path.name)
@@ -318,4 +322,6 @@ def test_no_eval_no_shell_no_pickle(path):
         if isinstance(node, (ast.AnnAssign, ast.arg)) and "trust_remote_code" in ast.unparse(node):
             value = getattr(node, "value", None)
             value = "False" if value is None else ast.unparse(value)
-            assert value == "False" or value.startswith("knob(False, "), f"{path.name}:{node.lineno}"
+            assert value == "False" or value.startswith("knob(False, "), (
+                f"{path.name}:{node.lineno}"
+            )

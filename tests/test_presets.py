@@ -31,7 +31,11 @@ RL = {
     "form/call", "form/answer", "form/both", "form/untagged_call", "form/neither",
     "form/empty_answer", "form/repeated_key",
 }  # fmt: skip
-BY_KIND = ("accuracy", "tokens_matched", "first_advantage")  # of the kinds that a step's prompts have
+BY_KIND = (
+    "accuracy",
+    "tokens_matched",
+    "first_advantage",
+)  # of the kinds that a step's prompts have
 START = {"start/tag_logp", "start/body_logp"}
 SPO = {"spo/chosen", "spo/rejected", "spo/kept", "spo/negative"}
 SFT = {"nll", "expert_prob"}
@@ -84,7 +88,9 @@ def check_metrics(out, expected: set) -> dict:
         kinds = [kind for kind in ("calls", "answers") if f"accuracy/{kind}" in row]
         assert bool(kinds) is rl
         of_kinds = {f"{name}/{kind}" for name in BY_KIND for kind in kinds}
-        last = EVAL | ({"eval/loss"} & expected) | {"timing_s/sync"} if row["step"] == STEPS else set()
+        last = (
+            EVAL | ({"eval/loss"} & expected) | {"timing_s/sync"} if row["step"] == STEPS else set()
+        )
         wanted = {"step", *(expected - {"eval/loss"}), *of_kinds, *last}
         assert row.keys() - {"timing_s/records"} == wanted
         assert all(math.isfinite(value) for value in row.values()), row
