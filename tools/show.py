@@ -533,12 +533,12 @@ def _tokenizer(out: Path, config: dict):
     folders = sorted(
         out.glob("checkpoint-*/tokenizer_config.json"), key=lambda x: x.stat().st_mtime
     )
+    trust_remote_code = config.get("trust_remote_code", False)
     for where in (*(path.parent for path in reversed(folders)), config.get("model_name_or_path")):
         try:
+            # the run has read it
             return AutoTokenizer.from_pretrained(
-                where,
-                trust_remote_code=config.get("trust_remote_code", False),
-                local_files_only=True,  # the run has read it
+                where, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except (OSError, ValueError):
             continue
