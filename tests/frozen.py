@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +45,10 @@ def one_rank():
     torch.set_num_threads(1)
     start.init_distributed()
     yield
-    dist.destroy_process_group()
+    if "vllm.distributed" in sys.modules:  # it keeps groups of its own, built on this one
+        sys.modules["vllm.distributed"].cleanup_dist_env_and_memory()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     torch.set_num_threads(threads)
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
