@@ -156,8 +156,8 @@ class Bar:
 
     what    it counts; empty: no bar
     limits  tokens that each response may have
-    Work that ends within HIDDEN seconds leaves no trace. The time left follows from the responses that
-    have ended; before the first one it is what all would take if they were as long as they may be.
+    Work that ends within HIDDEN seconds leaves no trace. The time left follows from the responses
+    that have ended; before the first one it is what all would take at their full lengths.
     """
 
     def __init__(self, what: str, limits: list[int]) -> None:
@@ -176,12 +176,12 @@ class Bar:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-    def tell(self, lengths: list[int], begun: int) -> None:
-        """Responses of these `lengths` have ended, and the others have `begun` tokens in all."""
+    def tell(self, lengths: list[int], begun: Iterable[int]) -> None:
+        """Responses of these `lengths` have ended; `begun` are those of others, read for a bar only."""
         if self.bar.disable:
             return
         self.ended += sum(lengths)
-        seconds, tokens = time.perf_counter() - self.start, self.ended + begun
+        seconds, tokens = time.perf_counter() - self.start, self.ended + sum(begun)
         done, total = self.bar.n + len(lengths), self.bar.total
         left = seconds * (total - done) / done if done else seconds * self.most / max(1, tokens)
         left = tqdm.format_interval(left)
@@ -518,8 +518,8 @@ class VLLMEngine(Engine):
                 ended = [result for result in engine.step() if result.finished]
                 results += ended
                 states = engine.output_processor.request_states.values()
-                begun = [state.detokenizer.num_output_tokens() for state in states]
-                bar.tell([len(result.outputs[0].token_ids) for result in ended], sum(begun))
+                begun = (state.detokenizer.num_output_tokens() for state in states)
+                bar.tell([len(result.outputs[0].token_ids) for result in ended], begun)
         results.sort(key=lambda result: int(result.request_id))
         start = sum(map(len, parts[:mine]))
         return [result.outputs[0] for result in results[start : start + len(prompts)]]
@@ -594,7 +594,7 @@ class TransformersEngine(Engine):
                     for row, token_ids, logps in ended:
                         reason = "stop" if token_ids[-1] in stops else "length"
                         samples[batch[row]] = self._sample(token_ids, logps, reason)
-                    bar.tell([len(token_ids) for _, token_ids, _ in ended], begun)
+                    bar.tell([len(token_ids) for _, token_ids, _ in ended], [begun])
         return samples
 
     @torch.no_grad()

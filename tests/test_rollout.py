@@ -580,7 +580,7 @@ def test_a_bar_shows_within_ten_seconds_and_not_for_moments(engines, monkeypatch
         first = None
         for i in range(1, 21):
             clock[0] = i / 2
-            bar.tell([], 2 * i)
+            bar.tell([], [2 * i])
             first = first or (clock[0] if shown else None)
     assert 1 < first < 10 and len(shown) > 5  # not for moments; before anything has ended
     assert shown[-1][0] == 0 and "4 tokens/s, at most 00:25 left" in shown[-1][1]
