@@ -260,10 +260,9 @@ def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tu
     if config.eval_file:
         held_out = load("eval_file")
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
-        levels = [
-            x for x in ("hard-", "house-") if any(x in source for source in config.train_file)
-        ]
-        held_out = data.load("toy", f"{levels[0] if levels else ''}test")
+        sources = " ".join(config.train_file)
+        level = next((level for level in ("hard-", "house-") if level in sources), "")
+        held_out = data.load("toy", f"{level}test")
         held_out = [data.with_prompts(e, prompts) for e in held_out]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)

@@ -158,6 +158,7 @@ class Plan:
     """The runs of some objects and recipes: what has ended, what is due."""
 
     def __init__(self, args: argparse.Namespace):
+        import data
         import train
 
         self.args, self.path, self.runs, self.settings = args, args.out / "results.jsonl", {}, {}
@@ -173,10 +174,8 @@ class Plan:
                 self.settings[recipe, name] = train.parse_args(flags)[0]
         folders = [self.folder(at) for at in self.runs]
         assert len(folders) == len(set(folders)), "two recipes have the same model"
-        self.done = {}  # key -> line of the record
-        if self.path.exists():
-            rows = [json.loads(x) for x in self.path.read_text().splitlines(True) if x[-1:] == "\n"]
-            self.done = {tuple(row["key"]): row for row in rows}
+        rows = data.read_jsonl(self.path, growing=True)
+        self.done = {tuple(row["key"]): row for row in rows}  # key -> line of the record
         for at in self.runs:
             old, new = self.done.get((self.model(at), at[1], None)), self.argv(at)
             if old and old["argv"] != new:

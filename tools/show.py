@@ -129,12 +129,12 @@ def report(out: Path, tokenizer=None) -> Path:
     config = settings[-1]
     samples, errors = [], None
     if (out / "rollouts.jsonl").exists():
-        records = Records(out / "rollouts.jsonl")
+        records = Lines(out / "rollouts.jsonl")
         if len(records):
             samples.append(rollout_samples(records, tokenizer or _tokenizer(out, config)))
             errors = error_types(records)
     if (out / "pairs.jsonl").exists():
-        samples.append(pair_samples(Records(out / "pairs.jsonl")))
+        samples.append(pair_samples(Lines(out / "pairs.jsonl")))
     name = f"{out.resolve().name}: {config.get('algo')}"
     page = curves(stages) | {
         "title": name,
@@ -224,7 +224,7 @@ def _panel(title: str, unit: str, names: dict[str, str], metrics: dict) -> dict:
     return {"title": title, "unit": unit, "series": own}
 
 
-class Records:
+class Lines:
     """The lines of a .jsonl file by number, not held in memory; one that is cut short is left out."""
 
     def __init__(self, path: Path):
@@ -254,7 +254,7 @@ class Records:
         return range(first, last + 1)
 
 
-def rollout_samples(records: Records, tokenizer) -> dict:
+def rollout_samples(records: Lines, tokenizer) -> dict:
     """The responses to some prompts, evenly over the run, with the numbers of every token."""
     ranges = dict.fromkeys(records.group(i) for i in _evenly(len(records), GROUPS))
     groups = []
@@ -314,7 +314,7 @@ def pieces(tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def pair_samples(records: Records) -> dict:
+def pair_samples(records: Lines) -> dict:
     """Some of iTool's preference pairs, evenly over the iterations."""
 
     def step(row: dict, side: str) -> dict:
@@ -360,7 +360,7 @@ def error_of(row: dict) -> str | None:
         return "Other"
 
 
-def error_types(records: Records) -> dict:
+def error_types(records: Lines) -> dict:
     """Counts of error types in bins of steps, from READ rollouts at most."""
     total = len(records)
     chosen = range(total)
@@ -488,7 +488,7 @@ def summary(out: Path, tokenizer) -> str:
     if (out / "trees-1.jsonl").exists():
         lines += [f"trees        python mcts.py show {out}/trees-1.jsonl"]
     lines += [f"report       {report(out, tokenizer)}"]
-    if (out / "rollouts.jsonl").exists() and (row := _telling(Records(out / "rollouts.jsonl"))):
+    if (out / "rollouts.jsonl").exists() and (row := _telling(Lines(out / "rollouts.jsonl"))):
         about = "a rollout, tokens coloured by advantage (green: made likelier, red: less likely)"
         lines += ["", about, "", coloured(row, tokenizer)]
     return "\n".join(lines)
@@ -515,7 +515,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
-def _telling(records: Records) -> dict | None:
+def _telling(records: Lines) -> dict | None:
     """The latest of the last rollouts with both positive and negative tokens, else the last."""
     last = [records[i] for i in range(max(0, len(records) - 1000), len(records))]
     both = [
