@@ -510,9 +510,10 @@ class Chord(Rollouts):
 class ToolUpt(FgDapoStar):
     """FG-DAPO* and selective preference optimisation, mixed by a cyclic weight (Eq. 23).
 
-    phi (Eq. 22) silences SPO on what the policy cannot sample. In a toy world whose expert knows
-    such a rule, the defaults equal FG-DAPO*, and only Eq. 20 with beta 0.13 at a constant weight of
-    0.97 learns it (bench/study.py). The defaults stay with the paper's last equation.
+    phi (Eq. 22) silences SPO on tokens that the policy cannot sample. Where a toy world's expert
+    follows a rule that the base model does not know, the defaults do no better than FG-DAPO*; SPO
+    learns the rule without phi (Eq. 20), at beta 0.13 and a constant weight of 0.97
+    (bench/study.py). The defaults keep the paper's last equation.
     """
 
     spo_beta: Positive = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
