@@ -1109,7 +1109,8 @@ def test_command_line_errors_are_one_line(tmp_path):
 
 
 def test_statistics_of_nothing():
-    assert "processed 0" in data.statistics(3, [], Counter({"row: no call": 3}))
+    loaded = data.Loaded([], Counter({"row: no call": 3}), Counter(), 3, 3, [])
+    assert "original 3  sampled 3  processed 0  per row 0.00" in data.statistics(loaded)
 
 
 def test_examples_are_frozen():
