@@ -804,7 +804,9 @@ def _refuse_losses(loaded: Loaded, name: str | None, path: str | Path | None) ->
     """
     if loaded.lost_calls:
         files = ", ".join(loaded.lost_calls)
-        remedy = "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
+        remedy = (
+            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
+        )
         raise ValueError(f"no row with a call could be read in {files}; {remedy}")
     if not loaded.examples:
         form = f" as {name!r}" if name else ""
