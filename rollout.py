@@ -82,11 +82,12 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from data import THOUGHTS
+
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
 HIDDEN, REFRESH = 2.0, 1.0  # seconds before a bar shows; between two of its refreshes
 PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
-THOUGHTS = "thought_opening"  # in tokenizer_config.json: what data.allow_thinking writes
 
 
 @dataclass(frozen=True)
