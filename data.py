@@ -189,7 +189,6 @@ class Loaded(NamedTuple):
     layouts: Counter  # rows by layout
     original: int  # rows of the files
     sampled: int  # rows taken from them
-    lost_calls: list[str]  # files of which no row with a call could be read
 
 
 def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
@@ -204,12 +203,11 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
     loaded = _load(name, path, seed)
-    _refuse_losses(loaded, name, path)
-    examples, listing = loaded.examples, _listing(loaded.drops)
-    if listing:
-        count = f"{len(examples)} examples"
+    if loaded.drops:
+        count = f"{len(loaded.examples)} examples"
+        listing = _listing(loaded.drops)
         print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
-    return examples
+    return loaded.examples
 
 
 def load_source(source: str, *, seed: int = 0) -> list[Example]:
@@ -290,9 +288,9 @@ def policy_place(template: str = SYSTEM_PROMPT) -> str:
     """
     if "__POLICY__" in template:
         return template
-    start = template.rfind("\n\n", 0, template.find("__TOOL_DESCS__"))
-    start = 0 if start < 0 else start + 2
-    return f"{template[:start]}__POLICY__{template[start:]}"
+    head, tools, rest = template.partition("__TOOL_DESCS__")
+    before, gap, lines = head.rpartition("\n\n")
+    return f"{before}{gap}__POLICY__{lines}{tools}{rest}"
 
 
 def read_prompts(
@@ -304,8 +302,7 @@ def read_prompts(
     """
     found = {}
     for part, file in (("system", system_file), ("user", user_file)):
-        saved = Path(model) / PROMPT_FILE.format(part)
-        path = Path(file or saved)
+        path = Path(file or Path(model) / PROMPT_FILE.format(part))
         if file and not path.is_file():
             raise ValueError(f"--{part}_prompt {file}: no such file")
         if path.is_file():
@@ -313,7 +310,7 @@ def read_prompts(
             needed = PLACEHOLDERS[part]
             if missing := [name for name in needed if name not in text]:
                 raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
-            known = [*needed, *(["__POLICY__"] if part == "system" else [])]
+            known = (*needed, "__POLICY__") if part == "system" else needed
             if unknown := {*re.findall(r"__[A-Z_]+?__", text)} - {*known}:
                 names = ", ".join(sorted(unknown))
                 raise ValueError(f"{path}: nothing fills {names}; it may hold {', '.join(known)}")
@@ -358,8 +355,9 @@ def turn_end(tokenizer) -> list[int]:
     special = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
     ids = tokenizer(between, add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
+    ends = {eos} if eos in ids else special
     for place, token in enumerate(ids):
-        if token == eos or (token in special and eos not in ids):
+        if token in ends:
             return ids[: place + 1]
     if eos is None:
         raise ValueError(
@@ -453,7 +451,6 @@ def fit(
 
     Only texts that might be too long are tokenized, so that training starts soon.
     """
-    _check_template(tokenizer)
     kept, drops = [], Counter()
     room = max_completion_length - len(no_thoughts(tokenizer)) - len(turn_end(tokenizer))
     options = PROMPT | {"enable_thinking": thinks(tokenizer)}
@@ -623,7 +620,7 @@ def statistics(loaded: Loaded, tokenizer=None) -> str:
     kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
     for example in examples:
         tools, chars, calls = sizes(example)
-        kinds[("answer", "single call")[calls] if calls < 2 else "parallel calls"] += 1
+        kinds[("answer", "single call", "parallel calls")[min(calls, 2)]] += 1
         stages[difficulty(tools, chars, calls)] += 1
         if tokenizer:
             prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
@@ -637,7 +634,7 @@ def statistics(loaded: Loaded, tokenizer=None) -> str:
     for title, counts in (("shares", kinds), ("difficulty", stages)):
         shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
         lines.append(f"{title:10s} {'  '.join(shares)}")
-    for title, numbers in lengths.items() if examples else ():
+    for title, numbers in lengths.items():
         ranked = sorted(numbers)
         p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
         unit = "tokens" if tokenizer else "characters"
@@ -670,7 +667,6 @@ def main(arguments: list[str] | None = None) -> None:
         mixed = [f"{layout} {count}" for layout, count in loaded.layouts.items()]
         print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else loaded.layouts)})")
         print(statistics(loaded, tokenizer))
-        _refuse_losses(loaded, name, path)
         totals["original"] += loaded.original
         totals["sampled"] += loaded.sampled
         totals["processed"] += len(loaded.examples)
@@ -687,12 +683,15 @@ def _named(source: str) -> tuple[str | None, str | None]:
 
 
 def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
-    """Return what a source holds; `lost_calls` names each file that lost all its calls."""
+    """Return what a source holds; ValueError where nothing is left, or a file lost all its calls.
+
+    A model trained on the rest of such a file would never call.
+    """
     if name in ("toy", "bfcl_half"):
         part = str(path or "train")
         examples, drops = _bfcl_half(part, seed) if name == "bfcl_half" else (_toy(part, seed), {})
         rows = len(examples) + sum(drops.values())
-        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows, [])
+        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows)
     if name not in [*NAMES, None]:
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
     path, wanted, expected = _find(name, path)
@@ -715,12 +714,21 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
         layouts += named
         lost_calls += [f"{file} ({_listing(lost)})"] if silent else []
         start += len(rows)
+    if lost_calls:
+        remedy = (
+            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
+        )
+        raise ValueError(f"no row with a call could be read in {', '.join(lost_calls)}; {remedy}")
     if not layouts:  # every row would raise this
         try:
             guess(next(row for _, rows in files for row in rows))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    return Loaded(examples, drops, layouts, original, sampled, lost_calls)
+    if not examples:
+        form = f" as {name!r}" if name else ""
+        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
+        raise ValueError(f"no example of {path} could be read{form} ({_listing(drops)}); {remedy}")
+    return Loaded(examples, drops, layouts, original, sampled)
 
 
 def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:
@@ -797,24 +805,6 @@ def _listing(drops: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
 
 
-def _refuse_losses(loaded: Loaded, name: str | None, path: str | Path | None) -> None:
-    """Raise ValueError where nothing is left, or a file lost all its calls.
-
-    A model trained on the rest of such a file would never call.
-    """
-    if loaded.lost_calls:
-        files = ", ".join(loaded.lost_calls)
-        remedy = (
-            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
-        )
-        raise ValueError(f"no row with a call could be read in {files}; {remedy}")
-    if not loaded.examples:
-        form = f" as {name!r}" if name else ""
-        listing = _listing(loaded.drops)
-        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
-        raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
-
-
 def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
     """Return whether each text has at most `limit` tokens.
 
@@ -843,19 +833,18 @@ def _steps(
     names = [tool["name"] for tool in tools]
     history, steps, query, call, found = [], [], "", None, []
     for turn, (role, content) in enumerate(turns):
-        before = turns[turn - 1][0] if turn else None
         after = turns[turn + 1][0] if turn + 1 < len(turns) else None
         if call and role != "observation":
             raise Drop("call without observation")
         if role == "user":
             history, query = history + [("user", query)] * bool(query), content
         elif role == "observation":
-            if not call and before != "observation":
+            if call:
+                steps, call = [*steps, (call, content)], None
+            elif turn and turns[turn - 1][0] == role:  # one message per parallel call
+                steps = [*steps[:-1], (steps[-1][0], f"{steps[-1][1]}\n{content}")]
+            else:
                 raise Drop("observation without call")
-            if not call:  # one message per parallel call
-                call, content = steps[-1][0], f"{steps[-1][1]}\n{content}"
-                steps = steps[:-1]
-            steps, call = [*steps, (call, content)], None
         else:
             kind = "tool_call" if role in ("call", "think") else "answer"
             beside = kind == "answer" and after in ("call", "think")
