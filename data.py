@@ -250,8 +250,8 @@ def convert(name: str | None, rows: list, *, seed: int = 0) -> tuple[list[Exampl
 
     name  a key of CONVERTERS; "jsonl", where a bad row is a ValueError and not a drop; None: guessed
     """
-    examples, drops, *_ = _convert(name, enumerate(rows), seed, set())
-    return examples, drops
+    examples, drops, *_ = _convert(name, ((n, "rows", n + 1, r) for n, r in enumerate(rows)), seed)
+    return examples, drops["rows"]
 
 
 def write_jsonl(examples: list[Example], path: str | Path) -> None:
@@ -696,39 +696,30 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
     path, wanted, expected = _find(name, path)
     files = _read_files(path, expected)
-    original, start, seen = sum(len(rows) for _, rows in files), 0, set()
-    sampled = original if wanted is None else wanted
-    if not 0 < sampled <= original:
-        size = f"{original} rows; sample 1 to {original} of them"
+    rows = [(file, line, row) for file, found in files for line, row in enumerate(found, 1)]
+    sampled = len(rows) if wanted is None else wanted
+    if not 0 < sampled <= len(rows):
+        size = f"{len(rows)} rows; sample 1 to {len(rows)} of them"
         raise ValueError(f"{path} holds {size}, not @{wanted}")
-    chosen = {*random.Random(seed).sample(range(original), sampled)}
-    examples, drops, layouts, lost_calls = [], Counter(), Counter(), []
-    for file, rows in files:
-        numbered = ((n, row) for n, row in enumerate(rows, start) if n in chosen)
-        try:
-            found, lost, named, silent = _convert(name, numbered, seed, seen, start)
-        except ValueError as error:  # of "jsonl": a row of ours is right, or refused
-            raise ValueError(f"{file}: {error}") from None
-        examples += found
-        drops += lost
-        layouts += named
-        lost_calls += [f"{file} ({_listing(lost)})"] if silent else []
-        start += len(rows)
-    if lost_calls:
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), sampled))
+    examples, drops, layouts, lost = _convert(name, [(n, *rows[n]) for n in chosen], seed)
+    if lost:
+        files = ", ".join(f"{file} ({_listing(drops[file])})" for file in lost)
         remedy = (
             "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
         )
-        raise ValueError(f"no row with a call could be read in {', '.join(lost_calls)}; {remedy}")
-    if not layouts:  # every row would raise this
+        raise ValueError(f"no row with a call could be read in {files}; {remedy}")
+    if not layouts:  # no row of a known one: guess says why
         try:
-            guess(next(row for _, rows in files for row in rows))
+            guess(rows[0][-1])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+    drops = sum(drops.values(), Counter())
     if not examples:
         form = f" as {name!r}" if name else ""
         remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
         raise ValueError(f"no example of {path} could be read{form} ({_listing(drops)}); {remedy}")
-    return Loaded(examples, drops, layouts, original, sampled)
+    return Loaded(examples, drops, layouts, len(rows), sampled)
 
 
 def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:
@@ -750,29 +741,25 @@ def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, s
 
 
 def _convert(
-    name: str | None,
-    numbered: Iterable[tuple[int, object]],
-    seed: int,
-    seen: set[str],
-    start: int = 0,
-) -> tuple[list[Example], Counter, Counter, bool]:
-    """Return the examples of rows, what was left out, the layouts, and whether all calls were lost.
+    name: str | None, rows: Iterable[tuple[int, object, int, object]], seed: int
+) -> tuple[list[Example], dict[object, Counter], Counter, list]:
+    """Return the examples, what each file lost, rows by layout, and the files that lost all calls.
 
-    numbered  (number, row): the number stands in ids, and less `start` it is the row's in its file
-    seen      hashes of the examples kept before; changed in place
+    rows  (number, which stands in ids; file; line of the file; row)
     """
-    examples, drops, layouts, dropped, calls = [], Counter(), Counter(), [], Counter()
-    for number, row in numbered:
+    examples, drops, layouts, seen = [], defaultdict(Counter), Counter(), set()
+    read, lost = Counter(), Counter()  # calls of each file
+    for number, file, line, row in rows:
         try:
             layout = name or guess(row)
         except (ValueError, RecursionError):
-            drops["row: unknown layout"] += 1
-            dropped.append(row)
+            drops[file]["row: unknown layout"] += 1
+            lost[file] += holds_call(row)
             continue
         layouts[layout] += 1
         if layout == "jsonl":
-            examples.append(_own(row, number - start + 1))
-            calls["read"] += examples[-1].kind == "tool_call"
+            examples.append(_own(row, f"{file}: row {line}"))
+            read[file] += examples[-1].kind == "tool_call"
             continue
         try:
             conversation = CONVERTERS[layout](row)
@@ -784,21 +771,20 @@ def _convert(
                 e and _hash([common, e.history, e.query, e.steps, e.target]) for e, _ in steps
             ]
         except (Drop, RecursionError) as error:
-            drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
-            dropped.append(row)
+            drops[file][f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
+            lost[file] += holds_call(row)
             continue
         for (example, refusal), mark in zip(steps, hashes, strict=True):
             if not refusal and mark in seen:
                 refusal = "turn: exact repetition"
             if example is None or example.kind == "tool_call":
-                calls["lost" if refusal and refusal not in HARMLESS else "read"] += 1
+                (lost if refusal and refusal not in HARMLESS else read)[file] += 1
             if refusal:
-                drops[refusal] += 1
+                drops[file][refusal] += 1
             else:
                 seen.add(mark)
                 examples.append(example)
-    lost = not calls["read"] and bool(calls["lost"] or any(map(holds_call, dropped)))
-    return examples, drops, layouts, lost
+    return examples, drops, layouts, [file for file in lost if lost[file] and not read[file]]
 
 
 def _listing(drops: Counter) -> str:
@@ -927,11 +913,11 @@ def _bfcl_half(part: str, seed: int) -> tuple[list[Example], dict[str, int]]:
     return kept, {"row: BFCL accepts no answer": lost} if lost else {}
 
 
-def _own(row, number: int) -> Example:
-    """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
+def _own(row, place: str) -> Example:
+    """Return the Example that `write_jsonl` wrote; ValueError with its place if it is none."""
     if isinstance(row, dict) and not row.get("target"):
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
-        raise ValueError(f"row {number} has no target, the expert response; {remedy}")
+        raise ValueError(f"{place} has no target, the expert response; {remedy}")
     remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
         if type(row) is not dict:
@@ -961,7 +947,7 @@ def _own(row, number: int) -> Example:
         rewards.binary(example.target, example.target)  # refuses what no response could match
         _hash(row)
     except (Drop, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"row {number} is not a valid line: {error}; {remedy}") from None
+        raise ValueError(f"{place} is not a valid line: {error}; {remedy}") from None
     return example
 
 
