@@ -324,9 +324,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
         if kind in ("longrope", "dynamic"):
-            lengths = (rope.get(ORIGINAL), number(ORIGINAL), number("max_position_embeddings"))
-            room = next((n for n in lengths if isinstance(n, int) and n), longest)
-            if longest > room:
+            room = rope.get(ORIGINAL) or number(ORIGINAL) or number("max_position_embeddings")
+            if room and longest > room:
                 raise ValueError(
                     f"{name} ({kind}): beyond {room} tokens the positions of a response would "
                     f"depend on the longest one in its batch; {longest} are asked for: lower "
