@@ -164,10 +164,11 @@ def question(entry: Entry) -> dict:
 
 
 def conversation(
-    entry: Entry, read: Callable, record: dict, *, keep_steps: bool = True
-) -> Generator[dict, str, None]:
-    """Play a multi-turn case: yields the fields of each prompt and is sent the response to it.
+    entry: Entry, ask: Callable, read: Callable, record: dict, *, keep_steps: bool = True
+) -> Generator:
+    """Play a multi-turn case: yields each prompt and is sent the response to it.
 
+    ask         fields of a prompt, as `question` returns them -> what is yielded
     read        response -> (calls or None, text of the call or answer for later prompts)
     record      filled on the way: turns (responses per turn), observations, force_quit
     keep_steps  later turns see earlier turns' tool steps, as in the training data
@@ -192,7 +193,7 @@ def conversation(
             while True:
                 shown = [{k: v for k, v in tool.items() if k != "response"} for tool in tools]
                 fields = {"tools": shown, "history": history, "query": query, "policy": policy}
-                response = yield fields | {"steps": steps}
+                response = yield ask(fields | {"steps": steps})
                 record["turns"][-1].append(response)
                 calls, text = read(response)
                 if not calls:
