@@ -204,7 +204,7 @@ def shared_prefix_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if shared_prefix is None:
-        return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
+        return capped_attention(query, key, value, attention_mask, scaling, softcap), None
     window, longest = kwargs.get("sliding_window"), shared_prefix.longest
     if window is not None and window < longest:
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
@@ -213,11 +213,11 @@ def shared_prefix_attention(
     shared_prefix.calls += 1
     if softcap is not None:
         mask = shared_prefix.mask
-        return _capped_attention(query, key, value, mask, scaling, softcap), None
+        return capped_attention(query, key, value, mask, scaling, softcap), None
     return shared_prefix.attend(query, key, value, scaling), None
 
 
-def _capped_attention(
+def capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, cap: float
 ) -> Tensor:
     """softmax(cap tanh(q k / cap)) v, (B, L, H, D), from (B, H, L, D); mask True where q sees k.
