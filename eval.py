@@ -40,7 +40,6 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, count
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -48,18 +47,13 @@ import data
 import model as modeling
 import rewards
 import rollout
-from run import part
+from run import all_max, part
 from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
-ONLY = {  # flags of one benchmark, and their defaults
-    "categories": ("bfcl", None),
-    "half": ("bfcl", None),
-    "keep_steps": ("bfcl", True),
-    "api_bank": ("api_bank", None),
-    "file": ("file", None),
-}
+ONLY = {"categories": "bfcl", "half": "bfcl", "keep_steps": "bfcl"}  # flags of one benchmark
+ONLY |= {"api_bank": "api_bank", "file": "file"}
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
 # What must agree for a run to resume: otherwise one file would mix two measurements.
@@ -110,17 +104,17 @@ def answer(
         while anyone(len(waiting) + len(asking)):
             while waiting and len(asking) < options.batch:
                 proceed(_play(waiting.popleft(), engine, options, prompts))
-            plays, ids, seeds = zip(*asking) if asking else ((), (), ())
+            turn = [*asking]
+            asking.clear()
             samples = engine.generate(
-                list(ids),
+                [ids for _, ids, _ in turn],
                 n=1,
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
-                seeds=list(seeds),
+                seeds=[seed for _, _, seed in turn],
                 progress="" if quiet else "turns",
             )
-            asking.clear()
-            for play, [sample] in zip(plays, samples, strict=True):
+            for (play, *_), [sample] in zip(turn, samples, strict=True):
                 proceed(play, sample)
 
 
@@ -423,7 +417,7 @@ def _answer_rest(options, cases, settings):
         if settings["allow_thinking"]:
             data.allow_thinking(engine.tokenizer)
         with open(out / f"results.part{RANK}.jsonl", "a", encoding="utf-8") as file:
-            anyone = _anyone if options.tensor_parallel_size > 1 else int
+            anyone = all_max if options.tensor_parallel_size > 1 else int
             write = partial(_write, file)
             size = min(NEIGHBOURS, -(-len(todo) // WORLD))
             neighbours = [todo[i : i + size] for i in range(0, len(todo), size)]
@@ -569,13 +563,7 @@ def _version(name):
 
 def _barrier():
     if WORLD > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
-def _anyone(number):
-    total = torch.tensor([number])
-    dist.all_reduce(total)
-    return int(total)
+        dist.barrier()
 
 
 # --- the program ---
@@ -593,12 +581,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--bench", choices=BENCHES, default="bfcl", help="what to measure; default: bfcl")
     add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
     add("--limit", type=int, help="first cases of each category")
-    add(
-        "--half",
-        type=int,
-        metavar="SEED",
-        help="BFCL: live cases outside bfcl_half's training part",
-    )
+    add("--half", type=int, metavar="SEED", help="BFCL's live cases outside bfcl_half's training")
     add("--api_bank", metavar="DIR", help="folder of level-1-api.json and level-2-api.json")
     add("--file", help="data of --bench file")
     add("--format", choices=("toolupt", "python"), default="toolupt", help="of prompt and calls")
@@ -614,12 +597,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
     add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
-    add(
-        "--max_model_len",
-        type=int,
-        default=32768,
-        help="of prompt and response; at most the model's",
-    )
+    add("--max_model_len", type=int, default=32768, help="prompt and response; the model's if less")
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
     add("--engine", choices=("vllm", "transformers"), default="vllm", help="what samples")
     add("--batch", type=int, default=512, help="cases played at a time, per rank")
@@ -634,9 +612,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     commands = [options.model, options.rescore, options.compare, options.errors]
     if sum(map(bool, commands)) != 1:
         parser.error("give a model, or one of --rescore, --compare, --errors")
-    for name, (bench, off) in ONLY.items():
-        if options.model and options.bench != bench and getattr(options, name) != off:
-            flag = f"--no_{name}" if off is True else f"--{name}"
+    for name, bench in ONLY.items():
+        given = getattr(options, name) != parser.get_default(name)
+        if options.model and options.bench != bench and given:
+            flag = "--no_keep_steps" if name == "keep_steps" else f"--{name}"
             parser.error(f"{flag} belongs to --bench {bench}, not to {options.bench}")
     for name in ("limit", "max_tokens", "batch", "max_num_seqs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -663,9 +642,7 @@ def main(argv: list[str] | None = None) -> None:
             given = {k: v for k, v in vars(options).items() if k not in commands}
             options = argparse.Namespace(**given)
             work = partial(_answer_rest, options, *_prepare(options))
-        mistakes = (
-            ImportError  # vllm's message names the remedy; other errors are defects from here
-        )
+        mistakes = ImportError  # vllm's, which names the remedy; other errors are defects from here
         work()
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

