@@ -160,15 +160,12 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     steps = saved_steps(out)
     if where not in ("", "latest"):
         folder = Path(where)
-        if not state_of(folder).is_dir():
+        is_step = folder.name.removeprefix("checkpoint-").isdigit()
+        if not (is_step and state_of(folder).is_dir()):
             raise ValueError(
-                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; take "
-                f"latest, or {folder.parent}/checkpoint-STEP of one of the steps "
-                f"{saved_steps(folder.parent)}"
-            )
-        if not folder.name.removeprefix("checkpoint-").isdigit():
-            raise ValueError(
-                f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP"
+                f"--resume_from_checkpoint {where} is no checkpoint-STEP with a folder "
+                f"{state_of(folder)} beside it; take latest, or one of the steps "
+                f"{saved_steps(folder.parent)} in {folder.parent}"
             )
     own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
     if steps and not own:

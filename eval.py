@@ -434,11 +434,6 @@ def _answer_rest(options, cases, settings):
 
 def rescore(out: Path) -> Path:
     """Judge the recorded responses of a run again and write its report; needs no model."""
-    return _judge_again(out, *_recorded(out))
-
-
-def _recorded(out):
-    """A run's settings, with the current versions of data and package; its rows; cases by id."""
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
@@ -452,10 +447,7 @@ def _recorded(out):
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    return settings | _data_read(options.bench, cases.values()), rows, cases
-
-
-def _judge_again(out, settings, rows, cases):
+    settings |= _data_read(options.bench, cases.values())
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     judged = (row | judge(cases[row["id"]], row) for row in tqdm(rows, desc="cases"))
     _rewrite(out / "results.jsonl", judged)
@@ -632,18 +624,17 @@ def main(argv: list[str] | None = None) -> None:
     mistakes = (ValueError, OSError, ImportError)
     try:
         if options.errors:
-            work = partial(print, scores.errors(options.errors))
+            print(scores.errors(options.errors))
         elif options.compare:
-            work = partial(print, scores.compare(options.compare))
+            print(scores.compare(options.compare))
         elif options.rescore:
-            work = partial(_judge_again, options.rescore, *_recorded(options.rescore))
+            rescore(options.rescore)
         else:
-            commands = ("rescore", "compare", "errors")
-            given = {k: v for k, v in vars(options).items() if k not in commands}
-            options = argparse.Namespace(**given)
-            work = partial(_answer_rest, options, *_prepare(options))
-        mistakes = ImportError  # vllm's, which names the remedy; other errors are defects from here
-        work()
+            for command in ("rescore", "compare", "errors"):
+                delattr(options, command)
+            prepared = _prepare(options)
+            mistakes = ImportError  # vllm's names the remedy; other errors from here are defects
+            _answer_rest(options, *prepared)
     except mistakes as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
