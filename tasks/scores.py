@@ -230,7 +230,7 @@ def _column_table(results, settings, names):
         lines.append([f"{name} - {names[0]}", *cells])
     note = f"95 % intervals in brackets, from {SAMPLES} bootstrap samples per category."
     note += " n.s.: the interval of the difference contains 0." if len(names) > 1 else ""
-    return [*_table(["", *labels], lines), "", note]
+    return [*_table(["run", *labels], lines), "", note]
 
 
 def _columns(rows, settings):
