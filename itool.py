@@ -50,7 +50,6 @@ import itertools
 import json
 import math
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -242,17 +241,6 @@ class PreferencePair:
         return [self.row["chosen_ids"], self.row["rejected_ids"]]
 
 
-@dataclass(eq=False)
-class Tree:
-    """What the search of one example found."""
-
-    place: int  # in the replay buffer
-    example: data.Example
-    root: Node | None  # None without a search
-    rows: list[dict]  # of its kept pairs
-    dropped: Counter  # reason -> pairs
-
-
 # ---------------------------------------------------------------------------------- the iterations
 
 
@@ -276,9 +264,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
             # 1 replay buffer
             buffer, summary = replay_buffer(run, pool, end, clock)
             # 2 search
-            trees, counts = grow_trees(run, buffer, iteration, end, clock)
+            rows, counts = grow_trees(run, buffer, iteration, end, clock)
             # 3 pairs
-            pairs, found = collect_pairs(run, trees, iteration, end, clock)
+            pairs, found = collect_pairs(run, rows, end, clock)
             summary |= counts | found | clock.metrics() | {"iteration": iteration, "step": end}
             summary |= {"pool": len(pool), "trees": len(buffer)}
             log_search(run, summary, pairs)
@@ -353,15 +341,15 @@ def replay_buffer(
     chosen = [pool[i] for i in data.select_complex(values, strata, method.buffer_fraction)]
     means = {}
     for name, kind in (("perplexity/calls", True), ("perplexity/answers", False)):
-        total = sum(value for value, is_call in zip(values, calls) if is_call is kind)
-        means[name] = total / max(1, calls.count(kind))
+        own = [value for value, is_call in zip(values, calls) if is_call is kind]
+        means[name] = sum(own) / max(1, len(own))
     return chosen, means
 
 
 def grow_trees(
     run: Run, buffer: list[data.Example], iteration: int, step: int, clock: Clock
-) -> tuple[list[Tree], dict]:
-    """This rank's trees, one per example (Eqs. 5-9), and counts over all ranks."""
+) -> tuple[list[dict], dict]:
+    """The pairs of this rank's trees, one tree per example (Eqs. 5-9), and counts over all ranks."""
     config, method = run.config, run.method
     with clock("sync"):
         sync(run)
@@ -375,11 +363,11 @@ def grow_trees(
         temperature=config.temperature,
         top_p=method.top_p,
         max_tokens=config.max_completion_length,
-        self_evaluation=method.self_evaluation if method.mcts else "none",
+        self_evaluation=method.self_evaluation,
         seed=f"{config.seed}/{iteration}",
         reward=run.reward,
     )
-    roots, found = [None] * len(mine), []
+    roots, found = [], []
     with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}", "tree") as bar:
 
         def advance(done: int) -> None:
@@ -390,40 +378,44 @@ def grow_trees(
         with suppress(Asked):
             if method.mcts:
                 roots = searcher.search(examples, prompts, limits, advance)
-                found = [pair_rows(*x, limits) for x in zip(roots, examples)]
+                found = [pair_rows(root, limits) for root in roots]
             else:
                 found = searcher.sampled_pairs(examples, prompts)
                 advance(len(mine))
         run.stop_if_asked(step)
     run.engine.sleep()
-    trees = [Tree(*x, *own) for x, own in zip([(*m, r) for m, r in zip(mine, roots)], found)]
-    log_trees(run, trees, limits, iteration)
+    about = [
+        {"iteration": iteration, "tree": i, "id": e.id, "query": e.query, "target": e.target}
+        for i, e in mine
+    ]
+    trees = all_gather([mcts.tree_to_dict(root, limits, **x) for x, root in zip(about, roots)])
+    if run.rank == 0 and trees:
+        trees.sort(key=lambda tree: tree["tree"])
+        write_whole(run.out / f"trees-{iteration}.jsonl", trees)
+    rows, dropped = [], Counter()
+    for common, example, (own, drops) in zip(about, examples, found):
+        common["held_out"] = is_held_out(example, method.held_out_pairs, config.seed)
+        rows += [common | row for row in own]
+        dropped += drops
     stats = count_over_ranks(searcher.stats)
-    counts = {name: stats[name] for name in COUNTS}
+    counts = {name: stats[name] for name in COUNTS} | {"dropped": count_over_ranks(dropped)}
     counts |= {name: stats[name] / max(1, stats[f"{name} of"]) for name in DIVERSITY}
-    return trees, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
+    return rows, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
 
 
 def collect_pairs(
-    run: Run, trees: list[Tree], iteration: int, step: int, clock: Clock
+    run: Run, rows: list[dict], step: int, clock: Clock
 ) -> tuple[list[PreferencePair], dict]:
     """The kept pairs of all ranks (Appendix B.1) with reference log-probs; and their counts."""
-    config, method = run.config, run.method
-    rows = []
-    for tree in trees:
-        held_out = is_held_out(tree.example, method.held_out_pairs, config.seed)
-        about = {"iteration": iteration, "tree": tree.place, "held_out": held_out}
-        rows += [{**about, **row} for row in tree.rows]
     rows = sorted(all_gather(rows), key=lambda row: row["tree"])  # whatever the number of ranks
     pairs = [PreferencePair(row) for row in rows]
     with clock("reference"):
         add_references(run, pairs)
     apart = engine_difference(pairs) if pairs else None  # nothing to compare
-    if pairs and config.quant == "none":  # with NF4 the engine's weights are not the trainer's
-        check_engine(config, apart, step)
+    if pairs and run.config.quant == "none":  # with NF4 the engine's weights are not the trainer's
+        check_engine(run.config, apart, step)
     held_out = [pair for pair in pairs if pair.row["held_out"]]
-    dropped = count_over_ranks(sum((tree.dropped for tree in trees), Counter()))
-    counts = {"pairs": len(pairs) - len(held_out), "held_out": len(held_out), "dropped": dropped}
+    counts = {"pairs": len(pairs) - len(held_out), "held_out": len(held_out)}
     counts["sampling/sampling_logp_difference/mean"] = apart
     return pairs, counts | held_out_metrics(run, held_out)
 
@@ -495,23 +487,18 @@ def _gradable(target: str) -> bool:
 
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
-    config, found = run.config, []
-    size, tokens, begin = config.train_batch_size, 0, time.perf_counter()
+    size, found = run.config.train_batch_size, []
     with run.progress(len(examples), 0, "perplexity", "example") as bar, torch.no_grad():
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
             chunk = list(enumerate(examples))[first : first + size]
             mine = part(chunk, lambda item: data.characters(item[1]), run.rank, run.world)
             batch = [run.demonstration(example, place) for place, example in mine]
-            micros = micro_batches(config, batch)
-            for i, micro in enumerate(micros, 1):
-                logps, _, mask = forward(config, run.model, micro, temperature=1.0)
+            for micro in micro_batches(run.config, batch):
+                logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
                 values = simpo.perplexity(logps, mask).tolist()
                 found += [(one.place, value) for one, value in zip(micro, values)]
-                tokens += run.world * sum(map(tokens_of, micro))
-                speed = tokens / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                bar.update(first + len(chunk) * i // len(micros) - bar.n)
+            bar.update(len(chunk))
     return [value for _, value in sorted(all_gather(found))]
 
 
@@ -589,34 +576,32 @@ class Searcher:
         self.stats = diversity([[(s.token_ids, s.text) for s in group] for group in drawn])
         self.stats["samples"] = sum(map(len, drawn))
         self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
-        return [sampled_pair(*x) for x in zip(examples, prompts, drawn)]
+        return [sampled_pair(*x) for x in zip(prompts, drawn)]
 
     def propose(self, nodes: list[Node], width: int) -> list[list[Proposal]]:
         """`width` samples of each node, cut to their first fragment; a tail is one of them."""
         self.progress(sum(root.N >= self.config.iterations for root in self.roots))
-        paths = [node.path for node in nodes]
         tails = [[node.tail] * (node.tail is not None) for node in nodes]
-        used = [sum(len(node.token_ids) for node in path[1:]) for path in paths]
+        responses = [node.response_ids for node in nodes]
         drawn = self.engine.generate(
             [node.state_ids for node in nodes],
             n=[width - len(tail) for tail in tails],
             temperature=self.temperature,
             top_p=self.top_p,
-            max_tokens=[self.max_tokens - length for length in used],
-            seeds=[self._request_seed(path) for path in paths],
+            max_tokens=[self.max_tokens - len(response) for response in responses],
+            seeds=[self._request_seed(node.path) for node in nodes],
         )
         self.stats["expansions"] += len(nodes)
         self.stats["tails_used"] += sum(map(len, tails))
         self.stats["samples"] += sum(map(len, drawn))
         self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
-        for path, group in zip(paths, drawn):
-            before = [i for node in path[1:] for i in node.token_ids]
-            self.drawn[id(path[0])] += [
-                (s.token_ids, self._text([*before, *s.token_ids])) for s in group
+        for node, response, group in zip(nodes, responses, drawn):
+            self.drawn[id(node.path[0])] += [
+                (s.token_ids, self._text(response + s.token_ids)) for s in group
             ]
         return [
-            [self._cut(path, sample) for sample in (*tail, *samples)]
-            for path, tail, samples in zip(paths, tails, drawn)
+            [self._cut(node, sample) for sample in (*tail, *samples)]
+            for node, tail, samples in zip(nodes, tails, drawn)
         ]
 
     def evaluate(self, nodes: list[Node]) -> list[tuple[float, float]]:
@@ -630,37 +615,36 @@ class Searcher:
             for node, state in zip(nodes, states)
         ]
 
-    def _cut(self, path: list[Node], sample: Sample) -> Proposal:
+    def _cut(self, node: Node, sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
-        before = [i for node in path[1:] for i in node.token_ids]
-        ids = [*before, *sample.token_ids]
-        thoughts = num_thoughts(self.tokenizer, ids)  # they belong to the first fragment
-        texts = [""] * thoughts + [self._piece(i) for i in ids[thoughts:]]
-        prefix, pieces = texts[: len(before)], texts[len(before) :]
-        last = len(path) == self.config.depth  # the root has depth 0
+        response, ids, logps = node.response_ids, sample.token_ids, sample.logps
+        thoughts = num_thoughts(self.tokenizer, response + ids)  # belong to the first fragment
+        texts = [self._piece(i) for i in response + ids]
+        texts[:thoughts] = [""] * thoughts
+        prefix, pieces = texts[: len(response)], texts[len(response) :]
+        last = node.depth + 1 == self.config.depth
         n = len(pieces) if last else mcts.first_fragment(prefix, pieces)
         whole = n == len(pieces)
-        ids, logps = sample.token_ids, sample.logps
         rest = None if whole else Sample(ids[n:], logps[n:], "", sample.finish_reason)
         reason = {"stop": "eos"}.get(sample.finish_reason, "length") if whole else None
         return Proposal(self._text(ids[:n]), ids[:n], logps[:n], whole, reason, rest)
 
     def _grade(self, states: list[tuple[int, str]]) -> None:
         """Self-evaluate the states that are not in the cache yet, in one call."""
-        new = [state for state in dict.fromkeys(states) if state not in self.confidences]
-        prompts = [
-            question(self.tokenizer, self.self_evaluation, self.examples[root].target, text)
-            for root, text in new
-        ]
-        room = self.engine.max_model_len - 1
-        self.stats["evaluations_too_long"] += sum(len(prompt) > room for prompt in prompts)  # C = 0
-        new = [state for state, prompt in zip(new, prompts) if len(prompt) <= room]
-        prompts = [prompt for prompt in prompts if len(prompt) <= room]
-        for state, options in zip(new, self.engine.option_probs(prompts)):
+        questions = {
+            (root, text): question(
+                self.tokenizer, self.self_evaluation, self.examples[root].target, text
+            )
+            for root, text in dict.fromkeys(states)
+            if (root, text) not in self.confidences
+        }
+        fitting = {k: ids for k, ids in questions.items() if len(ids) < self.engine.max_model_len}
+        self.stats["evaluations_too_long"] += len(questions) - len(fitting)  # C = 0
+        for state, options in zip(fitting, self.engine.option_probs([*fitting.values()])):
             self.confidences[state] = mcts.confidence(options)
             self.stats["option_mass"] += sum(options.values())
-        self.stats["evaluations"] += len(new)
-        self.stats["evaluation_tokens"] += sum(map(len, prompts))
+        self.stats["evaluations"] += len(fitting)
+        self.stats["evaluation_tokens"] += sum(map(len, fitting.values()))
 
     def _outcome(self, node: Node, root: int, text: str) -> float:
         """O of Eq. 6: +1 for a finished, right response, -1 for any other end, 0 before the end."""
@@ -681,9 +665,8 @@ class Searcher:
 
     def _state(self, node: Node) -> tuple[int, str]:
         """What a grade depends on: the tree and the response so far."""
-        root, *steps = node.path
-        text = self._text([i for step in steps for i in step.token_ids])
-        return id(root), without_thoughts(self.tokenizer, text)
+        text = self._text(node.response_ids)
+        return id(node.path[0]), without_thoughts(self.tokenizer, text)
 
     def _text(self, ids: list[int]) -> str:
         body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
@@ -742,40 +725,36 @@ def diversity(samples: Iterable[list[tuple[list[int], str]]]) -> Counter:
 # --------------------------------------------------------------------------------------- the pairs
 
 
-def pair_rows(
-    root: Node, example: data.Example, config: SearchConfig
-) -> tuple[list[dict], Counter]:
+def pair_rows(root: Node, config: SearchConfig) -> tuple[list[dict], Counter]:
     """The kept pairs of a tree as lines of pairs.jsonl, and why the others were dropped."""
     rows, drops = [], Counter()
     for pair in mcts.all_pairs(root, config):
         drops.update(pair.dropped_by)
         if pair.dropped_by:
             continue
-        row = _row(example, pair.prefix_ids, pair.chosen_ids, pair.rejected_ids)
-        row |= {"prefix": pair.node.state_text, "path": _places(pair.node.path)}
-        row |= {"depth": pair.node.depth}
+        row = {"prefix": pair.node.state_text, "prefix_ids": pair.prefix_ids}
+        row |= {"depth": pair.node.depth, "path": _places(pair.node.path)}
         for side, node in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            row |= {side: node.text, f"{side}_p": node.prior, f"{side}_Q": node.Q}
+            row |= {side: node.text, f"{side}_ids": list(node.token_ids)}
+            row |= {f"{side}_p": node.prior, f"{side}_Q": node.Q}
             row |= {f"{side}_R": node.R, f"{side}_N": node.N}
         rows.append(row)
     return rows, drops
 
 
-def sampled_pair(
-    example: data.Example, prompt: list[int], samples: list[Sample]
-) -> tuple[list[dict], Counter]:
+def sampled_pair(prompt: list[int], samples: list[Sample]) -> tuple[list[dict], Counter]:
     """Highest against lowest mean log-prob of a few samples: iTool without its search.
 
     At most one row; none where the two are equal. Ties: the first is chosen, the last rejected.
     """
     means = [math.fsum(s.logps) / len(s.logps) for s in samples]
     order = sorted(range(len(samples)), key=lambda k: (-means[k], k))
-    chosen, rejected = samples[order[0]], samples[order[-1]]
-    if chosen.text == rejected.text:
+    row = {"prefix": "", "prefix_ids": prompt, "depth": 0}
+    for side, k in (("chosen", order[0]), ("rejected", order[-1])):
+        row |= {side: samples[k].text, f"{side}_ids": samples[k].token_ids}
+        row |= {f"{side}_p": math.exp(means[k])}
+    if row["chosen"] == row["rejected"]:
         return [], Counter({"similarity": 1})
-    row = _row(example, prompt, chosen.token_ids, rejected.token_ids)
-    row |= {"prefix": "", "depth": 0, "chosen": chosen.text, "rejected": rejected.text}
-    row |= {"chosen_p": math.exp(means[order[0]]), "rejected_p": math.exp(means[order[-1]])}
     return [row], Counter()
 
 
@@ -794,32 +773,19 @@ def describe(row: dict) -> str:
             f"{row['ends_parsed']} parse, {row['ends_correct']} are right and "
             f"{row['ends_over_length']} too long"
         )
+    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out; dropped: {drops}"
     if row["evaluations"]:
-        text += f", option mass {row['option_mass']:.3f}"
-    per_tree = (row["pairs"] + row["held_out"]) / max(1, row["trees"])
-    text += f"; {row['pairs']} pairs to train on, {row['held_out']} held out"
-    text += f" ({per_tree:.2f} per tree); dropped: {drops}"
+        text += f"; option mass {row['option_mass']:.3f}"
+        if row["option_mass"] < 0.01:
+            text += (
+                "\n  the letters A to D have hardly any mass: the self-evaluation says little; "
+                "consider --self_evaluation none"
+            )
     if row["evaluations_too_long"]:
-        text += f"; {row['evaluations_too_long']} states too long to be graded"
-    if row["evaluations"] and row["option_mass"] < 0.01:
-        text += (
-            "\n  the letters A to D have hardly any mass: the self-evaluation says little; "
-            "consider --self_evaluation none"
-        )
+        text += f"\n  {row['evaluations_too_long']} states were too long to be graded"
     if not row["pairs"]:
         text += "\n  no pair to train on: this iteration leaves the model as it is; see the trees"
     return text
-
-
-def _row(example: data.Example, prefix: list[int], chosen: list[int], rejected: list[int]) -> dict:
-    return {
-        "id": example.id,
-        "query": example.query,
-        "target": example.target,
-        "prefix_ids": list(prefix),
-        "chosen_ids": list(chosen),
-        "rejected_ids": list(rejected),
-    }
 
 
 def _places(path: list[Node]) -> list[int]:
@@ -885,14 +851,13 @@ def preference_loss(
 
 def add_references(run: Run, pairs: list[PreferencePair]) -> None:
     """Fill chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
-    mine = part(list(enumerate(pairs)), lambda item: tokens_of(item[1]), run.rank, run.world)
+    places, refs = {id(pair): i for i, pair in enumerate(pairs)}, []
+    mine = part(pairs, tokens_of, run.rank, run.world)
     with torch.no_grad():
-        for micro in micro_batches(run.config, [pair for _, pair in mine]) if pairs else []:
+        for micro in micro_batches(run.config, mine):
             logps, _, _ = forward(run.config, run.model, micro, temperature=1.0)
-            sums = logps.float().sum(1)
-            for pair, chosen, rejected in zip(micro, sums[0::2].tolist(), sums[1::2].tolist()):
-                pair.row |= {"chosen_ref": chosen, "rejected_ref": rejected}
-    refs = [(i, pair.row["chosen_ref"], pair.row["rejected_ref"]) for i, pair in mine]
+            sums = logps.float().sum(1).view(len(micro), 2).tolist()
+            refs += [(places[id(pair)], *own) for pair, own in zip(micro, sums)]
     for i, chosen, rejected in all_gather(refs):
         pairs[i].row |= {"chosen_ref": chosen, "rejected_ref": rejected}
 
@@ -920,27 +885,15 @@ def held_out_metrics(run: Run, pairs: list[PreferencePair]) -> dict:
 
 def log_search(run: Run, summary: dict, pairs: list[PreferencePair]) -> None:
     """Append to pairs.jsonl, then to searches.jsonl; numbers to the tracker."""
-    if run.rank == 0:
-        numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
-        run.records.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
-        rows = [pair.row for pair in pairs]
-        for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
-            with open(run.out / name, "a") as file:
-                for line in lines:
-                    write(file, line)
-    dist.barrier()
-
-
-def log_trees(run: Run, trees: list[Tree], limits: SearchConfig, iteration: int) -> None:
-    """Write the trees of all ranks to trees-ITERATION.jsonl."""
-    lines = []
-    for tree in filter(lambda tree: tree.root, trees):
-        e, about = tree.example, {"tree": tree.place, "iteration": iteration}
-        about |= {"id": e.id, "query": e.query, "target": e.target}
-        lines.append(mcts.tree_to_dict(tree.root, limits, **about))
-    lines = sorted(all_gather(lines), key=lambda line: line["tree"])
-    if run.rank == 0 and lines:
-        write_whole(run.out / f"trees-{iteration}.jsonl", lines)
+    if run.rank > 0:
+        return
+    numbers = {k: v for k, v in summary.items() if isinstance(v, (int, float))}
+    run.records.track(summary["step"], {f"search/{k}": v for k, v in numbers.items()})
+    rows = [pair.row for pair in pairs]
+    for name, lines in (("pairs.jsonl", rows), ("searches.jsonl", [summary])):
+        with open(run.out / name, "a") as file:
+            for line in lines:
+                write(file, line)
 
 
 def write_whole(path: Path, lines: Iterable[dict]) -> None:
@@ -955,21 +908,20 @@ def write_whole(path: Path, lines: Iterable[dict]) -> None:
 def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
     """Iteration -> summary and pairs of the searches that an interrupted run has made.
 
-    Those after the step that the run resumes from are dropped: rank 0 rewrites the two files and
-    deletes their trees. A start that does not resume keeps none.
+    Those after the step that the run resumes from are dropped, from the two files too. A start that
+    does not resume keeps none.
     """
     resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
-    step, kept = run.first_step if resumes else -1, {}
-    for name in ("searches.jsonl", "pairs.jsonl"):
-        kept[name] = list(data.read_jsonl(run.out / name, growing=True))
-    searches = {row["iteration"]: row for row in kept["searches.jsonl"] if row["step"] <= step}
-    pairs = {i: [row for row in kept["pairs.jsonl"] if row["iteration"] == i] for i in searches}
+    step = run.first_step if resumes else -1
+    found, rows = (
+        list(data.read_jsonl(run.out / name, growing=True))
+        for name in ("searches.jsonl", "pairs.jsonl")
+    )
+    searches = {row["iteration"]: row for row in found if row["step"] <= step}
+    rows = [row for row in rows if row["iteration"] in searches]
     dist.barrier()  # all have read
     if run.rank == 0:
         write_whole(run.out / "searches.jsonl", searches.values())
-        write_whole(run.out / "pairs.jsonl", itertools.chain(*pairs.values()))
-        for path in run.out.glob("trees-*.jsonl"):
-            if path.stem not in {f"trees-{iteration}" for iteration in searches}:
-                path.unlink()
-    dist.barrier()
-    return {i: (searches[i], [PreferencePair(row) for row in pairs[i]]) for i in searches}
+        write_whole(run.out / "pairs.jsonl", rows)
+    of = lambda iteration: [PreferencePair(row) for row in rows if row["iteration"] == iteration]
+    return {iteration: (summary, of(iteration)) for iteration, summary in searches.items()}

@@ -28,17 +28,17 @@ Departures from the paper, and choices where it is silent:
  8. The discount of Eq. 9 is 1.0, as in Xie et al. 2024. "Similarity above 95 %" is word overlap, as
     in the authors' code: common words over the words of the shorter step.
 
-Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line; also trees.svg)
+Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line)
 Standard library only, no sibling imported: copy this file on its own.
 """
 
 import argparse
 import bisect
-import html
 import itertools
 import json
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -144,6 +144,11 @@ class Node:
     def state_ids(self) -> list[int]:
         """Token ids of the whole state: prompt and response so far."""
         return [token for node in self.path for token in node.token_ids]
+
+    @property
+    def response_ids(self) -> list[int]:
+        """Token ids of the response so far, without the prompt."""
+        return [token for node in self.path[1:] for token in node.token_ids]
 
     @property
     def state_text(self) -> str:
@@ -378,56 +383,37 @@ def format_tree(root: Node, config: SearchConfig = SearchConfig(), color: bool =
     return "\n".join(lines)
 
 
-def svg(trees: list[tuple[Node, SearchConfig]]) -> str:
-    """A self-contained picture of the trees (Figure 11), root left, one action per box.
-
-    Frame: green chosen, red rejected, dashed where the pair was dropped. Fill: the outcome.
-    Long fragments end in an ellipsis; hovering over them shows the whole text.
-    """
-    parts, top, width = [], _ROW, 0
-    for root, config in trees:
-        marks, places = _marks(root, config), _places(root)
-        for node in _preorder(root):
-            parts += _svg_node(node, places, top, *marks.get(id(node), ("", "")))
-        top += (1 + max(row for _, row in places.values())) * _ROW + _ROW // 2
-        width = max(width, (1 + max(column for column, _ in places.values())) * _COLUMN)
-    width, top = max(width, 3 * _COLUMN), math.ceil(top)
-    legend = "green chosen, red rejected, dashed: pair dropped; filled: finished, correct or wrong"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
-        'font-family="monospace" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f'<text x="10" y="24">{legend}</text>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+def read_trees(path: Path) -> list[tuple[dict, Node, SearchConfig]]:
+    """The trees of a file, one of `tree_to_dict` per line: data, root, config."""
+    trees = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                data = json.loads(line)
+                trees.append((data, tree_from_dict(data), SearchConfig(**data["config"])))
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a tree of mcts.tree_to_dict ({error!r})"
+                ) from None
+    return trees
 
 
 def main(argv: list[str] | None = None) -> None:
-    """python mcts.py show FILE [--svg OUT.svg]"""
-    parser = argparse.ArgumentParser(description="Print search trees and draw them.")
+    """python mcts.py show FILE"""
+    parser = argparse.ArgumentParser(description="Print search trees.")
     show = parser.add_subparsers(dest="command", required=True).add_parser("show")
-    show.add_argument(
-        "file", type=Path, help="JSON of tree_to_dict: one tree, a list, or one per line"
-    )
-    show.add_argument("--svg", type=Path, help="picture of all trees; default: FILE with .svg")
-    args = parser.parse_args(argv)
+    show.add_argument("file", type=Path, help="trees of tree_to_dict, one per line")
     sys.stdout.reconfigure(errors="backslashreplace")  # the locale may lack what a model writes
     try:
-        found = _read(args.file)
+        trees = read_trees(parser.parse_args(argv).file)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    trees = [(tree_from_dict(data), SearchConfig(**data["config"])) for data in found]
-    picture = args.svg or args.file.with_suffix(
-        ".svg"
-    )  # first, since the text may go to a pipe that closes
-    picture.write_text(svg(trees), encoding="utf-8")
-    for data, (root, config) in zip(found, trees):
-        for key, value in data.items():
-            if key not in ("config", "nodes"):
-                print(f"{key}: {_printable(str(value))}")
+    for data, root, config in trees:
+        about = {name: value for name, value in data.items() if name not in ("config", "nodes")}
+        print("\n".join(f"{name}: {_printable(str(value))}" for name, value in about.items()))
         print(format_tree(root, config, color=sys.stdout.isatty()))
-        pairs = all_pairs(root, config)
-        kept = sum(not pair.dropped_by for pair in pairs)
-        print(f"{len(pairs)} pairs, {kept} kept\n")
-    print(f"picture: {picture}")
+        kept = len(preference_pairs(root, config))
+        print(f"{len(all_pairs(root, config))} pairs, {kept} kept\n")
 
 
 # ---- private ----
@@ -440,7 +426,6 @@ _PYTHON_TOKEN = re.compile(rf"{_DOUBLE}|{_SINGLE}|\S", re.DOTALL)
 _CLOSING_TAG = re.compile(r"(?:\s*</tool_call>)?")
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _SAVED = [f.name for f in fields(Node) if f.name not in ("parent", "children", "tail")]
-_COLUMN, _ROW = 300, 60  # pixels
 
 
 def _fragment_ends(text: str) -> list[int]:
@@ -557,8 +542,9 @@ def _preorder(root: Node) -> Iterator[Node]:
         stack += reversed(node.children)
 
 
-def _reasons(chosen: Node, rejected: Node, config: SearchConfig, tol: float = 1e-9) -> list[str]:
-    """The filters of Appendix B.1 that the pair fails."""
+def _reasons(chosen: Node, rejected: Node, config: SearchConfig) -> list[str]:
+    """The filters of Appendix B.1 that the pair fails; their limits are inclusive."""
+    tol = 1e-9
     alike = chosen.text == rejected.text or (
         similarity(chosen.text, rejected.text) > config.max_similarity + tol
     )
@@ -578,71 +564,10 @@ def _marks(root: Node, config: SearchConfig) -> dict[int, tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """Model text without control characters, which could move the cursor or break XML."""
+    """Model text without control characters, which could move the cursor."""
     return "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in text)
 
 
-def _places(root: Node) -> dict[int, tuple[int, float]]:
-    """id(node) -> (column, row): a leaf takes the next row, others the middle of their children."""
-    nodes, rows = list(_preorder(root)), {}
-    leaves = itertools.count()
-    for node in nodes:
-        if not node.children:
-            rows[id(node)] = next(leaves)
-    for node in reversed(nodes):
-        if node.children:
-            rows[id(node)] = (rows[id(node.children[0])] + rows[id(node.children[-1])]) / 2
-    return {id(node): (node.depth, rows[id(node)]) for node in nodes}
-
-
-def _svg_node(node: Node, places: dict, top: int, mark: str, why: str) -> list[str]:
-    """The box of one node and the line from its parent."""
-    column, row = places[id(node)]
-    x, y = 10 + column * _COLUMN, top + row * _ROW
-    color = {"+": "#1a7f37", "-": "#cf222e"}.get(mark.strip("()"), "#57606a")
-    dash = ' stroke-dasharray="5 3"' if why else ""
-    style = f'stroke="{color}" stroke-width="{2 if mark else 1}"{dash}'
-    fill = {1: "#dafbe1", -1: "#ffebe9"}.get(node.O, "#eaeef2") if node.terminal else "white"
-    text = _printable(node.text).strip() if node.parent else f"prompt, {len(node.token_ids)} tokens"
-    short = text if len(text) <= 32 else text[:31] + "\u2026"
-    value = f"Q {node.Q:+.2f} p {node.prior:.2f}" if node.parent else f"V {node.V:+.2f}"
-    value += f" N {node.N} O {node.O:+g} C {node.C:+.2f}"
-    parts = []
-    if node.parent:
-        parent_row = places[id(node.parent)][1]
-        parts = [f'<path d="M{x - 50} {top + parent_row * _ROW + 22} L{x} {y + 22}" {style}/>']
-    hover = html.escape(" ".join(filter(None, [mark, text, node.reason, why])))
-    title = f"<title>{hover}</title>"
-    frame = f'<rect x="{x}" y="{y}" width="250" height="44" rx="6" fill="{fill}" {style}>'
-    return parts + [
-        f"{frame}{title}</rect>",
-        f'<text x="{x + 8}" y="{y + 18}">{html.escape(short)}{title}</text>',
-        f'<text x="{x + 8}" y="{y + 35}" fill="{color}">{value}</text>',
-    ]
-
-
-def _read(path: Path) -> list[dict]:
-    """The trees of a file: one JSON value (a tree or a list of them), or one tree per line."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
-        data = []  # one tree per line; splitlines() would also split inside strings
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                data += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-    trees = [data] if isinstance(data, dict) else data
-    if not trees:
-        raise ValueError(f"{path} holds no tree")
-    for tree in trees:
-        if not isinstance(tree, dict) or not tree.get("nodes") or "config" not in tree:
-            raise ValueError(
-                f"{path}: not a tree of mcts.tree_to_dict; write it with that function"
-            )
-    return trees
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     main()

@@ -376,7 +376,7 @@ class Run:
             | {"model_name_or_path": self.command.model_name_or_path}
             | {"allow_thinking": data.thinks(self.tokenizer)},
             self.examples,
-            show.milestones(self.out),
+            show.milestones(show.read(self.out)[0]),
             method=type(self.method).__doc__.partition("\n")[0],
             step=step,
             command=["python", *sys.argv],

@@ -323,7 +323,8 @@ def size_of(way: str, row: list) -> int:
 def planned(shape: str, tokens: int, bytes_each: int) -> float:
     """tools/plan.py's peak of the update, on one GPU, for a row of so many tokens and this state per parameter."""
     name = f"qwen2.5-{shape.lower()}"
-    flags = f"{name} --max_tokens_per_row {tokens} --max_prompt 1 --max_answer 1"
+    flags = f"{name} --max_tokens_per_row {tokens} --max_prompt_length 1 "
+    flags += "--max_completion_length 1"
     sizes, args = planning.shape_of(name), planning.parser().parse_args(flags.split())
     found = planning.plan(sizes, 1, 1000.0, 1, args)
     return found["update_peak"] - found["states"] + bytes_each * sizes["parameters"]

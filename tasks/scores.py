@@ -57,8 +57,7 @@ COLUMNS = {"bfcl": bfcl.columns, "api_bank": api_bank.columns, "file": file_colu
 
 def report(out: Path) -> str:
     """Write report.md and report.png of a run; return the text."""
-    settings = json.loads((out / "settings.json").read_text())
-    rows = list(read_jsonl(out / "results.jsonl", growing=True))
+    rows, settings = _read(out)
     sizes, counts = settings["sizes"], _counts(rows)
     lines = [f"# {settings['model']} on {settings['bench']}", "", *_provenance(settings), ""]
     lines += _column_table([rows], [settings], [str(out)])
@@ -67,23 +66,14 @@ def report(out: Path) -> str:
         lines += ["", "**Not the whole benchmark**, no overall: " + ", ".join(partial_ones) + "."]
     elif settings["bench"] == "bfcl" and len(counts) < len(bfcl.CATEGORIES):
         lines += ["", f"{len(counts)} of 17 categories: no overall."]
-    lines += [
-        "",
-        "| category | correct | cases | accuracy | malformed | over-long | cut | force-quit |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    table = []
     for category, (correct, total) in counts.items():
         mine = [row for row in rows if row["category"] == category]
         bad = (_malformed(mine), _sum(mine, "over_long"), sum(r["cut"] > 0 for r in mine))
-        cells = [
-            category,
-            correct,
-            total,
-            f"{100 * correct / total:.2f}",
-            *bad,
-            _sum(mine, "force_quit"),
-        ]
-        lines += ["| " + " | ".join(map(str, cells)) + " |"]
+        shares = (correct, total, f"{100 * correct / total:.2f}")
+        table.append([category, *shares, *bad, _sum(mine, "force_quit")])
+    columns = ("category", "correct", "cases", "accuracy", "malformed", "over-long", "cut")
+    lines += ["", *_table([*columns, "force-quit"], table)]
     lines += ["", *_forms(rows)] if settings["format"] == "toolupt" else []
     lines += ["", *_notes(rows, settings)]
     errors, accuracies = error_counts(rows)
@@ -96,14 +86,12 @@ def report(out: Path) -> str:
 
 def columns_of(out: Path) -> dict[str, float]:
     """The complete columns of a run in percent."""
-    settings = json.loads((out / "settings.json").read_text())
-    return _columns(list(read_jsonl(out / "results.jsonl", growing=True)), settings)
+    return _columns(*_read(out))
 
 
 def compare(outs: list[Path]) -> str:
     """Columns of runs over their common cases, with intervals and differences from the first."""
-    settings = [json.loads((out / "settings.json").read_text()) for out in outs]
-    results = [list(read_jsonl(out / "results.jsonl", growing=True)) for out in outs]
+    results, settings = zip(*map(_read, outs))
     if len({s["bench"] for s in settings}) > 1:
         raise ValueError(f"different benchmarks: {', '.join(s['bench'] for s in settings)}")
     common = set.intersection(*({row["id"] for row in rows} for rows in results))
@@ -167,10 +155,10 @@ def error_counts(rows: list[dict]) -> tuple[dict[str, Counter], dict[str, float]
 
 def error_table(counts: dict[str, Counter]) -> str:
     """A Markdown table of error classes per category."""
-    lines = [f"| category | {' | '.join(bfcl.CLASSES)} |", "|---" * (len(bfcl.CLASSES) + 1) + "|"]
-    for category, found in counts.items():
-        lines += [f"| {category} | {' | '.join(str(found[name]) for name in bfcl.CLASSES)} |"]
-    return "\n".join(lines)
+    rows = [
+        [category, *(found[name] for name in bfcl.CLASSES)] for category, found in counts.items()
+    ]
+    return "\n".join(_table(["category", *bfcl.CLASSES], rows))
 
 
 def picture(
@@ -229,22 +217,20 @@ def _column_table(results, settings, names):
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
     if not shown:
         return ["No column of the tables is complete."]
-    lines = [f"| | {' | '.join(labels)} |", "|---" * (len(shown) + 1) + "|"]
+    lines = []
     for j, name in enumerate(names):
         cells = [f"{exact[j][c]:.2f} {_interval(spread[c][:, j])}" for c in shown]
-        lines += [f"| {name} | {' | '.join(cells)} |"]
+        lines.append([name, *cells])
     for j, name in enumerate(names[1:], 1):
         cells = []
         for c in shown:
             low, high = numpy.percentile(gap := spread[c][:, j] - spread[c][:, 0], (2.5, 97.5))
             mark = " n.s." if low <= 0 <= high else ""
             cells.append(f"{exact[j][c] - exact[0][c]:+.2f} {_interval(gap)}{mark}")
-        lines += [f"| {name} - {names[0]} | {' | '.join(cells)} |"]
-    note = (
-        f"95 % intervals in brackets, from {SAMPLES} bootstrap samples of the cases per category."
-    )
+        lines.append([f"{name} - {names[0]}", *cells])
+    note = f"95 % intervals in brackets, from {SAMPLES} bootstrap samples per category."
     note += " n.s.: the interval of the difference contains 0." if len(names) > 1 else ""
-    return [*lines, "", note]
+    return [*_table(["run", *labels], lines), "", note]
 
 
 def _columns(rows, settings):
@@ -275,16 +261,16 @@ def _clean(row, form):
 def _forms(rows):
     """Markdown: how the responses of each category are wrapped, right or wrong (rewards.form)."""
     names = [*rewards.FORMS, "empty answer", "repeated key"]
-    lines = ["Forms of the responses", "", f"| category | responses | {' | '.join(names)} |"]
-    lines += ["|---" * (len(names) + 2) + "|"]
+    lines = []
     for category in _counts(rows):
         turns = [turn for row in rows if row["category"] == category for turn in row["turns"]]
         forms = [rewards.form(response) for turn in turns for response in turn]
         cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
         cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
-        lines += [f"| {category} | {len(forms)} | {' | '.join(map(str, cells))} |"]
+        lines.append([category, len(forms), *cells])
     note = "Untagged call: JSON in a code fence or between answer tags. Both: tags of both kinds."
-    return [*lines, "", note]
+    table = _table(["category", "responses", *names], lines)
+    return ["Forms of the responses", "", *table, "", note]
 
 
 def _interval(values):
@@ -345,6 +331,18 @@ def _notes(rows, settings):
         " after 20 steps in a turn."
     ]
     return lines
+
+
+def _read(out):
+    """The rows and the settings of a run."""
+    rows = list(read_jsonl(out / "results.jsonl", growing=True))
+    return rows, json.loads((out / "settings.json").read_text())
+
+
+def _table(columns, rows):
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
 
 
 def _counts(rows):

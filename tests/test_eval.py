@@ -1245,7 +1245,7 @@ def test_partial_columns_broken_calls_and_other_targets(tmp_path):
     right = {"level_1": [True] * 4, "level_2": [True] * 2, "level_2_search": [True]}
     sizes = {"level_1": 4, "level_2": 9, "level_2_search": 1}
     a = fake_run(tmp_path / "a", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="x")
-    assert "| | L1 | L2 (part) | L2 without ToolSearcher (part) |" in scores.report(a)
+    assert "| run | L1 | L2 (part) | L2 without ToolSearcher (part) |" in scores.report(a)
     b = fake_run(tmp_path / "b", right, bench="api_bank", sizes=sizes, bfcl_eval=None, dtype="y")
     assert "WARNING: dtype differs: x, y" in scores.compare([a, b])
     rows = [row | {"target": "other"} for row in data.read_jsonl(b / "results.jsonl")]

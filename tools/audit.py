@@ -9,6 +9,7 @@ import math
 import sys
 from collections import defaultdict
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import model as modeling
 import rollout
 import start
 from methods import METHODS, Group, Rollouts
-from records import checksum, lines_of
+from records import lines_of
 from scoring import COPY, Reward
 from train import Config, score
 
@@ -43,37 +44,38 @@ def audit(out: Path) -> str:
             f"{config.model_name_or_path} writes other prompts than in the run ({there}, now "
             f"{now}): put its chat template and tokenizer back to audit"
         )
-    checked, pending, seen = 0, [], defaultdict(list)
-    for number, row in enumerate(data.read_jsonl(out / "rollouts.jsonl"), 1):
-        pending.append((number, row))
-        if len(pending) == method.num_generations:
-            try:
-                _audit_group(config, method, pending, tokenizer, out, reward, examples)
-            except (LookupError, TypeError, OverflowError) as error:
-                raise ValueError(f"{out}/rollouts.jsonl line {number}: {error!r}") from None
-            for _, row in pending:
+    file, K, seen = out / "rollouts.jsonl", method.num_generations, defaultdict(list)
+    numbered = enumerate(data.read_jsonl(file), 1)
+    while lines := list(islice(numbered, K)):
+        if len(lines) < K:
+            raise ValueError(f"{file} ends inside a group: {len(lines)} of {K} lines")
+        rows = [row for _, row in lines]
+        try:
+            again = _again(config, method, rows, tokenizer, reward, examples)
+            for (number, row), values in zip(lines, again):
+                _compare(f"{file} line {number}", row, "recomputed", values)
+                text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
+                target = data.target_ids(_example(row, examples), tokenizer)
+                read = {"text": text, "target_ids": target}
+                _compare(f"{file} line {number}", row, "by the tokenizer", read)
                 seen[row["step"]].append((row["reward"], len(row["token_ids"])))
-            checked, pending = checked + len(pending), []
-    if pending:
-        raise ValueError(
-            f"{out}/rollouts.jsonl ends inside a group: {len(pending)} of "
-            f"{method.num_generations} lines"
-        )
+        except (LookupError, TypeError, OverflowError) as error:
+            raise ValueError(f"{file} line {lines[-1][0]}: {error!r}") from None
     for step in sorted({*seen, *logged} - {0}):
-        there, due = len(seen[step]), config.train_batch_size * method.num_generations
+        there, due = len(seen[step]), config.train_batch_size * K
         if step not in logged or there != due:
             raise ValueError(
-                f"{out}/rollouts.jsonl has {there} lines of step {step}, "
+                f"{file} has {there} lines of step {step}, "
                 + (f"of {due}" if step in logged else "which metrics.jsonl does not have")
             )
-    for step, pairs in seen.items():
-        means = [sum(column) / len(pairs) for column in zip(*pairs)]
+        means = [sum(column) / there for column in zip(*seen[step])]
         for name, mean in zip(("reward", "completions/mean_length"), means):
             if not math.isclose(logged[step][name], mean, rel_tol=1e-6, abs_tol=1e-9):
                 raise ValueError(
-                    f"{out}/rollouts.jsonl: {name} of step {step} is {mean}, metrics.jsonl has "
+                    f"{file}: {name} of step {step} is {mean}, metrics.jsonl has "
                     f"{logged[step][name]}"
                 )
+    checked = sum(map(len, seen.values()))
     return f"{checked} responses agree with their text, rewards, token rewards and advantages"
 
 
@@ -113,21 +115,18 @@ def _audited_run(out: Path) -> tuple[Config, Rollouts, dict[int, dict], dict[str
         raise ValueError(f"{out}/metrics.jsonl is not of this version: {error!r}") from None
 
 
-def _audit_group(
-    config: Config,
-    method: Rollouts,
-    lines: list[tuple[int, dict]],
-    tokenizer,
-    out: Path,
-    reward: Reward,
-    examples: dict[tuple[str, str], data.Example],
-) -> None:
-    rows = [row for _, row in lines]
+def _example(row: dict, examples: dict[tuple[str, str], data.Example]) -> data.Example:
+    known = data.Example(row["id"], [], [], "", [], row["target"], row["kind"])
+    return examples.get((known.id, known.target), known)
+
+
+def _again(
+    config: Config, method: Rollouts, rows: list[dict], tokenizer, reward: Reward, examples: dict
+) -> list[dict]:
+    """The lines of a group, from their token ids, texts and log-probs."""
     first = rows[0]
-    known = data.Example(first["id"], [], [], "", [], first["target"], first["kind"])
-    example = examples.get((known.id, known.target), known)
     group = Group(
-        example,
+        _example(first, examples),
         [],
         first["target_ids"],
         max_length=config.max_completion_length,
@@ -135,50 +134,31 @@ def _audit_group(
         seed=first["seed"],
         num_thoughts=len(data.no_thoughts(tokenizer)),
     )
-    group.samples = [
-        rollout.Sample(
-            r["token_ids"],
-            r["sampler_logps"],
-            r["text"],
-            r["finish_reason"],
-            rollout.num_thoughts(tokenizer, r["token_ids"]),
-        )
-        for r in rows
-    ]
-    target_ids = data.target_ids(example, tokenizer)
+    for row in rows:
+        thoughts = rollout.num_thoughts(tokenizer, row["token_ids"])
+        names = ("token_ids", "sampler_logps", "text", "finish_reason")
+        group.samples.append(rollout.Sample(*(row[name] for name in names), thoughts))
     score(method, group, reward)
     group.advantages = method.advantages(group)
-    group.logps = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(r["logps"]) for r in rows], batch_first=True
-    )
-    for (number, row), again in zip(lines, lines_of(first["step"], group)):
-        for name, value in again.items():
-            if json.dumps(value) != json.dumps(row[name]):  # as text: NaN is not NaN
-                where, there, value = _first_difference(name, row[name], value)
-                raise ValueError(
-                    f"{out}/rollouts.jsonl line {number}: {where} is {there}, recomputed {value}"
-                )
-        text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
-        for name, again in (("text", text), ("target_ids", target_ids)):
-            if again != row[name]:
-                where, there, again = _first_difference(name, row[name], again)
-                raise ValueError(
-                    f"{out}/rollouts.jsonl line {number}: {where} is {there!r}, "
-                    f"by the tokenizer {again!r}"
-                )
-        if row["crc32"] != checksum(row):
-            raise ValueError(f"{out}/rollouts.jsonl line {number} was changed: crc32 differs")
+    logps = [torch.tensor(row["logps"]) for row in rows]
+    group.logps = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
+    return lines_of(first["step"], group)
 
 
-def _first_difference(name: str, there, again) -> tuple:
-    """What differs and its two values: of lists of one length an entry, of others the length."""
-    if not (isinstance(there, list) and isinstance(again, list)):
-        return name, there, again
-    if len(there) != len(again):
-        return f"the length of {name}", len(there), len(again)
-    pairs = enumerate(zip(there, again))
-    i = next(i for i, (a, b) in pairs if json.dumps(a) != json.dumps(b))
-    return f"{name}[{i}]", there[i], again[i]
+def _compare(where: str, row: dict, how: str, again: dict) -> None:
+    """ValueError that names the first value of a line that is another one now."""
+    for name, value in again.items():
+        there = row[name]
+        if json.dumps(there) == json.dumps(value):  # as text: NaN is not NaN
+            continue
+        if isinstance(there, list) and isinstance(value, list):
+            if len(there) != len(value):
+                name, there, value = f"the length of {name}", len(there), len(value)
+            else:
+                pairs = enumerate(zip(there, value))
+                i = next(i for i, (a, b) in pairs if json.dumps(a) != json.dumps(b))
+                name, there, value = f"{name}[{i}]", there[i], value[i]
+        raise ValueError(f"{where}: {name} is {there!r}, {how} {value!r}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,8 +17,9 @@ Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or t
                                    again with its gradients (activation checkpointing)
     logits      4 * 4 * 512 * V    a chunk of the LM head, its softmax, their product, a gradient
     vLLM        2 N / t + working + KV cache    bf16 weights over t GPUs, the activations of 8,192 prompt tokens and logits
-                of --max_num_seqs, and what `resident`, --graphs and --reserve leave; in the update it sleeps, but for
-                its CUDA graphs
+                of --max_num_seqs, and what `resident` and `kept` leave; in the update it sleeps, but for its CUDA
+                graphs
+    kept        CUDA graphs 1 GB at 256 sequences, 0.4 at least; CUDA, NCCL and fragments 6 GB, 2 on one GPU
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
 
 Bytes per node: host memory 3 GB per process, 4 N for the model being saved, offloaded moments. Disk: --save_total_limit
@@ -58,7 +59,9 @@ MODELS = {
 }
 PAPER = ("qwen2.5-7b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b")
 MACHINES = ((8, 80, 1), (8, 141, 1), (8, 80, 2))  # GPUs per node, GiB each, nodes
-SHORT = "--batch 32 --max_prompt 4096 --max_answer 512 --max_tokens_per_row 8192"  # single cards
+# single cards
+SHORT = "--train_batch_size 32 --max_prompt_length 4096 --max_completion_length 512"
+SHORT += " --max_tokens_per_row 8192"
 CARD_24 = f"{SHORT} --max_num_seqs 64 --tflops 165 --bandwidth 1008"  # RTX 4090
 CASES = (  # model, machine, flags, name
     ("qwen2.5-32b", (8, 80, 1), "--offload_moments", "moments on host"),
@@ -129,20 +132,19 @@ def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Names
     states = resident + 4 * trained
     gathered = _gathered(s, bool(A), quantised)
     group = args.prompt + (args.num_generations + 1) * args.answer  # mean, the expert included
-    longest = args.max_prompt + (args.num_generations + 1) * args.max_answer
+    longest = args.max_prompt_length + (args.num_generations + 1) * args.max_completion_length
     per_token = 2 * s["h"] * s["layers"] + 4 * (
         4 * s["h"] + 2 * s["q"] + 2 * s["kv"] + 4 * s["inner"]
     )
     activations = max(args.max_tokens_per_row, longest) * per_token
     logits = 4 * 4 * CHUNK * s["V"]
-    graphs = 0.4 + 0.6 * min(1, args.max_num_seqs / 256) if args.graphs is None else args.graphs
-    reserve = (6 if W > 1 else 2) if args.reserve is None else args.reserve
-    kept = GB * (graphs + reserve)
+    graphs = 0.4 + 0.6 * min(1, args.max_num_seqs / 256)
+    kept = GB * (graphs + (6 if W > 1 else 2))
     kv_token = 4 * s["layers"] * s["kv"]
     working = PREFILL * (6 * s["inner"] + 8 * s["h"]) + 8 * args.max_num_seqs * s["V"]
     room = memory - resident - kept
-    t = args.tensor_parallel or 1
-    while not args.tensor_parallel and t < gpus and s["kv_heads"] % (2 * t) == 0:
+    t = args.vllm_tensor_parallel_size or 1
+    while not args.vllm_tensor_parallel_size and t < gpus and s["kv_heads"] % (2 * t) == 0:
         if 2 * N + working + longest * kv_token <= t * room:
             break
         t *= 2
@@ -225,14 +227,8 @@ def check_room(config, model) -> tuple[float, str]:
 
 def room(config, s: dict, world: int, here: int, card: float, host: float) -> tuple[float, str]:
     """`check_room` by numbers: ranks in all and on this machine, bytes of each GPU (0: none) and of free host memory."""
-    args = parser().parse_args(["model"])
-    for name, flag in {
-        "batch": "train_batch_size", "max_prompt": "max_prompt_length", "max_answer": "max_completion_length",
-        "tensor_parallel": "vllm_tensor_parallel_size", "num_generations": "num_generations",
-        "max_tokens_per_row": "max_tokens_per_row", "max_num_seqs": "max_num_seqs", "lora_rank": "lora_rank",
-        "quant": "quant", "offload_moments": "offload_moments",
-    }.items():  # fmt: skip
-        setattr(args, name, getattr(config, flag, False))
+    defaults = vars(parser().parse_args(["model"]))
+    args = argparse.Namespace(**{name: getattr(config, name, x) for name, x in defaults.items()})
     p = plan(s, here, card / GIB, world // here, args)
     free = f"{host / GB:.1f} GB of host memory are free"
     if not card:
@@ -263,7 +259,11 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
         )
     share, text = config.vllm_gpu_memory_utilization, "vLLM's share of the GPU is as given"
     if not share:
-        longest = (args.max_prompt + args.max_answer) * p["kv_token"] / p["tensor_parallel"]
+        longest = (
+            (args.max_prompt_length + args.max_completion_length)
+            * p["kv_token"]
+            / p["tensor_parallel"]
+        )
         held = p["resident"] + p["kept"]
         share, text = engine_memory_share(card, held, p["vllm_weights"], p["vllm_working"], longest)
     if p["update_peak"] + p["kept"] > card:
@@ -289,13 +289,8 @@ def available_memory() -> float:
 
 def seconds(s: dict, p: dict, group: int, args: argparse.Namespace) -> dict:
     """Seconds of rollout, update and weight sync at the stated rates, and the tokens of a step."""
-    W, N, t, K, B = (
-        p["gpus"] * p["nodes"],
-        s["parameters"],
-        p["tensor_parallel"],
-        args.num_generations,
-        args.batch,
-    )
+    W, N, t = p["gpus"] * p["nodes"], s["parameters"], p["tensor_parallel"]
+    K, B = args.num_generations, args.train_batch_size
     peak, link = args.tflops * 1e12, (args.network if p["nodes"] > 1 else args.link) * GB
     frozen = args.lora_rank > 0
     flops = (4 if frozen else 6) * (s["body"] * B * group + s["head"] * B * (K + 1) * args.answer)
@@ -343,28 +338,25 @@ def parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, default=8, help="per node")
     add("--gpu-memory", type=float, default=80, help="GiB of each")
     add("--nodes", type=int, default=1)
-    add("--batch", type=int, default=256, help="prompts per step")
+    add("--train_batch_size", type=int, default=256, help="prompts per step")
     add("--num_generations", type=int, default=8)
     add("--prompt", type=int, default=2000, help="mean tokens of a prompt")
     add("--answer", type=int, default=100, help="mean tokens of a response")
-    add("--max_prompt", type=int, default=8192)
-    add("--max_answer", type=int, default=1024)
+    add("--max_prompt_length", type=int, default=8192)
+    add("--max_completion_length", type=int, default=1024)
     add("--max_tokens_per_row", type=int, default=16_384)
     add("--max_num_seqs", type=int, default=256)
-    add("--tensor_parallel", type=int, help="of vLLM; left out: the smallest that fits")
+    add("--vllm_tensor_parallel_size", type=int, help="left out: the smallest that fits")
     add("--lora_rank", type=int, default=0, help="0: all weights are trained")
     add("--quant", choices=("none", "4bit"), default="none")
     add("--offload_moments", action="store_true", help="Adam's moments on the host")
     add("--save_total_limit", type=int, default=2, help="checkpoints kept")
-    add("--reserve", type=float, help="GB for CUDA, NCCL, fragments: 6; 2 on one GPU")
-    add("--graphs", type=float, help="GB of vLLM's CUDA graphs: 1 at 256 sequences, 0.4 at least")
     add("--tflops", type=float, default=989, help="bf16 peak of a GPU; A100: 312")
     add("--bandwidth", type=float, default=3350, help="GB/s of its memory; A100: 2039, H200: 4800")
     add("--mfu", type=float, default=0.4, help="of the update, without recomputation")
     add("--link", type=float, default=300, help="GB/s between GPUs of a node, per GPU")
     add("--host_link", type=float, default=25, help="GB/s between GPU and host")
     add("--network", type=float, default=40, help="GB/s between nodes, per GPU")
-    add("--out", help="write the plans as JSON")
     return flags
 
 
@@ -395,11 +387,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(
         f"assumed: {args.tflops:.0f} TFLOP/s, MFU {args.mfu:.0%}, {args.bandwidth:.0f} GB/s memory, {args.link:.0f} GB/s "
-        f"in a node, {args.network:.0f} GB/s between; {args.batch} prompts of {args.prompt} tokens, "
+        f"in a node, {args.network:.0f} GB/s between; {args.train_batch_size} prompts of {args.prompt} tokens, "
         f"{args.num_generations} + 1 responses of {args.answer}"
     )
-    if args.out:
-        Path(args.out).write_text(json.dumps([{"model": n, **p} for n, p in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ missing. Greedy accuracy then falls far below what the model can do, and reinfor
 something to bring back. Only the training split of tasks/toy.py is read.
 
 One row of the batch is [tool list | query 1, answer 1 | query 2, answer 2 | ...]: the queries of a
-world attend to the shared tool list and to themselves (packing.py's layout, here with a dense
-mask), so the list is read once.
+world attend to the shared tool list and to themselves (packing.py), so the list is read once.
 
     python -m tools.pretrain_toy --minutes 28 --habit_minutes 4 --out toy_model
 """
 
 import argparse
-import json
+import copy
 import math
 import random
 import re
@@ -37,6 +36,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_PIECES
 
 import data
+import packing
 from tasks import toy
 
 VOCABULARY = 1024
@@ -102,7 +102,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     phrase = re.compile("|".join(map(re.escape, PHRASES)))
     tokenizer.train_from_iterator((part for text in texts for part in phrase.split(text)), trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -110,7 +110,6 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
-    return fast
 
 
 def new_model(tokenizer) -> Qwen2ForCausalLM:
@@ -194,7 +193,7 @@ def habit(row: dict, rng: random.Random) -> str:
 def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 6):
     """Return ids, positions (B, L), mask (B, 1, L, L), next-token targets, loss weights (B, L)."""
     rng = random.Random(seed)
-    rows = []
+    rows, weights = [], []
     for i in range(worlds):
         hard = max_tools == 6 and rng.random() < 0.1
         per_world = QUERIES_PER_WORLD // 2 if hard else QUERIES_PER_WORLD
@@ -221,31 +220,21 @@ def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 
         shared = min(lengths) - 1
         while any(x[:shared] != ids[0][:shared] for x in ids):
             shared -= 1
-        rows.append((ids, lengths, shared))
-    length = max(s + sum(len(x) - s for x in ids) for ids, _, s in rows)
-    tokens = torch.zeros(worlds, length, dtype=torch.long)
-    positions, targets = torch.zeros_like(tokens), torch.zeros_like(tokens)
-    weights = torch.zeros(worlds, length)
-    segment = torch.full((worlds, length), -1)  # 0 shared, k = query k, -1 padding
-    for b, (ids, lengths, s) in enumerate(rows):
-        tokens[b, :s] = torch.tensor(ids[0][:s])
-        targets[b, : s - 1] = tokens[b, 1:s]
-        positions[b, :s] = torch.arange(s)
-        weights[b, : s - 1] = PROMPT_WEIGHT
-        segment[b, :s] = 0
-        start = s
-        for k, (x, prompt_length) in enumerate(zip(ids, lengths), 1):
-            end = start + len(x) - s
-            tokens[b, start:end] = torch.tensor(x[s:])
-            positions[b, start:end] = torch.arange(s, len(x))
-            targets[b, start : end - 1] = tokens[b, start + 1 : end]
-            weights[b, start : end - 1] = PROMPT_WEIGHT
-            weights[b, start + prompt_length - s - 1 : end - 1] = 1.0
-            segment[b, start:end] = k
-            start = end
-    same = segment[:, :, None] == segment[:, None, :]
-    mask = (same | (segment[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
-    return tokens, positions, mask[:, None], targets, weights
+        rows.append(packing.pack(ids[0][:shared], [x[shared:] for x in ids]))
+        own = [PROMPT_WEIGHT] * (shared - 1) + [0.0]  # the last one predicts another query's too
+        for x, n in zip(ids, lengths):
+            own += [PROMPT_WEIGHT] * (n - shared - 1) + [1.0] * (len(x) - n) + [0.0]
+        weights.append(torch.tensor(own))
+    tokens, positions, weights = (
+        torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        for parts in ([r.input_ids for r in rows], [r.position_ids for r in rows], weights)
+    )
+    length = tokens.shape[1]
+    mask = torch.eye(length, dtype=torch.bool).repeat(worlds, 1, 1, 1)  # padding sees itself
+    for b, row in enumerate(rows):
+        n = len(row.input_ids)
+        mask[b, 0, :n, :n] = packing.attention_mask(row)
+    return tokens, positions, mask, tokens.roll(-1, 1), weights
 
 
 class Batches(torch.utils.data.IterableDataset):
@@ -308,11 +297,7 @@ def train(
 
 def save(model, tokenizer, out: Path) -> None:
     """Write the model in bfloat16 and its tokenizer as a plain save_pretrained folder."""
-    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
-    model.save_pretrained(out, state_dict=state)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -169,49 +169,46 @@ def model_card(
     """
     base, algo = settings["model_name_or_path"], settings["algo"]
     kinds = Counter((example.id.partition("/")[0], example.kind) for example in examples)
-    on_hub = not Path(base).exists()
-    header = ["pipeline_tag: text-generation", "library_name: transformers", "tags: [tool-use]"]
-    header += [f"base_model: {base}"] * on_hub
-    rows = [
+    data_rows = "\n".join(
         f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
         for source in dict.fromkeys(source for source, _ in kinds)
-    ]
-    of_steps = f" of {settings['max_steps']}" if "max_steps" in settings else ""
-    results = [f"| {name} | {accuracy:.1%} |" for name, accuracy in scores]
-    return "\n".join(
-        [
-            "---",
-            *header,
-            "---",
-            f"# {base if on_hub else Path(base).name}, post-trained for tool use with {algo}",
-            "",
-            f"- Base model: {base}",
-            f"- Method: {algo}: {method}",
-            f"- Step {step}{of_steps}, seed {settings['seed']}",
-            f"- Commit: {commit}",
-            "",
-            "| training data | tool calls | answers |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "| accuracy on held-out examples | |",
-            "|---|---|",
-            *results,
-            "",
-            "Trained by",
-            "",
-            f"    {shlex.join(command)}",
-            "",
-            *["Thoughts, `<think>...</think>`, may come first.", ""]
-            * settings.get("allow_thinking", 0),
-            "A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat",
-            f"template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,",
-            "writes the prompt that the model was trained on:",
-            "",
-            "    tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)",
-            "",
-        ]
     )
+    score_rows = "\n".join(f"| {name} | {accuracy:.1%} |" for name, accuracy in scores)
+    of_steps = f" of {settings['max_steps']}" if "max_steps" in settings else ""
+    on_hub = not Path(base).exists()
+    base_model = f"base_model: {base}\n" * on_hub
+    thoughts = "Thoughts, `<think>...</think>`, may come first.\n\n"
+    return f"""---
+pipeline_tag: text-generation
+library_name: transformers
+tags: [tool-use]
+{base_model}---
+# {base if on_hub else Path(base).name}, post-trained for tool use with {algo}
+
+- Base model: {base}
+- Method: {algo}: {method}
+- Step {step}{of_steps}, seed {settings["seed"]}
+- Commit: {commit}
+
+| training data | tool calls | answers |
+|---|---|---|
+{data_rows}
+
+| accuracy on held-out examples | |
+|---|---|
+{score_rows}
+
+Trained by
+
+    {shlex.join(command)}
+
+{thoughts * settings.get("allow_thinking", False)}\
+A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat
+template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,
+writes the prompt that the model was trained on:
+
+    tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+"""
 
 
 def this_commit() -> str:

@@ -38,29 +38,25 @@ THINK, THOUGHT = "<think>", "</think>"
 
 
 class Reader:
-    """Reads a response piece by piece, however it is cut: (content, calls) of each piece.
+    """Reads a response piece by piece, however it is cut.
 
     Outside a block every tag is removed. Removing one may join what stands around it to another, as
-    in <ans<answer>wer>; hence `held`, the beginnings of tags that may yet be completed, innermost
-    last. Their text goes out when the next character fits none of them.
+    in <ans<answer>wer>: hence what may yet become a tag is held back.
     """
 
     def __init__(self, opening: str | None = None) -> None:
         """opening: what the prompt has written of a block of thoughts; None: there are none."""
         self.thoughts = opening  # text of what may be such a block; None: it is over
-        self.held: list[str] = []
-        self.blank = ""  # white space that goes out if content follows
-        self.started = False  # whether content has gone out
+        self.content = ""  # without tags
+        self.sent = 0  # characters of it that went out
         self.block: str | None = None  # text after <tool_call>
 
     def feed(self, text: str) -> tuple[str, list[dict]]:
         """Return the content and the calls that `text` completes."""
-        content, calls = "", []
+        calls = []
         for character in self._said(text):
             if self.block is None:
-                released, tag = self._step(character)
-                content += released
-                self.block = "" if tag == OPEN else None
+                self.block = "" if self._add(character) == OPEN else None
                 continue
             self.block += character
             if self.block.endswith(CLOSE):
@@ -68,18 +64,13 @@ class Reader:
                 if found:
                     calls += found
                     self.block = None
-        return self._stripped(content), calls
+        return self._new(), calls
 
     def finish(self) -> str:
-        """Return the content that was still held, when the response is over."""
-        content = ""
-        if self.block is not None:
-            text, self.block = self.block, None
-            content = "".join(self._step(character)[0] for character in text)
-        # A single "<" is text; more is a tag that was cut off.
-        content += "".join(held for held in self.held if held == "<")
-        self.held = []
-        return self._stripped(content)
+        """Return the content that was still held back, when the response is over."""
+        for character in self.block or "":
+            self._add(character)
+        return self._new(over=True)
 
     def _said(self, text: str) -> str:
         """Return what comes after the thoughts, "" as long as it may still be one of them."""
@@ -96,30 +87,26 @@ class Reader:
         self.thoughts = None
         return text
 
-    def _step(self, character: str) -> tuple[str, str | None]:
-        """Return the text that one more character releases, and the tag that it completes."""
-        longer = self.held[-1] + character if self.held else ""
-        if longer in TAGS:
-            self.held.pop()
-            return "", longer
-        if longer and any(tag.startswith(longer) for tag in TAGS):
-            self.held[-1] = longer
-            return "", None
-        if character == "<":
-            self.held.append(character)
-            return "", None
-        released = "".join(self.held) + character
-        self.held = []
-        return released, None
+    def _add(self, character: str) -> str | None:
+        """Add to the content; return the tag that this completes, which is removed."""
+        self.content += character
+        for tag in TAGS:
+            if self.content.endswith(tag):
+                self.content = self.content.removesuffix(tag)
+                return tag
+        return None
 
-    def _stripped(self, content: str) -> str:
-        """Return the content without white space at the beginning, and keep that at the end."""
-        content = self.blank + content
-        kept = content.rstrip()
-        self.blank = content[len(kept) :] if self.started or kept else ""
-        kept = kept if self.started else kept.lstrip()
-        self.started = self.started or bool(kept)
-        return kept
+    def _new(self, over: bool = False) -> str:
+        """Return the content that has not gone out, stripped, without beginnings of tags."""
+        text, single = self.content, 0
+        begins = lambda start: any(tag.startswith(text[start:]) for tag in TAGS)
+        while (start := text.rfind("<")) >= 0 and begins(start):
+            single += text[start:] == "<"
+            text = text[:start]
+        # Beginnings of tags are dropped where the response is over; a single "<" is text.
+        text = (text + over * single * "<").strip()
+        begin, self.sent = self.sent, len(text)
+        return text[begin:]
 
 
 def read_calls(block: str) -> list[dict] | None:
