@@ -27,8 +27,7 @@ BY_KIND = {  # metric -> what it is per
     "tokens_matched": "expert_tokens",
     "first_advantage": "begun",
 }
-FORMS = [f"form/{name.replace(' ', '_')}" for name in rewards.FORMS]
-FORMS += ["form/empty_answer", "form/repeated_key"]
+FORMS = {name: f"form/{name.replace(' ', '_')}" for name in rewards.FORMS}
 START_EXAMPLES = 4  # of each kind, read before the first step
 RARE = 1e-4  # probability of an opening tag below which no rollout will have it
 
@@ -107,7 +106,7 @@ def tally(
     """
     matched = matched_tokens(responses, target, alignment) if matched is None else matched
     sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
-    sums |= dict.fromkeys(FORMS, 0.0)
+    sums |= dict.fromkeys(FORMS.values(), 0.0)
     own = {
         "responses": len(responses),
         "accuracy": sum(right),
@@ -117,10 +116,8 @@ def tally(
         "tokens_matched": int(matched.sum()),
     }
     sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
-    for form in map(rewards.form, texts):
-        sums[f"form/{form.kind.replace(' ', '_')}"] += 1
-        sums["form/empty_answer"] += form.empty_answer
-        sums["form/repeated_key"] += form.repeated_key
+    for forms in map(rewards.forms, texts):
+        add(sums, {FORMS[name]: 1 for name in forms})
     return sums
 
 
@@ -133,7 +130,7 @@ def shares(sums: dict[str, float]) -> dict[str, float]:
         if sums[f"{per}/{kind}"]
     }
     responses = sum(sums[f"responses/{kind}"] for kind in KINDS.values())
-    return found | {name: sums[name] / responses for name in FORMS}
+    return found | {name: sums[name] / responses for name in FORMS.values()}
 
 
 def term_norms(

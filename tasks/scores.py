@@ -273,15 +273,14 @@ def _clean(row, form):
 
 
 def _forms(rows):
-    """Markdown: how the responses of each category are wrapped, right or wrong (rewards.form)."""
-    names = [*rewards.FORMS, "empty answer", "repeated key"]
+    """Markdown: how the responses of each category are wrapped, right or wrong (rewards.forms)."""
+    names = rewards.FORMS
     lines = ["Forms of the responses", "", f"| category | responses | {' | '.join(names)} |"]
     lines += ["|---" * (len(names) + 2) + "|"]
     for category in _counts(rows):
         turns = [turn for row in rows if row["category"] == category for turn in row["turns"]]
-        forms = [rewards.form(response) for turn in turns for response in turn]
-        cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
-        cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
+        forms = [rewards.forms(response) for turn in turns for response in turn]
+        cells = [sum(name in found for found in forms) for name in names]
         lines += [f"| {category} | {len(forms)} | {' | '.join(map(str, cells))} |"]
     note = "Untagged call: JSON in a code fence or between answer tags. Both: tags of both kinds."
     return [*lines, "", note]
