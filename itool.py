@@ -262,7 +262,8 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     Returns the folder of the checkpoint with the highest accuracy (Appendix B.1), which may be that
     before all iterations.
     """
-    best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
+    best = Path(config.output_dir) / "checkpoint-best"
+    best_accuracy = max(run.records.history("eval/accuracy"), default=-math.inf)
     if run.first_step == 0:
         run.save_best(0)
     shares = method.pool_fraction, method.buffer_fraction
@@ -303,11 +304,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 with clock("update"):
                     stats = preference_gradient(run, batch)
                     lr = learning_rate_at(config, step - begin, steps, config.learning_rate)
-                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                     mine = part(batch, tokens_of, run.rank, run.world)
-                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
-                metrics = {**stats, "iteration": iteration, "skipped": skipped}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": lr}
+                    metrics = stats | run.optimizer_step(lr, stats["loss"], mine)
+                metrics["iteration"] = iteration
 
                 # 5 weight sync
                 last = step + 1 == end

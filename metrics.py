@@ -1,9 +1,10 @@
 """Numbers that show whether a method works, beside its loss; docs/running.md says what each means.
 
-rollout_metrics   a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
-tally, shares     those by kind of example as sums that add up, and the metrics made of the sums
-term_norms        gradient norms of the terms of the loss, on one micro-batch
-starting_point    what RL starts from: log-probs of the expert's tags and of what they enclose
+rollout_metrics      a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
+tally, shares        those by kind of example as sums, and the metrics made of the sums
+sampling_difference  log-probs of the rollouts: trainer against engine
+term_norms           gradient norms of the terms of the loss, on one micro-batch
+starting_point       what RL starts from: log-probs of the expert's tags and of what they enclose
 
 All are over all ranks, so that every rank has the same numbers.
 """
@@ -19,7 +20,7 @@ import model as modeling
 import rewards
 import scoring
 from methods import Group, Rollouts, matched_tokens, rows_of
-from run import Run, add, all_gather, all_sum, forward, micro_batches, part
+from run import Run, add, all_gather, all_max, all_sum, forward, micro_batches, part
 
 KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
 BY_KIND = {  # metric -> what it is per
@@ -131,6 +132,22 @@ def shares(sums: dict[str, float]) -> dict[str, float]:
     }
     responses = sum(sums[f"responses/{kind}"] for kind in KINDS.values())
     return found | {name: sums[name] / responses for name in FORMS.values()}
+
+
+def sampling_difference(groups: list[Group]) -> dict[str, float]:
+    """|trainer - engine| in nats over the tokens of a step's rollouts: the mean and the largest."""
+    apart = torch.cat(
+        [
+            (group.logps[k, : len(sample.logps)] - torch.tensor(sample.logps)).abs()
+            for group in groups
+            for k, sample in enumerate(group.samples)
+        ]
+    )
+    sums, name = (
+        all_sum({"apart": apart.sum(), "n": len(apart)}),
+        "sampling/sampling_logp_difference",
+    )
+    return {f"{name}/mean": sums["apart"] / sums["n"], f"{name}/max": all_max(apart.max())}
 
 
 def term_norms(

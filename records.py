@@ -48,9 +48,13 @@ class Records:
             (self.out / scoring.COPY).write_bytes(reward.source)
 
     def history(self, name: str) -> list[float]:
-        """The values of a metric so far."""
-        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
-        return [row[name] for row in rows if row.get(name) is not None]
+        """The values of a metric so far, as rank 0 finds them; all ranks call."""
+        found = [None]
+        if self.is_first:
+            rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
+            found = [[row[name] for row in rows if row.get(name) is not None]]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def log(self, step: int, metrics: dict) -> None:
         """One line of metrics.jsonl, and the tracker of --report_to."""

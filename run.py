@@ -1,20 +1,16 @@
 """What a rank does: its part of the work, sums over ranks, forward passes, weight sync.
 
-Run(config, method)    reads tokenizer and data and rejects what cannot work, before anything heavy
-run.load(engine)       loads model, optimiser and engine, and resumes
+Run(config, method)    what the loops share; run.load() loads model, optimiser and engine
 run.batch(step)        this rank's examples and their places: a function of (seed, step)
-
 micro_batches, forward what a batch is cut into; log-probs of its responses, each prompt read once
 sync, evaluate         weights to the engine; greedy accuracy on the evaluation subset
 part                   the one rule by which ranks share work
-all_sum, all_max, all_gather
 
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
 of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
 share the work: every denominator counts all ranks, and gradients are summed.
 """
 
-import hashlib
 import itertools
 import math
 import random
@@ -25,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,14 +34,11 @@ import data
 import model as modeling
 import packing
 import rollout
-import scoring
-import start
 from records import Records
-from start import Interrupted, settings
+from start import Inputs, Interrupted, settings
 from tools import serving, show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
-TRIED = 64  # expert responses that a reward of one's own is tried on at the start
 
 
 class Clock:
@@ -106,6 +99,14 @@ def part(items: list, size: Callable[[Any], float], rank: int, world: int) -> li
     return [item for i, item in enumerate(items) if ranks[i] == rank]
 
 
+@lru_cache(maxsize=2)
+def shuffled(n: int, seed: str) -> list[int]:
+    """The order of n examples in an epoch."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
+
+
 def all_sum(values: dict[str, float]) -> dict[str, float]:
     """The values of all ranks, added up by name; every rank has the same names."""
     tensor = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
@@ -143,68 +144,23 @@ def over_ranks(stats: dict[str, float]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------- the run
 
 
-class Run:
-    """What the loops share: data, model, engine, optimiser and the records of an output folder."""
+class Run(Inputs):
+    """What the loops share: inputs, model, engine, optimiser and the records of an output folder.
+
+    command  the settings of all stages, where this is one of them
+    earlier  what the trackers' steps start from: one more than the first stage's last step
+    """
 
     def __init__(self, config, method, command=None, earlier: int = 0):
-        """Read tokenizer and data, and find a user's mistakes before anything heavy is loaded.
-
-        command  the settings of all stages, where this is one of them
-        earlier  what the trackers' steps start from: one more than the first stage's last step
-        """
-        self.config, self.method, self.out = config, method, Path(config.output_dir)
+        super().__init__(config, method)
         self.command = command or config
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if changed := checkpoint.refuse_earlier_run(settings(config, method)):
-            self.say(f"resuming with other settings: {', '.join(changed)}")
-        self.reward = scoring.Reward(config.reward_file)
-        self.tokenizer = modeling.load_tokenizer(
-            config.model_name_or_path, trust_remote_code=config.trust_remote_code
-        )
-        self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
-        data.check_turn_end(self.tokenizer, self.stop_ids)
-        if config.allow_thinking:
-            data.allow_thinking(self.tokenizer)
-        elif data.thinks(self.tokenizer):
-            self.say(f"thoughts are allowed, as saved with {config.model_name_or_path}")
-        data.check_thinking(self.tokenizer)
-        self.longest = start.longest(config, method, self.tokenizer)
-        config, changed = start.suited(config, self.longest)
-        self.config = config
-        self.say(changed)
-        self.records = Records(config, method, self.command, earlier)
-        self.gpu_share, arithmetic = start.check_room(config, method, self.out)
-        self.say(arithmetic)
-        self.prompts = data.read_prompts(
-            config.model_name_or_path, config.system_prompt, config.user_prompt
-        )
-        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
-            self.say(f"{' and '.join(saved)} prompt: as saved with {config.model_name_or_path}")
-        self.examples, self.eval_examples, self.digests = start.load_examples(
-            config, self.tokenizer, self.prompts, quiet=self.rank > 0
-        )
-        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
-        for part, text in self.prompts.items():
-            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if self.reward.file:
-            self.digests["reward_file"] = self.reward.digest
-        checkpoint.refuse_changed(self.out, self.digests)
-        method.check_examples(self.examples, config)
-        if self.reward.file:
-            self.say(self.reward.try_on(self.examples[:TRIED]))
-        # saved with every checkpoint
-        serving.add_tool_template(
-            self.tokenizer,
-            serving.system_prompt_of(self.examples),
-            self.prompts.get("user", data.USER_PROMPT),
-        )
-        self.tag_length = data.tag_length(self.tokenizer)
-        self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
-        self.saved, self.lock = 0, None
+        self.records = Records(self.config, method, self.command, earlier)
+        self.first_step = self.saved = self.skipped = 0
+        self.lock = None
         self.signal = 0  # number of the signal that asked this rank to stop
 
     def load(self, engine: rollout.Engine | None = None) -> None:
-        """Load model, optimiser and engine, and resume: what takes time and memory.
+        """Load model, optimiser and engine, and resume.
 
         engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
                 cannot be freed while the process lives (vllm-project/vllm#36651)
@@ -252,8 +208,7 @@ class Run:
             self.out, config.resume_from_checkpoint, self.model, self.optimizer
         )
         self.records.open(self.first_step, self.digests, self.reward)
-        skipped = self.records.history("skipped") if self.rank == 0 else []
-        self.skipped = int(all_max(skipped[-1] if skipped else 0))
+        self.skipped = [0, *self.records.history("skipped")][-1]
 
     # data
 
@@ -268,15 +223,9 @@ class Run:
         """
         examples = self.examples if examples is None else examples
         size, n = size or self.config.train_batch_size, len(examples)
-        places, batch = range(position * size, (position + 1) * size), []
-        for i in places:
-            if self.epoch[0] != (i // n, n):
-                order = list(range(n))
-                random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
-                self.epoch = ((i // n, n), order)
-            batch.append(examples[self.epoch[1][i % n]])
-        by_length = lambda item: data.characters(item[1])
-        return part(list(zip(places, batch)), by_length, self.rank, self.world)
+        places = range(position * size, (position + 1) * size)
+        batch = [(i, examples[shuffled(n, f"{self.config.seed}/{i // n}")[i % n]]) for i in places]
+        return part(batch, lambda item: data.characters(item[1]), self.rank, self.world)
 
     def demonstration(self, example: data.Example, place: int = 0) -> Demonstration:
         """The prompt's token ids, as eval.py renders it, and those of the expert response."""
@@ -285,13 +234,14 @@ class Run:
 
     # the optimiser
 
-    def optimizer_step(self, lr: float, loss: float, grad_norm: float, batch: list) -> int:
-        """Update the weights if loss and gradient are finite; return the steps skipped in a row.
+    def optimizer_step(self, lr: float, loss: float, batch: list) -> dict[str, float]:
+        """Update the weights if loss and gradient are finite; return the step's metrics.
 
-        loss, grad_norm  of the whole step: equal on all ranks
-        batch            this rank's records, saved before the run stops
+        loss   of the whole step: equal on all ranks
+        batch  this rank's records, saved before the run stops
         ValueError when SKIPPED_STEPS in a row are not finite. The gradient is cleared either way.
         """
+        grad_norm = float(modeling.clip_grad_norm(self.model, self.config.max_grad_norm))
         self.skipped = 0 if math.isfinite(loss + grad_norm) else self.skipped + 1
         if self.skipped == 0:
             if not self.optimizer.state:  # keep the new moments out of the activations' segments
@@ -307,7 +257,7 @@ class Run:
                 "--learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
-        return self.skipped
+        return {"grad_norm": grad_norm, "learning_rate": lr, "skipped": self.skipped}
 
     # stopping and saving
 
@@ -322,20 +272,16 @@ class Run:
         def note(number, frame):
             self.signal = number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with tqdm(
-                total=total,
-                initial=self.first_step if first is None else first,
-                desc=what or self.config.algo,
-                unit=f" {unit}s",
-                disable=self.rank > 0,
-                dynamic_ncols=True,
-            ) as bar:
-                yield bar
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        bar = tqdm(
+            total=total,
+            initial=self.first_step if first is None else first,
+            desc=what or self.config.algo,
+            unit=f" {unit}s",
+            disable=self.rank > 0,
+            dynamic_ncols=True,
+        )
+        with checkpoint.on_signals(note), bar:
+            yield bar
 
     def counts(self, what: str) -> str:
         """The name of an engine's bar, which is rank 0's and counts its own part."""
@@ -385,20 +331,6 @@ class Run:
         return prompts | {"README.md": card}
 
     # records
-
-    def highest(self, name: str) -> float:
-        """The highest value of a metric so far, on all ranks; minus infinity before the first."""
-        return all_max(max(self.records.history(name), default=-math.inf))
-
-    def lowest(self, name: str) -> float:
-        """The lowest value of a metric so far, on all ranks; infinity before the first."""
-        return -all_max(-min(self.records.history(name), default=math.inf))
-
-    def say(self, text: str) -> None:
-        """Print on rank 0, if there is anything to say."""
-        if text and self.rank == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
@@ -507,5 +439,4 @@ def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
         return peak * step / warmup
     if config.lr_scheduler_type == "constant":
         return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

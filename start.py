@@ -4,6 +4,7 @@
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
+    Inputs             settings, tokenizer, reward and data of a run
     load_examples      training examples and the evaluation subset
     leave              how a rank that cannot continue ends, and the exit codes
 
@@ -11,6 +12,7 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
 import ctypes
+import hashlib
 import os
 import random
 import shutil
@@ -32,12 +34,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import checkpoint
 import data
 import model as modeling
-from tools import plan
+import rollout
+import scoring
+from tools import plan, serving
 
 PROGRAM = {
     "prog": "train.py",
@@ -50,6 +55,7 @@ EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
+TRIED = 64  # expert responses that a reward of one's own is tried on
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
@@ -241,6 +247,65 @@ def announce(config, method, world: int) -> str:
 
 
 # ------------------------------------------------------------------------------ data and bad input
+
+
+class Inputs:
+    """What a run reads before anything heavy is loaded; a user's mistakes are found here.
+
+    config     the settings, as this model can be trained with
+    longest    tokens of the longest sequence
+    gpu_share  of vLLM
+    prompts    templates of the user's own
+    digests    flag -> what was read: a resumption must find it again
+    """
+
+    def __init__(self, config, method):
+        self.method, self.out = method, Path(config.output_dir)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if changed := checkpoint.refuse_earlier_run(settings(config, method)):
+            self.say(f"resuming with other settings: {', '.join(changed)}")
+        self.reward, name = scoring.Reward(config.reward_file), config.model_name_or_path
+        self.tokenizer = modeling.load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        self.stop_ids = rollout.stop_ids(self.tokenizer, name)
+        data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {name}")
+        data.check_thinking(self.tokenizer)
+        self.tag_length = data.tag_length(self.tokenizer)
+        self.longest = longest(config, method, self.tokenizer)
+        self.config, changed = suited(config, self.longest)
+        self.say(changed)
+        self.gpu_share, arithmetic = check_room(self.config, method, self.out)
+        self.say(arithmetic)
+        self.prompts = data.read_prompts(name, config.system_prompt, config.user_prompt)
+        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
+            self.say(f"{' and '.join(saved)} prompt: as saved with {name}")
+        self.examples, self.eval_examples, self.digests = load_examples(
+            config, self.tokenizer, self.prompts, quiet=self.rank > 0
+        )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
+        for part, text in self.prompts.items():
+            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.reward.file:
+            self.digests["reward_file"] = self.reward.digest
+        checkpoint.refuse_changed(self.out, self.digests)
+        method.check_examples(self.examples, config)
+        if self.reward.file:
+            self.say(self.reward.try_on(self.examples[:TRIED]))
+        # saved with every checkpoint
+        serving.add_tool_template(
+            self.tokenizer,
+            serving.system_prompt_of(self.examples),
+            self.prompts.get("user", data.USER_PROMPT),
+        )
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, if there is anything to say."""
+        if text and self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tuple:

@@ -46,7 +46,6 @@ from torch import Tensor
 import checkpoint
 import data
 import guard
-import model as modeling
 import rollout
 import scoring
 import start
@@ -67,7 +66,7 @@ from methods import (
     knob,
     rows_of,
 )
-from metrics import rollout_metrics, starting_point, term_norms
+from metrics import rollout_metrics, sampling_difference, starting_point, term_norms
 from run import (
     Clock,
     Run,
@@ -205,9 +204,9 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     rows = rows_of(micro, mask)
                     loss, parts = method.loss(rows, logps, entropy, totals, step)
                     loss.backward()
-                    add(stats, {**parts, **sampling_difference(rows, logps, totals)})
+                    add(stats, parts)
                     keep_logps(micro, logps)
-                stats = over_ranks(stats)
+                stats = over_ranks(stats) | sampling_difference(groups)
             if config.log_rollouts:
                 with clock("records"):
                     run.records.log_rollouts(step + 1, groups)
@@ -216,31 +215,33 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
             # 6 optimiser step
             with clock("update"):
                 lr = learning_rate_at(config, step, method.max_steps, config.learning_rate)
-                grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                skipped = run.optimizer_step(lr, stats["loss"], grad_norm, groups)
+                stats |= run.optimizer_step(lr, stats["loss"], groups)
 
             # 7 weight sync
             with clock("sync"):
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
-            metrics |= {**norms, **method.schedule(step)}
-            metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
+            metrics = rollout_metrics(groups, method.alignment) | sampling | norms | stats
+            metrics |= method.schedule(step)
             last = step + 1 == method.max_steps
             if run.evaluation_is_due(step, last):
                 with clock("evaluate"):
                     metrics |= evaluate(config, run)
-            metrics |= clock.metrics(read)
-            run.end_step(bar, step, metrics, last)
+            run.end_step(bar, step, metrics | clock.metrics(read), last)
 
 
-def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
-    """Supervised fine-tuning (Eq. 1), stage by stage.
+def run_sft(config: Config, method: Row, run: Run) -> Path:
+    """Supervised fine-tuning (Eq. 1): in one stage, or from easy to hard (iTool section 3.1).
 
     Returns the folder of the checkpoint with the lowest validation loss.
     """
-    best, best_loss = Path(config.output_dir) / "checkpoint-best", run.lowest("eval/loss")
+    if isinstance(method, ItoolConfig):
+        stages = warmup_stages(config, method, run)
+    else:
+        stages = [Stage("sft", run.examples, method.max_steps, config.learning_rate)]
+    best = Path(config.output_dir) / "checkpoint-best"
+    best_loss = min(run.records.history("eval/loss"), default=math.inf)
     end = 0  # of the stage
     with run.progress(sum(stage.steps for stage in stages)) as bar:
         for number, stage in enumerate(stages, 1):
@@ -257,22 +258,15 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
 
                 # 2 loss
                 run.engine.sleep()
-                totals, stats = count_tokens(config, run, batch), {}
+                totals = count_tokens(config, run, batch)
                 with clock("update"):
-                    for micro in micro_batches(config, batch):
-                        logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-                        loss, parts = method.loss(Rows(mask), logps, entropy, totals, step)
-                        loss.backward()
-                        add(stats, parts)
-                    stats = over_ranks(stats)
+                    metrics = imitate(config, run, batch, totals)
 
                     # 3 optimiser step
                     lr = learning_rate_at(config, step - begin, stage.steps, stage.learning_rate)
-                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, batch)
+                    metrics |= run.optimizer_step(lr, metrics["loss"], batch)
 
                 # 4 validation
-                metrics = {**stats, "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
                 if len(stages) > 1:
                     metrics["stage"] = number
                 last = step + 1 == end
@@ -378,16 +372,14 @@ def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
     experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
-    sums = all_sum(
-        {
-            "tokens": sum(map(len, rollouts)),
-            "responses": len(rollouts),
-            "expert_tokens": sum(map(len, experts)),
-            "prompt_tokens": sum(len(x.prompt) for x in batch),
-        }
-    )
-    lengths = {"max_length": config.max_completion_length, "tag_length": run.tag_length}
-    return {**{name: int(value) for name, value in sums.items()}, **lengths}
+    own = {
+        "tokens": sum(map(len, rollouts)),
+        "responses": len(rollouts),
+        "expert_tokens": sum(map(len, experts)),
+        "prompt_tokens": sum(len(x.prompt) for x in batch),
+    }
+    totals = {name: int(total) for name, total in all_sum(own).items()}
+    return totals | {"max_length": config.max_completion_length, "tag_length": run.tag_length}
 
 
 def keep_logps(micro: list[Group], logps: Tensor) -> None:
@@ -397,25 +389,24 @@ def keep_logps(micro: list[Group], logps: Tensor) -> None:
         group.logps = own[: len(group.samples)]
 
 
-def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> dict[str, Tensor]:
-    """|trainer - engine| in nats over the rollout tokens of the step: the mean and the largest."""
-    rollouts = rows.mask & ~rows.is_expert[:, None]
-    apart = torch.where(rollouts, (logps.detach() - rows.sampler_logps).abs(), 0.0)
-    name = "sampling/sampling_logp_difference"
-    largest = apart.max() if apart.numel() else 0.0
-    return {f"{name}/mean": apart.sum() / totals["tokens"], f"{name}/max": largest}
+def imitate(config: Config, run: Run, batch: list, totals: dict[str, int]) -> dict[str, float]:
+    """Loss of a batch of demonstrations (Eq. 1) and its stats; backward unless under no_grad."""
+    stats = {}
+    for micro in micro_batches(config, batch):
+        logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
+        loss, parts = Sft().loss(Rows(mask), logps, entropy, totals, step=0)
+        if torch.is_grad_enabled():
+            loss.backward()
+        add(stats, parts)
+    return over_ranks(stats)
 
 
 def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
     mine = part(run.eval_examples, data.characters, run.rank, run.world)
     batch = [run.demonstration(example) for example in mine]
-    totals, stats = count_tokens(config, run, batch), {}
     with torch.no_grad():
-        for micro in micro_batches(config, batch):
-            logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-            add(stats, Sft().loss(Rows(mask), logps, entropy, totals, step=0)[1])
-    return over_ranks(stats)["loss"]
+        return imitate(config, run, batch, count_tokens(config, run, batch))["loss"]
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -434,6 +425,9 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         checkpoint.refuse_earlier_run(start.settings(own, row))
     best, earlier = None, 0
     for own, row, loop in stages:
+        run = None  # free its model and moments before the next ones are loaded
+        gc.collect()
+        torch.cuda.empty_cache()
         own = replace(own, model_name_or_path=str(best)) if best else own
         run, clock = Run(own, row, config, earlier), Clock()
         with clock("load"):
@@ -452,46 +446,28 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         best, engine = loop(run.config, row, run), run.engine
         run.close()
         earlier = len(run.records.history("step"))  # a line for each step, and for step 0
-        if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
-            del run
-            gc.collect()
-            torch.cuda.empty_cache()
     return run
 
 
 def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]:
     """The one or two stages of a method, each with its settings, row and loop."""
     if isinstance(method, ItoolConfig):
-        loops = {"warmup": warm_up, "itool": run_itool}
-        names = [*loops] if method.stages == "both" else [method.stages]
-        first = names[0], method, {"quant": "none"}  # Appendix B.1: LoRA here, QLoRA after it
+        loops = {"warmup": run_sft, "itool": run_itool}
+        if method.stages != "both":
+            return [(config, method, loops[method.stages])]
+        # Appendix B.1: LoRA in the warm-up, QLoRA after it
+        name, first, changed, last = "warmup", method, {"quant": "none"}, run_itool
     elif isinstance(method, AfterSft):
-        loops, names = {"sft": imitate, "rl": run_rl}, ["sft", "rl"]
-        first = "sft", *method.first_stage()
+        name, (first, changed), last = "sft", method.first_stage(), run_rl
     else:
-        return [(config, method, imitate if isinstance(method, Sft) else run_rl)]
-    last = config, method, loops[names[-1]]
-    if len(names) == 1:
-        return [last]
-    name, row, changed = first
-    first = replace(config, output_dir=f"{config.output_dir}/{name}", **changed)
-    where = config.resume_from_checkpoint  # a path belongs to the stage whose folder holds it
-    if where not in ("", "latest"):
-        in_last = Path(where).resolve().parent == Path(config.output_dir).resolve()
-        first = replace(first, resume_from_checkpoint="latest" if in_last else where)
-        last = replace(config, resume_from_checkpoint=where if in_last else ""), *last[1:]
-    return [(first, row, loops[name]), last]
-
-
-def imitate(config: Config, method: Sft, run: Run) -> Path:
-    """SFT on all training examples."""
-    stage = Stage("sft", run.examples, method.max_steps, config.learning_rate)
-    return run_sft(config, method, run, [stage])
-
-
-def warm_up(config: Config, method: ItoolConfig, run: Run) -> Path:
-    """iTool's SFT from easy to hard (section 3.1)."""
-    return run_sft(config, Sft(), run, warmup_stages(config, method, run))
+        return [(config, method, run_sft if isinstance(method, Sft) else run_rl)]
+    resume = of_first = config.resume_from_checkpoint
+    if resume not in ("", "latest"):  # a path belongs to the stage whose folder holds it
+        in_last = Path(resume).resolve().parent == Path(config.output_dir).resolve()
+        of_first, resume = ("latest", resume) if in_last else (resume, "")
+    changed |= {"output_dir": f"{config.output_dir}/{name}", "resume_from_checkpoint": of_first}
+    last = replace(config, resume_from_checkpoint=resume), method, last
+    return [(replace(config, **changed), first, run_sft), last]
 
 
 def parse_args(argv: list[str]) -> tuple[Config, Row]:

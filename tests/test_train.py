@@ -564,7 +564,7 @@ def test_ranks_get_equal_shares_of_a_batch_s_long_prompts():
     for rank in range(2):
         run = object.__new__(Run)
         run.config, run.examples = train.Config(train_batch_size=8), examples
-        run.epoch, run.rank, run.world = (None, None), rank, 2
+        run.rank, run.world = rank, 2
         parts.append([len(example.query) for _, example in run.batch(0)])
     assert sorted(parts[0] + parts[1]) == sorted(lengths)
     for pair in ((9000, 8000), (7000, 6000), (70, 40), (30, 10)):
@@ -581,8 +581,7 @@ def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path, monkeypatch):
         for rank in range(world):
             run = object.__new__(Run)
             run.config = train.Config(seed=seed, train_batch_size=4)
-            run.examples, run.epoch = list(range(10)), (None, None)
-            run.rank, run.world = rank, world
+            run.examples, run.rank, run.world = list(range(10)), rank, world
             parts.append(run.batch(position))
         return parts
 
@@ -599,7 +598,7 @@ def test_batches_are_a_function_of_seed_and_step(tiny, tmp_path, monkeypatch):
     assert stream[:10] != stream[10:] and stream[:10] != list(range(10))
     run = object.__new__(Run)
     run.config, run.examples = train.Config(seed=3, train_batch_size=4), list(range(10))
-    run.epoch, run.rank, run.world = (None, None), 0, 1
+    run.rank, run.world = 0, 1
     assert run.batch(1, size=8) == [*enumerate(stream)][8:16]  # a larger batch of the same stream
     assert [order(4, 1, step)[0] for step in range(5)] != whole
 
@@ -1150,11 +1149,11 @@ def test_steps_without_a_finite_gradient_are_skipped(tiny, tmp_path, monkeypatch
 
     def watched(run, *arguments):
         step, weights = len(before), weights_of(run)
-        skipped = original(run, *arguments)
+        metrics = original(run, *arguments)
         moved = any(not torch.equal(weights[n], w) for n, w in weights_of(run).items())
         before[step] = moved
-        assert (skipped == 0) == moved == (step not in bad)
-        return skipped
+        assert (metrics["skipped"] == 0) == moved == (step not in bad)
+        return metrics
 
     noisy_rewards(monkeypatch)
     monkeypatch.setattr(toolupt, "loss", poisoned)
