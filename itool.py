@@ -56,7 +56,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -69,25 +69,24 @@ import rewards
 import simpo
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
-from methods import Count, Defaults, Fraction, Positive, Row, Several, knob
+from methods import Defaults, Row
+from metrics import Clock, evaluate
 from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
-    Clock,
     Run,
-    Stage,
     add,
     all_gather,
-    evaluate,
+    all_sum,
     forward,
     learning_rate_at,
     micro_batches,
-    over_ranks,
     part,
     sync,
     tokens_of,
 )
 from scoring import Reward
+from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
@@ -157,9 +156,7 @@ class ItoolConfig(Row):
     max_similarity: float = knob(0.95, "Appendix B.1, as the next two")
     min_gap: float = knob(0.1, "between the values of a pair")
     min_q: float = knob(0.3, "of the chosen step")
-    held_out_pairs: Annotated[float, ">= 0", "< 1"] = knob(
-        0.1, "share of trees whose pairs are only measured; ours"
-    )
+    held_out_pairs: HeldOut = knob(0.1, "share of trees whose pairs are only measured; ours")
     # preference optimisation
     preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
     preference_epochs: Count = knob(2, "per iteration; Table 6")
@@ -294,7 +291,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
         begin, end = end, end + steps
         run.engine.sleep()
         first = min(max(begin, run.first_step), end)
-        with run.progress(end, first, f"iteration {iteration}, {method.preference}") as bar:
+        with run.progress(
+            end, initial=first, desc=f"iteration {iteration}, {method.preference}"
+        ) as bar:
             for step in range(first, end):
                 run.stop_if_asked(step)
                 clock = Clock()
@@ -379,7 +378,10 @@ def grow_trees(
         reward=run.reward,
     )
     roots, found = [None] * len(mine), []
-    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}", "tree") as bar:
+    with (
+        clock("search"),
+        run.progress(len(mine), initial=0, desc=f"iteration {iteration}", unit=" trees") as bar,
+    ):
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
@@ -454,14 +456,14 @@ def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.E
     return {stage: [e for e, name in zip(examples, names) if name == stage] for stage in STAGES}
 
 
-def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
-    """The warm-up from easy to hard, or in one stage."""
+def warmup_stages(config, method: ItoolConfig, run: Run) -> list[tuple]:
+    """The warm-up from easy to hard, or in one stage: (name, examples, steps, learning rate)."""
     parts = stages_of(run.examples, method.split if method.warmup else "none")
     rates, stages = method.warmup_learning_rates[: len(parts)], []
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
         steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
         run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
-        stages.append(Stage(name, examples, steps, rate))
+        stages.append((name, examples, steps, rate))
     return stages
 
 
@@ -496,7 +498,10 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
     config, found = run.config, []
     size, tokens, begin = config.train_batch_size, 0, time.perf_counter()
-    with run.progress(len(examples), 0, "perplexity", "example") as bar, torch.no_grad():
+    with (
+        run.progress(len(examples), initial=0, desc="perplexity", unit=" examples") as bar,
+        torch.no_grad(),
+    ):
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
             chunk = list(enumerate(examples))[first : first + size]
@@ -860,7 +865,7 @@ def preference_gradient(
             add(stats, {"loss": loss.detach(), **parts})
             if train:
                 loss.backward()
-    return over_ranks(stats)
+    return all_sum(stats)
 
 
 def preference_loss(

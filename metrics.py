@@ -3,6 +3,8 @@
 rollout_metrics      a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
 tally, shares        those by kind of example as sums, and the metrics made of the sums
 sampling_difference  log-probs of the rollouts: trainer against engine
+evaluate             greedy accuracy on the evaluation subset
+Clock                seconds of the parts of a step
 term_norms           gradient norms of the terms of the loss, on one micro-batch
 starting_point       what RL starts from: log-probs of the expert's tags and of what they enclose
 
@@ -11,6 +13,10 @@ All are over all ranks, so that every rank has the same numbers.
 
 import math
 import random
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,6 +37,26 @@ BY_KIND = {  # metric -> what it is per
 FORMS = {name: f"form/{name.replace(' ', '_')}" for name in rewards.FORMS}
 START_EXAMPLES = 4  # of each kind, read before the first step
 RARE = 1e-4  # probability of an opening tag below which no rollout will have it
+
+
+class Clock:
+    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
+
+    def __init__(self):
+        self.start, self.seconds = time.perf_counter(), defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def metrics(self, tokens: int | None = None) -> dict:
+        """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
+        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
+        timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
+        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
+        return {**timing, "timing_s/step": step, **speed}
 
 
 def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
@@ -150,6 +176,28 @@ def sampling_difference(groups: list[Group]) -> dict[str, float]:
     return {f"{name}/mean": sums["apart"] / sums["n"], f"{name}/max": all_max(apart.max())}
 
 
+def evaluate(config, run: Run) -> dict[str, float]:
+    """Greedy accuracy on the fixed evaluation subset; the engine must hold the weights."""
+    mine = part(run.eval_examples, data.characters, run.rank, run.world)
+    answers = run.engine.generate(
+        [data.render(example, run.tokenizer) for example in mine],
+        n=1,
+        temperature=0.0,
+        max_tokens=config.max_completion_length,
+        seeds=[0] * len(mine),  # unused: greedy
+        progress=run.counts("held-out examples"),
+    )
+    texts = [sample.text for [sample] in answers]
+    sums = all_sum(run.reward.tally(texts, mine))
+    n, n_calls = sums["n"], sums["n_calls"]
+    metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
+    if n_calls:
+        metrics["eval/tool_call_accuracy"] = sums["tool_calls"] / n_calls
+    if n > n_calls:
+        metrics["eval/answer_accuracy"] = sums["answers"] / (n - n_calls)
+    return metrics
+
+
 def term_norms(
     config, method: Rollouts, model, groups: list[Group], totals: dict[str, int]
 ) -> dict[str, float]:
@@ -157,20 +205,22 @@ def term_norms(
 
     groups, totals  this rank's part of a step, and the step's denominators
 
-    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. NaN where the
-    policy term has none: all rewards of a group are equal. Each term has a forward pass of its own,
-    since compiled layers run one backward pass per forward pass.
+    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. "expert" is the
+    term of the expert responses, "rejected" SPO's of the rollouts, each before the balance weighs
+    it. NaN where the policy term has none: all rewards of a group are equal. Each term has a forward
+    pass of its own, since compiled layers run one backward pass per forward pass.
     """
-    micro = micro_batches(config, groups)[0]
-
-    def terms() -> dict[str, Tensor]:
+    micro, norms = micro_batches(config, groups)[0], {}
+    parts = {"policy": (False, 0.0)}  # of the expert's tokens or the rollouts', at which balance
+    if method.learns_from_expert:
+        parts["expert"] = (True, 1.0)
+    if method.rejects:
+        parts["rejected"] = (False, 1.0)
+    for name, (of_expert, balance) in parts.items():
         logps, entropy, mask = forward(config, model, micro, config.temperature)
-        return method.terms(rows_of(micro, mask), logps, entropy, totals)
-
-    with torch.no_grad():
-        norms = dict.fromkeys(terms())
-    for name in norms:
-        terms()[name].backward()
+        rows = rows_of(micro, mask)
+        rows = replace(rows, mask=mask & (rows.is_expert == of_expert)[:, None])
+        method.objective(rows, logps, entropy, totals, balance)[0].backward()
         norms[name] = float(modeling.clip_grad_norm(model, math.inf))
         model.zero_grad()
     policy = norms.pop("policy")

@@ -3,7 +3,7 @@
 Run(config, method)    what the loops share; run.load() loads model, optimiser and engine
 run.batch(step)        this rank's examples and their places: a function of (seed, step)
 micro_batches, forward what a batch is cut into; log-probs of its responses, each prompt read once
-sync, evaluate         weights to the engine; greedy accuracy on the evaluation subset
+sync                   weights to the engine
 part                   the one rule by which ranks share work
 
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
@@ -16,8 +16,6 @@ import math
 import random
 import signal
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,32 +31,11 @@ import checkpoint
 import data
 import model as modeling
 import packing
-import rollout
 from records import Records
-from start import Inputs, Interrupted, settings
+from start import Interrupted, Setup, settings
 from tools import serving, show
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
-
-
-class Clock:
-    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
-
-    def __init__(self):
-        self.start, self.seconds = time.perf_counter(), defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def metrics(self, tokens: int | None = None) -> dict:
-        """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
-        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
-        timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
-        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
-        return {**timing, "timing_s/step": step, **speed}
 
 
 @dataclass(eq=False)
@@ -73,16 +50,6 @@ class Demonstration:
     @property
     def responses(self) -> list[list[int]]:
         return [self.target]
-
-
-@dataclass
-class Stage:
-    """A part of SFT with examples, schedule and optimiser state of its own."""
-
-    name: str
-    examples: list[data.Example]
-    steps: int
-    learning_rate: float
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -129,23 +96,16 @@ def all_gather(rows: list) -> list:
 
 
 def add(stats: dict[str, float], parts: dict[str, Tensor | float]) -> None:
-    """Add the stats of a micro-batch to `stats`; of those named */max keep the largest."""
+    """Add the stats of a micro-batch to `stats`."""
     for name, value in parts.items():
-        so_far, value = stats.get(name, 0.0), float(value)
-        stats[name] = max(so_far, value) if name.endswith("/max") else so_far + value
-
-
-def over_ranks(stats: dict[str, float]) -> dict[str, float]:
-    """The stats of all ranks, added up; of those named */max the largest."""
-    sums = all_sum({name: v for name, v in stats.items() if not name.endswith("/max")})
-    return {name: sums[name] if name in sums else all_max(v) for name, v in stats.items()}
+        stats[name] = stats.get(name, 0.0) + float(value)
 
 
 # ----------------------------------------------------------------------------------------- the run
 
 
-class Run(Inputs):
-    """What the loops share: inputs, model, engine, optimiser and the records of an output folder.
+class Run(Setup):
+    """What the loops share: all that start.Setup reads and loads, and the records.
 
     command  the settings of all stages, where this is one of them
     earlier  what the trackers' steps start from: one more than the first stage's last step
@@ -159,53 +119,16 @@ class Run(Inputs):
         self.lock = None
         self.signal = 0  # number of the signal that asked this rank to stop
 
-    def load(self, engine: rollout.Engine | None = None) -> None:
-        """Load model, optimiser and engine, and resume.
-
-        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
-                cannot be freed while the process lives (vllm-project/vllm#36651)
-        """
-        config = self.config
-        self.engine = engine or rollout.make_engine(
-            config.engine,
-            config.model_name_or_path,
-            max_model_len=self.longest,
-            max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=self.gpu_share,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
-            dtype="bfloat16" if config.bf16 else "auto",
-            logprobs_mode=self.method.logprobs_mode,
-            seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if data.thinks(self.tokenizer):
-            data.allow_thinking(self.engine.tokenizer)
-        self.engine.sleep()
-        self.model, _ = modeling.load(
-            config.model_name_or_path,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            quant=config.quant,
-            gradient_checkpointing=config.gradient_checkpointing,
-            torch_compile=config.torch_compile,
-            trust_remote_code=config.trust_remote_code,
-            seed=config.seed,
-            compute_dtype=torch.bfloat16 if config.bf16 else None,
-        )
-        self.optimizer = modeling.optimizer(
-            self.model,
-            config.learning_rate,
-            (0.9, config.adam_beta2),
-            config.weight_decay,
-            offload=config.offload_moments,
-        )
+    def load(self, engine=None) -> None:
+        """Load engine, model and optimiser, and resume; `engine`: that of an earlier stage."""
+        super().load(engine)
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.check_shared(self.out)
         if self.rank == 0:
             self.lock = checkpoint.lock(self.out)
             checkpoint.clean(self.out)
         self.first_step = self.saved = checkpoint.resume(
-            self.out, config.resume_from_checkpoint, self.model, self.optimizer
+            self.out, self.config.resume_from_checkpoint, self.model, self.optimizer
         )
         self.records.open(self.first_step, self.digests, self.reward)
         self.skipped = [0, *self.records.history("skipped")][-1]
@@ -262,26 +185,19 @@ class Run(Inputs):
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, first: int | None = None, what: str = "", unit: str = "step"):
-        """A bar on rank 0, from `first` or, for steps, from where the run resumed.
+    def progress(self, total: int, **bar):
+        """A bar of tqdm on rank 0, from where the run resumed unless `bar` says otherwise.
 
-        what, unit  its title and what it counts
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
         def note(number, frame):
             self.signal = number
 
-        bar = tqdm(
-            total=total,
-            initial=self.first_step if first is None else first,
-            desc=what or self.config.algo,
-            unit=f" {unit}s",
-            disable=self.rank > 0,
-            dynamic_ncols=True,
-        )
-        with checkpoint.on_signals(note), bar:
-            yield bar
+        of_steps = {"initial": self.first_step, "desc": self.config.algo, "unit": " steps"}
+        shown = {"disable": self.rank > 0, "dynamic_ncols": True}
+        with checkpoint.on_signals(note), tqdm(total=total, **shown, **of_steps | bar) as opened:
+            yield opened
 
     def counts(self, what: str) -> str:
         """The name of an engine's bar, which is rank 0's and counts its own part."""
@@ -357,7 +273,7 @@ class Run(Inputs):
             self.lock.close()
 
 
-# ------------------------------------------------------------------------- forward, sync, evaluate
+# ----------------------------------------------------------------------------------- forward, sync
 
 
 def tokens_of(record) -> int:
@@ -407,28 +323,6 @@ def sync(run: Run) -> None:
     torch.cuda.empty_cache()  # the engine allocates outside torch's cache
     run.engine.load_weights(modeling.full_tensors(run.model))
     run.engine.wake()
-
-
-def evaluate(config, run: Run) -> dict[str, float]:
-    """Greedy accuracy on the fixed evaluation subset; the engine must hold the weights."""
-    mine = part(run.eval_examples, data.characters, run.rank, run.world)
-    answers = run.engine.generate(
-        [data.render(example, run.tokenizer) for example in mine],
-        n=1,
-        temperature=0.0,
-        max_tokens=config.max_completion_length,
-        seeds=[0] * len(mine),  # unused: greedy
-        progress=run.counts("held-out examples"),
-    )
-    texts = [sample.text for [sample] in answers]
-    sums = all_sum(run.reward.tally(texts, mine))
-    n, n_calls = sums["n"], sums["n_calls"]
-    metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
-    if n_calls:
-        metrics["eval/tool_call_accuracy"] = sums["tool_calls"] / n_calls
-    if n > n_calls:
-        metrics["eval/answer_accuracy"] = sums["answers"] / (n - n_calls)
-    return metrics
 
 
 def learning_rate_at(config, step: int, steps: int, peak: float) -> float:

@@ -1,10 +1,11 @@
 """Before and after the loops: process group, command line, data, checks, and how a run ends.
 
     init_distributed   torchrun's process group, or one of a single rank
+    knob               a flag: a field with a default, an explanation and bounds
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
-    Inputs             settings, tokenizer, reward and data of a run
+    Setup              what a rank reads and loads before its loop
     load_examples      training examples and the evaluation subset
     leave              how a rank that cannot continue ends, and the exit codes
 
@@ -13,6 +14,7 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 
 import ctypes
 import hashlib
+import operator
 import os
 import random
 import shutil
@@ -23,13 +25,13 @@ import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, asdict, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -89,6 +91,39 @@ def init_distributed() -> None:
 
 
 # -------------------------------------------------------------------------------- the command line
+
+
+def knob(default: Any, text: str) -> Any:
+    """A field that is a flag: its default, and what it is, its unit and its source."""
+    about = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def unread(default: Any) -> Any:
+    """An inherited knob that a row does not read: no flag."""
+    return field(default=default, init=False)
+
+
+OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+NotNegative = Annotated[float, ">= 0"]
+Positive = Annotated[float, "> 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
+HeldOut = Annotated[float, ">= 0", "< 1"]
+Steps = Annotated[int, ">= 0"]
+Count = Annotated[int, ">= 1"]
+Several = Annotated[int, ">= 2"]
+
+
+def check_bounds(knobs: Any) -> None:
+    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
+    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
+        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
+        for sign, limit in map(str.split, bounds):
+            if not OPERATORS[sign](value, float(limit)):
+                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
 
 
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
@@ -249,8 +284,8 @@ def announce(config, method, world: int) -> str:
 # ------------------------------------------------------------------------------ data and bad input
 
 
-class Inputs:
-    """What a run reads before anything heavy is loaded; a user's mistakes are found here.
+class Setup:
+    """What a rank reads and, with `load`, loads before its loop; a user's mistakes are found first.
 
     config     the settings, as this model can be trained with
     longest    tokens of the longest sequence
@@ -299,6 +334,47 @@ class Inputs:
             self.tokenizer,
             serving.system_prompt_of(self.examples),
             self.prompts.get("user", data.USER_PROMPT),
+        )
+
+    def load(self, engine: rollout.Engine | None = None) -> None:
+        """Load model, optimiser and engine: what takes time and memory.
+
+        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
+                cannot be freed while the process lives (vllm-project/vllm#36651)
+        """
+        config = self.config
+        self.engine = engine or rollout.make_engine(
+            config.engine,
+            config.model_name_or_path,
+            max_model_len=self.longest,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=self.gpu_share,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
+            logprobs_mode=self.method.logprobs_mode,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
+        self.engine.sleep()
+        self.model, _ = modeling.load(
+            config.model_name_or_path,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            quant=config.quant,
+            gradient_checkpointing=config.gradient_checkpointing,
+            torch_compile=config.torch_compile,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
+        )
+        self.optimizer = modeling.optimizer(
+            self.model,
+            config.learning_rate,
+            (0.9, config.adam_beta2),
+            config.weight_decay,
+            offload=config.offload_moments,
         )
 
     def say(self, text: str) -> None:

@@ -25,8 +25,6 @@ Where the papers are silent:
    scored like any other text.
 2. train_batch_size counts prompts, which Table 7 leaves open: 600 steps of 256 are then about two
    epochs of Table 6's 80,119 examples, as the text says (recipes/table6.args draws that sample).
-3. A step of dynamic sampling has ten batches of prompts to itself and reads as many as it needs,
-   so a run does not pass through its data in even epochs.
 """
 
 import gc
@@ -37,7 +35,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -50,39 +48,28 @@ import rollout
 import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
-from methods import (
-    METHODS,
-    AfterSft,
-    Count,
-    Fraction,
-    Group,
-    Positive,
-    Rollouts,
-    Row,
-    Rows,
-    Sft,
-    Share,
-    check_bounds,
-    knob,
-    rows_of,
-)
-from metrics import rollout_metrics, sampling_difference, starting_point, term_norms
-from run import (
+from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
+from metrics import (
     Clock,
+    evaluate,
+    rollout_metrics,
+    sampling_difference,
+    starting_point,
+    term_norms,
+)
+from run import (
     Run,
-    Stage,
     add,
     all_gather,
     all_sum,
-    evaluate,
     forward,
     learning_rate_at,
     micro_batches,
-    over_ranks,
     part,
     sync,
     tokens_of,
 )
+from start import Count, Fraction, HeldOut, NotNegative, Positive, Share, Steps, check_bounds, knob
 from tools import show
 
 
@@ -92,20 +79,16 @@ class Config:
 
     algo: str = knob("toolupt", "a row of --list")
     # model and data
-    model_name_or_path: str = knob(
-        "Qwen/Qwen2.5-7B-Instruct", "ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B"
-    )
+    model_name_or_path: str = knob("Qwen/Qwen2.5-7B-Instruct", "ToolUPT 4.4; also 14B, 32B, Llama")
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
-    eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
+    eval_fraction: HeldOut = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
-    allow_thinking: bool = knob(
-        False, "cut a <think> block before a response is judged; else prompts ask for none"
-    )
+    allow_thinking: bool = knob(False, "a <think> block may come first and is not judged")
     max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -127,9 +110,7 @@ class Config:
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
-    bf16: bool = knob(
-        False, "bfloat16 products on a CPU with avx512_bf16 or AMX; on a GPU they always are"
-    )
+    bf16: bool = knob(False, "compute in bfloat16 on a CPU, too, if it has avx512_bf16 or AMX")
     vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
     vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
@@ -144,22 +125,15 @@ class Config:
     save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: Annotated[int, ">= 0"] = knob(
-        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
-    )
+    term_norm_steps: Steps = knob(0, "steps between gradient norms of the loss's terms; 0: none")
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
-    max_logp_difference: Annotated[float, ">= 0"] = knob(
+    max_logp_difference: NotNegative = knob(
         0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if not self.eval_file and not 0 < self.eval_fraction < 1:
-            raise ValueError(
-                f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
-                "between 0 and 1, or give --eval_file"
-            )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
@@ -206,7 +180,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     loss.backward()
                     add(stats, parts)
                     keep_logps(micro, logps)
-                stats = over_ranks(stats) | sampling_difference(groups)
+                stats = all_sum(stats) | sampling_difference(groups)
             if config.log_rollouts:
                 with clock("records"):
                     run.records.log_rollouts(step + 1, groups)
@@ -234,18 +208,19 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 def run_sft(config: Config, method: Row, run: Run) -> Path:
     """Supervised fine-tuning (Eq. 1): in one stage, or from easy to hard (iTool section 3.1).
 
-    Returns the folder of the checkpoint with the lowest validation loss.
+    Each stage has examples, a schedule and an optimiser state of its own. Returns the folder of the
+    checkpoint with the lowest validation loss.
     """
     if isinstance(method, ItoolConfig):
         stages = warmup_stages(config, method, run)
     else:
-        stages = [Stage("sft", run.examples, method.max_steps, config.learning_rate)]
+        stages = [("sft", run.examples, method.max_steps, config.learning_rate)]
     best = Path(config.output_dir) / "checkpoint-best"
     best_loss = min(run.records.history("eval/loss"), default=math.inf)
     end = 0  # of the stage
-    with run.progress(sum(stage.steps for stage in stages)) as bar:
-        for number, stage in enumerate(stages, 1):
-            begin, end = end, end + stage.steps
+    with run.progress(sum(steps for _, _, steps, _ in stages)) as bar:
+        for number, (name, examples, steps, peak) in enumerate(stages, 1):
+            begin, end = end, end + steps
             for step in range(max(begin, run.first_step), end):
                 run.stop_if_asked(step)
                 clock = Clock()
@@ -253,8 +228,8 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                     run.optimizer.state.clear()
 
                 # 1 sample a batch
-                examples = [example for _, example in run.batch(step - begin, stage.examples)]
-                batch = [run.demonstration(example) for example in examples]
+                drawn = run.batch(step - begin, examples)
+                batch = [run.demonstration(example) for _, example in drawn]
 
                 # 2 loss
                 run.engine.sleep()
@@ -263,7 +238,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                     metrics = imitate(config, run, batch, totals)
 
                     # 3 optimiser step
-                    lr = learning_rate_at(config, step - begin, stage.steps, stage.learning_rate)
+                    lr = learning_rate_at(config, step - begin, steps, peak)
                     metrics |= run.optimizer_step(lr, metrics["loss"], batch)
 
                 # 4 validation
@@ -281,7 +256,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                 if metrics.get("eval/loss", math.inf) < best_loss:
                     best_loss = metrics["eval/loss"]
                     run.save_best(step + 1)
-                run.end_step(bar, step, metrics, last, stage=stage.name)
+                run.end_step(bar, step, metrics, last, stage=name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
     return best
@@ -296,8 +271,8 @@ def sample_groups(
     """This rank's rewarded groups of a step, train_batch_size over all ranks; and metrics.
 
     A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until
-    enough are kept; they are pooled across ranks and any surplus is dropped. Its prompts are not
-    those of the other rows: a step has ten batches of them to itself and mostly skips the rest.
+    enough are kept; they are pooled across ranks and any surplus is dropped. A step has ten batches
+    of prompts to itself, of which it mostly skips the rest: a run has no even epochs.
     """
 
     def rewarded(batch: list) -> list[Group]:
@@ -311,14 +286,13 @@ def sample_groups(
     if not method.keep:
         return rewarded(run.batch(step)), {"rounds": 1, "frac_groups_kept": 1.0}
     size, kept = config.train_batch_size * method.generation_batches, []
-    for rounds in range(ROUNDS):
-        kept += filter(method.keep, rewarded(run.batch(step * ROUNDS + rounds, size=size)))
+    for rounds in range(1, ROUNDS + 1):
+        kept += filter(method.keep, rewarded(run.batch(step * ROUNDS + rounds - 1, size=size)))
         count = int(all_sum({"groups": len(kept)})["groups"])
         if count >= config.train_batch_size:
             pool = sorted(all_gather(kept), key=lambda group: group.place)
             groups = part(pool[: config.train_batch_size], tokens_of, run.rank, run.world)
-            share = count / (size * (rounds + 1))
-            return groups, {"rounds": rounds + 1, "frac_groups_kept": share}
+            return groups, {"rounds": rounds, "frac_groups_kept": count / (size * rounds)}
     raise ValueError(
         f"dynamic sampling: {ROUNDS} rounds gave {count} prompts whose rewards differ, of "
         f"{config.train_batch_size}; the data is too easy or too hard for this model: mix it, "
@@ -398,7 +372,7 @@ def imitate(config: Config, run: Run, batch: list, totals: dict[str, int]) -> di
         if torch.is_grad_enabled():
             loss.backward()
         add(stats, parts)
-    return over_ranks(stats)
+    return all_sum(stats)
 
 
 def validation_loss(config: Config, run: Run) -> float:

@@ -691,8 +691,8 @@ def test_without_curriculum_the_warm_up_is_one_shuffled_stage():
     assert first[1:] == (method, train.run_sft) and last == (config, method, itool.run_itool)
     rows = [data.Example(**row) for row in toy.generate("train", 60, max_tools=2)]
     run = SimpleNamespace(examples=rows, say=lambda text: None)
-    [stage] = itool.warmup_stages(config, method, run)
-    assert len(stage.examples) == 60 and stage.learning_rate == 5e-5
+    [(_, examples, _, learning_rate)] = itool.warmup_stages(config, method, run)
+    assert len(examples) == 60 and learning_rate == 5e-5
 
 
 @pytest.mark.parametrize("stage, loop", [("warmup", train.run_sft), ("itool", itool.run_itool)])
