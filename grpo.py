@@ -103,11 +103,9 @@ def grpo_loss(
     Returns scalar loss and stats (see top of file).
     """
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
-    count = _denominator(num_responses, response_mask.any(1))
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
-    return _surrogate_sum(
-        logps, old_logps, advantages, response_mask, clip_low, clip_high, lengths * count
-    )
+    divisor = lengths * _denominator(num_responses, response_mask.any(1))
+    return _surrogate_sum(logps, old_logps, advantages, response_mask, clip_low, clip_high, divisor)
 
 
 def dapo_loss(
@@ -185,9 +183,8 @@ def drgrpo_loss(
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
     assert (response_mask.sum(1) <= max_length).all(), f"max_length {max_length}: a row is longer"
     count = _denominator(num_responses, response_mask.new_ones(len(response_mask)))
-    return _surrogate_sum(
-        logps, old_logps, advantages, response_mask, clip_low, clip_high, count * max_length
-    )
+    divisor = count * max_length
+    return _surrogate_sum(logps, old_logps, advantages, response_mask, clip_low, clip_high, divisor)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:

@@ -75,7 +75,6 @@ from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Run,
-    add,
     all_gather,
     all_sum,
     forward,
@@ -852,7 +851,7 @@ def preference_gradient(
 
     train  False: only the stats
     """
-    mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
+    mine, stats = part(pairs, tokens_of, run.rank, run.world), Counter()
     with torch.set_grad_enabled(train):
         for micro in micro_batches(run.config, mine):
             logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
@@ -862,7 +861,7 @@ def preference_gradient(
                 for name in ("chosen_ref", "rejected_ref")
             ]
             loss, parts = preference_loss(run.method, sides, refs, len(pairs))
-            add(stats, {"loss": loss.detach(), **parts})
+            stats.update({"loss": loss.detach(), **parts})
             if train:
                 loss.backward()
     return all_sum(stats)

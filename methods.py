@@ -13,9 +13,8 @@ A row that is another with one thing changed inherits and overrides that thing, 
 by what the papers say they differ in. ToolUPT's code is not public: where its text is silent or
 contradicts itself, the rows say what was chosen.
 
-Training is strictly on-policy (Table 7), one update per batch: the sampling log-probs are the
-detached log-probs, the ratio is 1, and rows have no clip range because none could act. Stats add up
-over micro-batches and ranks.
+Training is strictly on-policy (Table 7), one update per batch: old log-probs are the detached ones,
+the ratio is 1, and no clip range could act. Stats add up over micro-batches and ranks.
 
 To add a method, write its loss in a mathematics file, a dataclass here and a line in METHODS.
 """
@@ -144,7 +143,6 @@ class Rollouts(Row):
     expert_in_group: ClassVar[bool] = False
     std: ClassVar[bool] = True  # divides the advantages
     alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
-    generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
@@ -197,11 +195,7 @@ class Rollouts(Row):
 
 @dataclass
 class Sft(Row):
-    """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss.
-
-    Table 7 gives veRL's defaults, so the rest is veRL's too: 10 % warm-up, betas 0.9 and 0.95. The
-    loss is measured every --eval_steps.
-    """
+    """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss."""
 
     max_steps: Count = knob(3000, "optimiser steps; ToolUPT Table 7")
     defaults: ClassVar[Defaults] = {
@@ -241,8 +235,7 @@ class Dapo(Rollouts):
     """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO).
 
     The penalty falls from 0 to -1 between 768 and 1,024 tokens; ToolUPT gives no numbers, DAPO's
-    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it. The
-    prompts come in another order than those of other rows (train.sample_groups).
+    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it.
     """
 
     generation_batches: Count = knob(1, "batches per round of dynamic sampling; DAPO's script: 3")
@@ -294,9 +287,7 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob(
-        "positional", "how tokens are compared with the expert's (fgae.py)"
-    )
+    alignment: Literal["positional", "lcs"] = knob("positional", "of expert tokens; fgae.py")
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
@@ -360,8 +351,7 @@ class SftFgDapoStar(AfterSft, FgDapoStar):
 class Luffy(Rollouts):
     """Rollouts and an expert response in one group, p/(p+0.1) on expert tokens (LUFFY Eq. 5).
 
-    The reward is graded, as DAPO's. Neither std nor clip, as in its script (its equations have
-    both); the token mean of its Eq. 5 (its script divides by 8,192).
+    The reward is graded, as DAPO's; the advantages have no std (baselines.py).
     """
 
     num_generations: Several = knob(7, "responses per prompt; with the expert a group of 8")

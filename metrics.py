@@ -14,7 +14,7 @@ All are over all ranks, so that every rank has the same numbers.
 import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ import model as modeling
 import rewards
 import scoring
 from methods import Group, Rollouts, matched_tokens, rows_of
-from run import Run, add, all_gather, all_max, all_sum, forward, micro_batches, part
+from run import Run, all_gather, all_max, all_sum, forward, micro_batches, part
 
 KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
 BY_KIND = {  # metric -> what it is per
@@ -95,7 +95,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         sums = all_sum({**sums, "count": count})
         count = sums.pop("count")
         metrics |= {name: value / count for name, value in sums.items()}
-    counts = {}
+    counts = Counter()
     for g in groups:
         own = tally(
             g.example.kind,
@@ -106,7 +106,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
             alignment,
             g.matched,
         )
-        add(counts, own)
+        counts.update(own)
     return metrics | shares(all_sum(counts))
 
 
@@ -132,8 +132,8 @@ def tally(
     matched    their result, where it is known
     """
     matched = matched_tokens(responses, target, alignment) if matched is None else matched
-    sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
-    sums |= dict.fromkeys(FORMS.values(), 0.0)
+    names = [f"{name}/{k}" for k in KINDS.values() for x in BY_KIND.items() for name in x]
+    sums = Counter(dict.fromkeys([*names, *FORMS.values()], 0))
     own = {
         "responses": len(responses),
         "accuracy": sum(right),
@@ -142,9 +142,9 @@ def tally(
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
         "tokens_matched": int(matched.sum()),
     }
-    sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
+    sums.update({f"{name}/{KINDS[kind]}": value for name, value in own.items()})
     for forms in map(rewards.forms, texts):
-        add(sums, {FORMS[name]: 1 for name in forms})
+        sums.update(FORMS[name] for name in forms)
     return sums
 
 
@@ -248,7 +248,8 @@ def starting_point(run: Run) -> dict[str, float]:
         for example in part(examples, data.characters, run.rank, run.world)
     ]
     names = ("tag", "tag_tokens", "body", "body_tokens")
-    sums = dict.fromkeys([*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))], 0.0)
+    names = [*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))]
+    sums = Counter(dict.fromkeys(names, 0.0))
     with torch.no_grad():
         for micro in micro_batches(config, batch):
             logps, _, _ = forward(config, run.model, micro, config.temperature)
@@ -257,9 +258,9 @@ def starting_point(run: Run) -> dict[str, float]:
                 opening, closing = tag_tokens(run.tokenizer, one.target, kind)
                 for t, logp in enumerate(row[: len(one.target)]):
                     name = "tag" if t in opening | closing else "body"
-                    add(sums, {name: logp, f"{name}_tokens": 1})
+                    sums.update({name: logp, f"{name}_tokens": 1})
                 p = math.exp(sum(row[t] for t in opening))
-                add(sums, {f"p/{kind}": p, f"n/{kind}": 1})
+                sums.update({f"p/{kind}": p, f"n/{kind}": 1})
     sums = all_sum(sums)
     found = {
         f"start/{name}_logp": sums[name] / sums[f"{name}_tokens"]

@@ -94,8 +94,6 @@ FORMS = (  # how a response is wrapped, right or wrong: one of the first five, a
 def parse(response: str) -> Parsed:
     """The first <tool_call> block as calls; without a block, whether there is an <answer>.
 
-    response  str  any text; what is outside the tags does not matter
-
     A block that does not hold JSON calls is "malformed", and so is a text without block and answer.
     """
     _, block, _ = _around_block(response)
@@ -128,10 +126,7 @@ def forms(response: str) -> set[str]:
 
 
 def parse_python(response: str) -> Parsed:
-    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without is an "answer".
-
-    response  str  any text; calls start with a bracket
-    """
+    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; other text is an "answer"."""
     text = response.strip()
     if not text.startswith("["):
         return Parsed("answer" if text else "malformed", None)

@@ -15,7 +15,6 @@ import itertools
 import math
 import random
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ import data
 import model as modeling
 import packing
 from records import Records
-from start import Interrupted, Setup, settings
-from tools import serving, show
+from start import Interrupted, Setup
+from tools import serving
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 
@@ -93,12 +92,6 @@ def all_gather(rows: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
-
-
-def add(stats: dict[str, float], parts: dict[str, Tensor | float]) -> None:
-    """Add the stats of a micro-batch to `stats`."""
-    for name, value in parts.items():
-        stats[name] = stats.get(name, 0.0) + float(value)
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -217,34 +210,19 @@ class Run(Setup):
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP and checkpoint-STEP-state."""
-        limit = self.config.save_total_limit
-        self.out.mkdir(parents=True, exist_ok=True)
-        state, texts = (self.model, self.optimizer, self.tokenizer), self.texts(step)
-        checkpoint.save(self.out, step, *state, limit, texts)
+        state = self.model, self.optimizer, self.tokenizer
+        checkpoint.save(self.out, step, *state, self.config.save_total_limit, self.texts(step))
         self.saved = step
 
     def save_best(self, step: int) -> None:
         """Write checkpoint-best, a model alone."""
-        best, texts = self.out / "checkpoint-best", self.texts(step)
-        modeling.save(self.model, self.tokenizer, best, texts=texts)
+        best = self.out / "checkpoint-best"
+        modeling.save(self.model, self.tokenizer, best, texts=self.texts(step))
 
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
-        prompts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
-        if self.rank > 0:
-            return prompts
-        card = serving.model_card(
-            settings(self.config, self.method)
-            | {"model_name_or_path": self.command.model_name_or_path}
-            | {"allow_thinking": data.thinks(self.tokenizer)},
-            self.examples,
-            show.milestones(self.out),
-            method=type(self.method).__doc__.partition("\n")[0],
-            step=step,
-            command=["python", *sys.argv],
-            commit=serving.this_commit(),
-        )
-        return prompts | {"README.md": card}
+        texts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
+        return texts if self.rank else texts | {"README.md": serving.card_of(self, step)}
 
     # records
 

@@ -27,7 +27,6 @@ Departures from the paper:
 
 As printed, and unlike KTO, there is no reference model. N_exp and N_roll count all tokens,
 including those that are not preserved or whose advantage is not negative. A = 0 is not rejected.
-The entropy bonus is left to the caller, outside the mix of Eq. 23, which does not show it.
 
 Denominators (num_tokens, num_expert_tokens) default to the local count. With micro-batches or
 several ranks pass that of the whole optimiser step: then losses, gradients and stats of the parts

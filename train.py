@@ -32,6 +32,7 @@ import math
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,6 @@ from metrics import (
 )
 from run import (
     Run,
-    add,
     all_gather,
     all_sum,
     forward,
@@ -97,9 +97,7 @@ class Config:
     train_batch_size: Count = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
     temperature: Positive = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
-    lr_scheduler_type: Literal["constant", "cosine"] = knob(
-        "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
-    )
+    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "cosine: to 0; Table 7")
     warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
@@ -168,7 +166,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 
             # 5 loss: forward and backward, all denominators counted over the whole step
             run.engine.sleep()
-            totals, stats, norms = count_tokens(config, run, groups), {}, {}
+            totals, stats, norms = count_tokens(config, run, groups), Counter(), {}
             if config.term_norm_steps and step % config.term_norm_steps == 0:
                 with clock("term_norms"):
                     norms = term_norms(config, method, run.model, groups, totals)
@@ -178,7 +176,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     rows = rows_of(micro, mask)
                     loss, parts = method.loss(rows, logps, entropy, totals, step)
                     loss.backward()
-                    add(stats, parts)
+                    stats.update(parts)
                     keep_logps(micro, logps)
                 stats = all_sum(stats) | sampling_difference(groups)
             if config.log_rollouts:
@@ -302,20 +300,20 @@ def sample_groups(
 
 def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Group]:
     """Sample K responses for each (place, example); request seeds depend on (seed, place) only."""
-    groups = []
-    for place, example in batch:
-        expert = run.demonstration(example)
-        group = Group(
-            example,
+    experts = [run.demonstration(example, place) for place, example in batch]
+    groups = [
+        Group(
+            expert.example,
             expert.prompt,
             expert.target,
             max_length=config.max_completion_length,
             with_expert=method.learns_from_expert,
-            seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
-            place=place,
+            seed=random.Random(f"{config.seed}/{expert.place}").getrandbits(62),
+            place=expert.place,
             num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
-        groups.append(group)
+        for expert in experts
+    ]
     samples = run.engine.generate(
         [group.prompt for group in groups],
         n=method.num_generations,
@@ -365,13 +363,13 @@ def keep_logps(micro: list[Group], logps: Tensor) -> None:
 
 def imitate(config: Config, run: Run, batch: list, totals: dict[str, int]) -> dict[str, float]:
     """Loss of a batch of demonstrations (Eq. 1) and its stats; backward unless under no_grad."""
-    stats = {}
+    stats = Counter()
     for micro in micro_batches(config, batch):
         logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
         loss, parts = Sft().loss(Rows(mask), logps, entropy, totals, step=0)
         if torch.is_grad_enabled():
             loss.backward()
-        add(stats, parts)
+        stats.update(parts)
     return all_sum(stats)
 
 

@@ -34,7 +34,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -53,7 +53,7 @@ import records
 import start
 import train
 from methods import Sft
-from run import Run, add, sync
+from run import Run, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
 ARMS = {  # name -> --algo and the model that it begins with
@@ -385,12 +385,12 @@ def read_rollouts(folder: Path) -> dict:
 
     The columns are the metrics of metrics.shares, of runs too that did not log them yet.
     """
-    sums = defaultdict(dict)
+    sums = defaultdict(Counter)
     alignment = read(folder / "metrics.jsonl")[0].get("alignment", "positional")
     for row in data.read_jsonl(folder / "rollouts.jsonl", growing=True):
         first, right = row["advantages"][:1], row["outcome"]["total"] == 4
         one = [row["token_ids"]], [row["text"]], [right], first, alignment
-        add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
+        sums[row["step"]].update(metrics.tally(row["kind"], row["target_ids"], *one))
     steps = sorted(sums)
     found = [metrics.shares(sums[step]) for step in steps]
     names = sorted({name for row in found for name in row})

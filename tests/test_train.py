@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -1544,7 +1545,7 @@ def test_part_deals_everything_once_by_size(world):
 
 
 def test_stats_add_up():
-    stats = {}
+    stats = Counter()
     for parts in ({"a": torch.tensor(1.5), "b": 0.25}, {"a": 2, "b": torch.tensor(0.125)}):
-        run_module.add(stats, parts)
+        stats.update(parts)
     assert stats == {"a": 3.5, "b": 0.375} == run_module.all_sum(stats)
