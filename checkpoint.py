@@ -13,7 +13,10 @@ import ctypes
 import fcntl
 import gc
 import shutil
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -75,6 +78,17 @@ def resume(out: Path, where: str, model, optimizer) -> int:
         print(f"resuming after step {first}: checkpoints of later steps {later} are deleted")
         remove(out, later)
     return first
+
+
+@contextmanager
+def on_signals(note: Callable) -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C only call note(number, frame): a loop stops where it can save."""
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def state_of(folder: Path) -> Path:

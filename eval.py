@@ -327,7 +327,7 @@ def _python_error(parsed, response, target):
     if rewards.parse(target).kind == "answer":
         if parsed.kind != "answer":
             return "Tools Count"
-        return "Other" if rewards.form(response).empty_answer else None
+        return "Other" if "empty answer" in rewards.forms(response) else None
     return rewards.error_type(response, target)
 
 

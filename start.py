@@ -1,9 +1,11 @@
 """Before and after the loops: process group, command line, data, checks, and how a run ends.
 
     init_distributed   torchrun's process group, or one of a single rank
+    knob               a flag: a field with a default, an explanation and bounds
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
+    Setup              what a rank reads and loads before its loop
     load_examples      training examples and the evaluation subset
     leave              how a rank that cannot continue ends, and the exit codes
 
@@ -11,6 +13,8 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
 import ctypes
+import hashlib
+import operator
 import os
 import random
 import shutil
@@ -20,23 +24,26 @@ import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, asdict, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import checkpoint
 import data
 import model as modeling
-from tools import plan
+import rollout
+import scoring
+from tools import plan, serving
 
 PROGRAM = {
     "prog": "train.py",
@@ -49,6 +56,7 @@ EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
+TRIED = 64  # expert responses that a reward of one's own is tried on
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
@@ -78,6 +86,39 @@ def init_distributed() -> None:
 
 
 # -------------------------------------------------------------------------------- the command line
+
+
+def knob(default: Any, text: str) -> Any:
+    """A field that is a flag: its default, and what it is, its unit and its source."""
+    about = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def unread(default: Any) -> Any:
+    """An inherited knob that a row does not read: no flag."""
+    return field(default=default, init=False)
+
+
+OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+NotNegative = Annotated[float, ">= 0"]
+Positive = Annotated[float, "> 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
+HeldOut = Annotated[float, ">= 0", "< 1"]
+Steps = Annotated[int, ">= 0"]
+Count = Annotated[int, ">= 1"]
+Several = Annotated[int, ">= 2"]
+
+
+def check_bounds(knobs: Any) -> None:
+    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
+    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
+        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
+        for sign, limit in map(str.split, bounds):
+            if not OPERATORS[sign](value, float(limit)):
+                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
 
 
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
@@ -234,6 +275,106 @@ def announce(config, method, world: int) -> str:
 
 
 # ------------------------------------------------------------------------------ data and bad input
+
+
+class Setup:
+    """What a rank reads and, with `load`, loads before its loop; a user's mistakes are found first.
+
+    config     the settings, as this model can be trained with
+    longest    tokens of the longest sequence
+    gpu_share  of vLLM
+    prompts    templates of the user's own
+    digests    flag -> what was read: a resumption must find it again
+    """
+
+    def __init__(self, config, method):
+        self.method, self.out = method, Path(config.output_dir)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if changed := checkpoint.refuse_earlier_run(settings(config, method)):
+            self.say(f"resuming with other settings: {', '.join(changed)}")
+        self.reward, name = scoring.Reward(config.reward_file), config.model_name_or_path
+        self.tokenizer = modeling.load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        self.stop_ids = rollout.stop_ids(self.tokenizer, name)
+        data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {name}")
+        data.check_thinking(self.tokenizer)
+        self.tag_length = data.tag_length(self.tokenizer)
+        self.longest = longest(config, method, self.tokenizer)
+        self.config, changed = suited(config, self.longest)
+        self.say(changed)
+        self.gpu_share, arithmetic = check_room(self.config, method, self.out)
+        self.say(arithmetic)
+        self.prompts = data.read_prompts(name, config.system_prompt, config.user_prompt)
+        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
+            self.say(f"{' and '.join(saved)} prompt: as saved with {name}")
+        self.examples, self.eval_examples, self.digests = load_examples(
+            config, self.tokenizer, self.prompts, quiet=self.rank > 0
+        )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
+        for part, text in self.prompts.items():
+            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.reward.file:
+            self.digests["reward_file"] = self.reward.digest
+        checkpoint.refuse_changed(self.out, self.digests)
+        method.check_examples(self.examples, config)
+        if self.reward.file:
+            self.say(self.reward.try_on(self.examples[:TRIED]))
+        # saved with every checkpoint
+        serving.add_tool_template(
+            self.tokenizer,
+            serving.system_prompt_of(self.examples),
+            self.prompts.get("user", data.USER_PROMPT),
+        )
+
+    def load(self, engine: rollout.Engine | None = None) -> None:
+        """Load model, optimiser and engine: what takes time and memory.
+
+        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
+                cannot be freed while the process lives (vllm-project/vllm#36651)
+        """
+        config = self.config
+        self.engine = engine or rollout.make_engine(
+            config.engine,
+            config.model_name_or_path,
+            max_model_len=self.longest,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=self.gpu_share,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
+            logprobs_mode=self.method.logprobs_mode,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
+        self.engine.sleep()
+        self.model, _ = modeling.load(
+            config.model_name_or_path,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            quant=config.quant,
+            gradient_checkpointing=config.gradient_checkpointing,
+            torch_compile=config.torch_compile,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
+        )
+        self.optimizer = modeling.optimizer(
+            self.model,
+            config.learning_rate,
+            (0.9, config.adam_beta2),
+            config.weight_decay,
+            offload=config.offload_moments,
+        )
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, if there is anything to say."""
+        if text and self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tuple:
