@@ -456,11 +456,10 @@ def fit(
     options = PROMPT | {"enable_thinking": thinks(tokenizer)}
     for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
         batch = examples[start : start + 256]
-        chats = [messages(example) for example in batch]
+        chats, targets = [messages(e) for e in batch], [e.target for e in batch]
         prompts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
-        prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
-        targets_fit = _fit([e.target for e in batch], room, tokenizer)
-        for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
+        fits = zip(_fit(prompts, max_prompt_length, tokenizer), _fit(targets, room, tokenizer))
+        for example, (prompt_fits, target_fits) in zip(batch, fits, strict=True):
             if prompt_fits and target_fits:
                 kept.append(example)
             elif prompt_fits:
@@ -688,10 +687,10 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
     A model trained on the rest of such a file would never call.
     """
     if name in ("toy", "bfcl_half"):
-        part = str(path or "train")
-        examples, drops = _bfcl_half(part, seed) if name == "bfcl_half" else (_toy(part, seed), {})
-        rows = len(examples) + sum(drops.values())
-        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows)
+        made = (_toy if name == "toy" else _bfcl_half)(str(path or "train"), seed)
+        examples, rows = [example for example in made if example.target], len(made)
+        drops = +Counter({"row: BFCL accepts no answer": rows - len(examples)})
+        return Loaded(examples, drops, Counter({name: rows}), rows, rows)
     if name not in [*NAMES, None]:
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
     path, wanted, expected = _find(name, path)
@@ -904,13 +903,10 @@ def _toy(split_name: str, seed: int) -> list[Example]:
     return [Example(**row) for row in toy.generate(split_name, size, seed=seed)]
 
 
-def _bfcl_half(part: str, seed: int) -> tuple[list[Example], dict[str, int]]:
+def _bfcl_half(part: str, seed: int) -> list[Example]:
     if part not in ("train", "test"):
         raise ValueError(f"bfcl_half has no part {part!r}: train or test")
-    examples = bfcl_halves(seed)[part == "test"]
-    kept = [example for example in examples if example.target]
-    lost = len(examples) - len(kept)
-    return kept, {"row: BFCL accepts no answer": lost} if lost else {}
+    return bfcl_halves(seed)[part == "test"]
 
 
 def _own(row, place: str) -> Example:
