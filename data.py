@@ -616,25 +616,21 @@ def select_complex(
 def statistics(loaded: Loaded, tokenizer=None) -> str:
     """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
     examples = loaded.examples
-    kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
+    kinds, stages, prompts, targets = Counter(), Counter(), [], []
     for example in examples:
         tools, chars, calls = sizes(example)
         kinds[("answer", "single call", "parallel calls")[min(calls, 2)]] += 1
         stages[difficulty(tools, chars, calls)] += 1
-        if tokenizer:
-            prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
-        else:
-            prompt, target = "".join(m["content"] for m in messages(example)), example.target
-        lengths["prompt"].append(len(prompt))
-        lengths["target"].append(len(target))
+        prompts.append(len(render(example, tokenizer)) if tokenizer else characters(example))
+        targets.append(len(target_ids(example, tokenizer) if tokenizer else example.target))
     per_row = f"processed {len(examples)}  per row {len(examples) / loaded.sampled:.2f}"
     lines = [f"original {loaded.original}  sampled {loaded.sampled}  {per_row}"]
     lines += [f"left out {count:6d}  {reason}" for reason, count in loaded.drops.most_common()]
     for title, counts in (("shares", kinds), ("difficulty", stages)):
         shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
         lines.append(f"{title:10s} {'  '.join(shares)}")
-    for title, numbers in lengths.items():
-        ranked = sorted(numbers)
+    for title, lengths in (("prompt", prompts), ("target", targets)):
+        ranked = sorted(lengths)
         p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
         unit = "tokens" if tokenizer else "characters"
         lines.append(
