@@ -907,13 +907,12 @@ def _bfcl_half(part: str, seed: int) -> list[Example]:
 
 def _own(row, place: str) -> Example:
     """Return the Example that `write_jsonl` wrote; ValueError with its place if it is none."""
-    if isinstance(row, dict) and not row.get("target"):
-        remedy = "every method needs it, as demonstration or as ground truth of the reward"
-        raise ValueError(f"{place} has no target, the expert response; {remedy}")
     remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
         if type(row) is not dict:
             raise ValueError(f"{str(row)[:80]!r} is not an object")
+        if not row.get("target"):
+            raise ValueError("it has no target, the expert response, which every method needs")
         needed = {field.name: field.default is MISSING for field in fields(Example)}
         if missing := [name for name in needed if needed[name] and name not in row]:
             raise ValueError(f"it lacks {', '.join(missing)}")
