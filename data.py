@@ -994,22 +994,20 @@ def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Pat
         if passed:
             print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
     else:
-        found = [(path, _read(path))]
-        if type(found[0][1]) is not list:
-            form = f"a JSON {type(found[0][1]).__name__}, not a list of rows"
+        rows = _read(path)
+        if type(rows) is not list:
+            form = f"a JSON {type(rows).__name__}, not a list of rows"
             raise ValueError(f"{path} is {form}; name it .jsonl if it is one row")
+        found = [(path, rows)]
     if not any(rows for _, rows in found):
-        raise ValueError(
-            f"{path} holds no rows; give a file or folder that does ({', '.join(DATA_FILES)})"
-        )
+        remedy = f"give a file or folder that does ({', '.join(DATA_FILES)})"
+        raise ValueError(f"{path} holds no rows; {remedy}")
     return found
 
 
 def _read(file: Path):
     """Return the JSON value of a file, the rows of one in lines; ValueError names file and remedy."""
     name = file.name.lower()
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
     if not name.endswith(DATA_FILES):
         raise ValueError(f"{file} is none of {', '.join(DATA_FILES)}; convert it first")
     try:
@@ -1050,10 +1048,8 @@ def _read_parquet(file: Path) -> list[dict]:
         batches = parquet.ParquetFile(file).iter_batches()
         rows = [row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict")]
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} is not Parquet that can be read ({reason}); is it whole?"
-        ) from None
+        why = f"is not Parquet that can be read ({str(error).partition(chr(10))[0]})"
+        raise ValueError(f"{file} {why}; is it whole?") from None
     return [{key: unpadded(value) for key, value in row.items()} for row in rows]
 
 
