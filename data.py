@@ -456,11 +456,10 @@ def fit(
     options = PROMPT | {"enable_thinking": thinks(tokenizer)}
     for start in range(0, len(examples), 256):  # batches tokenize in parallel; only lengths stay
         batch = examples[start : start + 256]
-        chats = [messages(example) for example in batch]
+        chats, targets = [messages(e) for e in batch], [e.target for e in batch]
         prompts = tokenizer.apply_chat_template(chats, tokenize=False, **options)
-        prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
-        targets_fit = _fit([e.target for e in batch], room, tokenizer)
-        for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
+        fits = zip(_fit(prompts, max_prompt_length, tokenizer), _fit(targets, room, tokenizer))
+        for example, (prompt_fits, target_fits) in zip(batch, fits, strict=True):
             if prompt_fits and target_fits:
                 kept.append(example)
             elif prompt_fits:
@@ -617,25 +616,21 @@ def select_complex(
 def statistics(loaded: Loaded, tokenizer=None) -> str:
     """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
     examples = loaded.examples
-    kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
+    kinds, stages, prompts, targets = Counter(), Counter(), [], []
     for example in examples:
         tools, chars, calls = sizes(example)
         kinds[("answer", "single call", "parallel calls")[min(calls, 2)]] += 1
         stages[difficulty(tools, chars, calls)] += 1
-        if tokenizer:
-            prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
-        else:
-            prompt, target = "".join(m["content"] for m in messages(example)), example.target
-        lengths["prompt"].append(len(prompt))
-        lengths["target"].append(len(target))
+        prompts.append(len(render(example, tokenizer)) if tokenizer else characters(example))
+        targets.append(len(target_ids(example, tokenizer) if tokenizer else example.target))
     per_row = f"processed {len(examples)}  per row {len(examples) / loaded.sampled:.2f}"
     lines = [f"original {loaded.original}  sampled {loaded.sampled}  {per_row}"]
     lines += [f"left out {count:6d}  {reason}" for reason, count in loaded.drops.most_common()]
     for title, counts in (("shares", kinds), ("difficulty", stages)):
         shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
         lines.append(f"{title:10s} {'  '.join(shares)}")
-    for title, numbers in lengths.items():
-        ranked = sorted(numbers)
+    for title, lengths in (("prompt", prompts), ("target", targets)):
+        ranked = sorted(lengths)
         p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
         unit = "tokens" if tokenizer else "characters"
         lines.append(
@@ -688,10 +683,10 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
     A model trained on the rest of such a file would never call.
     """
     if name in ("toy", "bfcl_half"):
-        part = str(path or "train")
-        examples, drops = _bfcl_half(part, seed) if name == "bfcl_half" else (_toy(part, seed), {})
-        rows = len(examples) + sum(drops.values())
-        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows)
+        made = (_toy if name == "toy" else _bfcl_half)(str(path or "train"), seed)
+        examples, rows = [example for example in made if example.target], len(made)
+        drops = +Counter({"row: BFCL accepts no answer": rows - len(examples)})
+        return Loaded(examples, drops, Counter({name: rows}), rows, rows)
     if name not in [*NAMES, None]:
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
     path, wanted, expected = _find(name, path)
@@ -904,24 +899,20 @@ def _toy(split_name: str, seed: int) -> list[Example]:
     return [Example(**row) for row in toy.generate(split_name, size, seed=seed)]
 
 
-def _bfcl_half(part: str, seed: int) -> tuple[list[Example], dict[str, int]]:
+def _bfcl_half(part: str, seed: int) -> list[Example]:
     if part not in ("train", "test"):
         raise ValueError(f"bfcl_half has no part {part!r}: train or test")
-    examples = bfcl_halves(seed)[part == "test"]
-    kept = [example for example in examples if example.target]
-    lost = len(examples) - len(kept)
-    return kept, {"row: BFCL accepts no answer": lost} if lost else {}
+    return bfcl_halves(seed)[part == "test"]
 
 
 def _own(row, place: str) -> Example:
     """Return the Example that `write_jsonl` wrote; ValueError with its place if it is none."""
-    if isinstance(row, dict) and not row.get("target"):
-        remedy = "every method needs it, as demonstration or as ground truth of the reward"
-        raise ValueError(f"{place} has no target, the expert response; {remedy}")
     remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
         if type(row) is not dict:
             raise ValueError(f"{str(row)[:80]!r} is not an object")
+        if not row.get("target"):
+            raise ValueError("it has no target, the expert response, which every method needs")
         needed = {field.name: field.default is MISSING for field in fields(Example)}
         if missing := [name for name in needed if needed[name] and name not in row]:
             raise ValueError(f"it lacks {', '.join(missing)}")
@@ -1003,22 +994,20 @@ def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Pat
         if passed:
             print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
     else:
-        found = [(path, _read(path))]
-        if type(found[0][1]) is not list:
-            form = f"a JSON {type(found[0][1]).__name__}, not a list of rows"
+        rows = _read(path)
+        if type(rows) is not list:
+            form = f"a JSON {type(rows).__name__}, not a list of rows"
             raise ValueError(f"{path} is {form}; name it .jsonl if it is one row")
+        found = [(path, rows)]
     if not any(rows for _, rows in found):
-        raise ValueError(
-            f"{path} holds no rows; give a file or folder that does ({', '.join(DATA_FILES)})"
-        )
+        remedy = f"give a file or folder that does ({', '.join(DATA_FILES)})"
+        raise ValueError(f"{path} holds no rows; {remedy}")
     return found
 
 
 def _read(file: Path):
     """Return the JSON value of a file, the rows of one in lines; ValueError names file and remedy."""
     name = file.name.lower()
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist")
     if not name.endswith(DATA_FILES):
         raise ValueError(f"{file} is none of {', '.join(DATA_FILES)}; convert it first")
     try:
@@ -1059,10 +1048,8 @@ def _read_parquet(file: Path) -> list[dict]:
         batches = parquet.ParquetFile(file).iter_batches()
         rows = [row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict")]
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{file} is not Parquet that can be read ({reason}); is it whole?"
-        ) from None
+        why = f"is not Parquet that can be read ({str(error).partition(chr(10))[0]})"
+        raise ValueError(f"{file} {why}; is it whole?") from None
     return [{key: unpadded(value) for key, value in row.items()} for row in rows]
 
 

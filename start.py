@@ -24,7 +24,7 @@ import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -228,16 +228,16 @@ def table(rows: dict[str, type], shared: type) -> str:
     width, lines = max(map(len, rows)), []
     for name, row in {**rows, "(rollouts)": shared}.items():
         lines.append(f"{name:{width}}  {row.__doc__.partition(chr(10))[0]}")
+        knobs = row()
         changed = {  # None: the row computes it
-            knob: (getattr(row(), knob) if value is None else value, source)
+            knob: (getattr(knobs, knob) if value is None else value, source)
             for knob, (value, source) in row.defaults.items()
         }
         bases = (base for base in row.__bases__ if base not in (*rows.values(), shared))
         own = {name for part in (row, *bases) for name in part.__dict__.get("__annotations__", {})}
         for f in fields(row):
             if f.init and f.name in own:
-                default = f.default_factory() if f.default is MISSING else f.default
-                changed[f.name] = default, f.metadata["help"].replace("%%", "%")
+                changed[f.name] = getattr(knobs, f.name), f.metadata["help"].replace("%%", "%")
         for knob, (value, about) in changed.items():
             text = " ".join(map(str, value)) if isinstance(value, list) else value
             lines.append(f"{'':{width}}    --{knob} {text}".ljust(width + 36) + f"  {about}")

@@ -199,10 +199,9 @@ def guess(row) -> str:
             return "toolace"
         if row.get("system") and "tools" in keys:
             return "apigen-mt"
-        if "'function_call'" in turns or "'observation'" in turns:
-            return "sharegpt"
+        turns_of_their_own = "'function_call'" in turns or "'observation'" in turns
         marked = "schema" in keys or {"id", "tools"} <= keys or "<tools>" in turns
-        return "hermes" if marked else "sharegpt"
+        return "hermes" if marked and not turns_of_their_own else "sharegpt"
     raise ValueError(
         f"unknown layout with keys {sorted(map(str, keys))}; name it, NAME:FILE or --name, "
         f"one of {', '.join([*CONVERTERS, 'jsonl'])}"
