@@ -46,6 +46,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -411,9 +412,9 @@ def save(
     size = 4 * base.num_parameters()
     check_disk(path, size)
     temporary = path.with_name(f".{path.name}.incomplete")
-    own, state = _weights(base).keys(), {}
+    once, state = _weights(base).keys(), {}
     for name, tensor in full_tensors(model):
-        if first and name in own:  # tied weights once
+        if first and name in once:  # tied weights have two names
             state[name] = tensor.float().cpu()
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -425,7 +426,10 @@ def save(
             for name, text in (texts or {}).items():
                 (temporary / name).write_text(text, encoding="utf-8")
         if hasattr(model, "peft_config"):
-            _save_adapter(model, temporary / "adapter")
+            adapters = {n: _full(p).cpu() for n, p in model.named_parameters() if ".lora_" in n}
+            if first:
+                folder = temporary / "adapter"
+                model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
         if first:
             replace_folder(path, temporary)
     if dist.is_initialized():
@@ -607,16 +611,7 @@ def _quantised(quant: str, lora_rank: int, compute_dtype: torch.dtype) -> dict:
     """Arguments of from_pretrained that load the linear layers in NF4; none for "none"."""
     if quant == "none":
         return {}
-    if quant != "4bit":
-        raise ValueError(f"--quant {quant}: choose none or 4bit")
-    if lora_rank == 0:
-        raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
-    try:
-        import bitsandbytes  # noqa: F401  transformers' own message names no remedy
-    except ImportError as error:
-        raise ImportError(f"--quant 4bit: {error}; pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
-
+    assert quant == "4bit" and lora_rank > 0, (quant, lora_rank)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -648,13 +643,6 @@ def _plain(base: PreTrainedModel) -> PreTrainedModel:
         plain = type(base)(config)
     plain.generation_config = base.generation_config
     return plain
-
-
-def _save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json on rank 0; all ranks call."""
-    state = {name: _full(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
-    if _is_first():
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def _transformer(model: nn.Module) -> PreTrainedModel:
