@@ -463,8 +463,8 @@ def describe(options: argparse.Namespace, cases: list[Case]) -> dict:
     system = data.PYTHON_PROMPT if options.format == "python" else data.SYSTEM_PROMPT
     prompts = {"system": system, "user": data.USER_PROMPT} | own_prompts(options)
     prompt = hashlib.sha256("".join(prompts.values()).encode()).hexdigest()[:8]
-    files = [*Path(options.model).glob("*.safetensors"), *Path(options.model).glob("*.bin")]
-    weights = [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(files)]
+    files = sorted(Path(options.model).glob("*.safetensors"))
+    weights = [[f.name, f.stat().st_size, int(f.stat().st_mtime)] for f in files]
     settings = vars(options) | {"prompt": prompt, "weights": weights}
     settings["max_model_len"] = min(options.max_model_len, room)
     if settings["max_model_len"] <= options.max_tokens:

@@ -48,6 +48,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -442,7 +443,10 @@ def save(
             for name, text in (texts or {}).items():
                 (temporary / name).write_text(text, encoding="utf-8")
         if hasattr(model, "peft_config"):
-            _save_adapter(model, temporary / "adapter")
+            adapters = {n: _full(p).cpu() for n, p in model.named_parameters() if ".lora_" in n}
+            if first:
+                folder = temporary / "adapter"
+                model.save_pretrained(folder, state_dict=adapters, save_embedding_layers=False)
         if first:
             replace_folder(path, temporary)
     if dist.is_initialized():
@@ -624,16 +628,7 @@ def _quantised(quant: str, lora_rank: int, compute_dtype: torch.dtype) -> dict:
     """Arguments of from_pretrained that load the linear layers in NF4; none for "none"."""
     if quant == "none":
         return {}
-    if quant != "4bit":
-        raise ValueError(f"--quant {quant}: choose none or 4bit")
-    if lora_rank == 0:
-        raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
-    try:
-        import bitsandbytes  # noqa: F401  transformers' own message names no remedy
-    except ImportError as error:
-        raise ImportError(f"--quant 4bit: {error}; pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig
-
+    assert quant == "4bit" and lora_rank > 0, (quant, lora_rank)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -662,13 +657,6 @@ def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
     return config
-
-
-def _save_adapter(model: nn.Module, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json on rank 0; all ranks call."""
-    state = {name: _full(p).cpu() for name, p in model.named_parameters() if ".lora_" in name}
-    if _is_first():
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def _transformer(model: nn.Module) -> PreTrainedModel:

@@ -229,7 +229,7 @@ def make_engine(
     if kind == "transformers":
         if tensor_parallel_size != 1:
             raise ValueError("the transformers engine has no tensor parallelism: use --engine vllm")
-        return TransformersEngine(model_path, **options, kv_cache_bytes=kv_cache_bytes)
+        return TransformersEngine(model_path, options, kv_cache_bytes)
     if kind != "vllm":
         raise ValueError(f'engine {kind!r} is unknown: choose "vllm" or "transformers"')
     parallel = dist.is_initialized() and "LOCAL_RANK" in os.environ
@@ -263,17 +263,17 @@ def make_engine(
 
 
 class Engine:
-    """What both engines share: checks, seeds, and the shape of the results."""
+    """What both engines share: checks, seeds, and the shape of the results.
 
-    def __init__(
-        self, model_path: str, max_model_len: int, seed: int, trust_remote_code: bool = False
-    ) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            model_path, trust_remote_code=trust_remote_code
-        )
+    options  max_model_len, seed, trust_remote_code and what the engine itself reads (`make_engine`)
+    """
+
+    def __init__(self, model_path: str, options: dict) -> None:
+        self._trust = {"trust_remote_code": options["trust_remote_code"]}
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, **self._trust)
         self.stop_ids = stop_ids(self.tokenizer, model_path)
-        self.max_model_len = max_model_len
-        self._seeds = random.Random(seed)
+        self.max_model_len = options["max_model_len"]
+        self._seeds = random.Random(options["seed"])
         self._letters = {}  # letters -> letter -> token ids
 
     def generate(
@@ -384,8 +384,7 @@ class VLLMEngine(Engine):
     """vLLM in this process."""
 
     def __init__(self, model_path: str, options: dict) -> None:
-        trust_remote_code = options["trust_remote_code"]
-        super().__init__(model_path, options["max_model_len"], options["seed"], trust_remote_code)
+        super().__init__(model_path, options)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -397,11 +396,9 @@ class VLLMEngine(Engine):
             has_head = all(self.llm.apply_model(_has_head))
         self._unread = set() if has_head else {"lm_head.weight"}  # Gemma 2: the embedding alone
         self._ranks = options["tensor_parallel_size"]
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, **self._trust)
         with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            self._skeleton = AutoModelForCausalLM.from_config(config, **self._trust)
         self._names = _aliases(self._skeleton)
         self._can_sleep = "enable_sleep_mode" in options
         self._asleep = set()
@@ -508,40 +505,26 @@ class TransformersEngine(Engine):
     and values of all tokens, or attend in another way than `_attend`.
     """
 
-    def __init__(
-        self,
-        model_path: str,
-        *,
-        max_model_len: int,
-        max_num_seqs: int,
-        dtype: str,
-        logprobs_mode: str,
-        seed: int,
-        enforce_eager: bool,
-        trust_remote_code: bool,
-        kv_cache_bytes: int,
-    ) -> None:
-        super().__init__(model_path, max_model_len, seed, trust_remote_code)
+    def __init__(self, model_path: str, options: dict, kv_cache_bytes: int) -> None:
+        super().__init__(model_path, options)
+        dtype = options["dtype"]
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         self._dtype = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
         model = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            dtype=self._dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            model_path, dtype=self._dtype, use_safetensors=True, **self._trust
         )
         self.model = model.to(self.device).eval()
         self._names = _aliases(self.model)
-        self.max_num_seqs = max_num_seqs
-        self.raw = logprobs_mode == "raw_logprobs"
+        self.max_num_seqs = options["max_num_seqs"]
+        self.raw = options["logprobs_mode"] == "raw_logprobs"
         AttentionInterface.register(ATTENTION, _attend)
         self.model.set_attn_implementation(ATTENTION)
         self._heads = self._heads_of_layers()
         heads = sum(h * d for layer in self._heads for h, d in layer)
         self._max_cells = kv_cache_bytes // (heads * self._dtype.itemsize)  # tokens in the KV cache
         self._cells, self._storage = 0, []
-        self._graphs = on_gpu and not enforce_eager
+        self._graphs = on_gpu and not options["enforce_eager"]
         self._rows = {}  # (rows, columns) -> _Rows with its graphs
         if on_gpu:
             torch.backends.cuda.enable_cudnn_sdp(False)  # replans for each shape (pytorch #190388)
