@@ -172,21 +172,14 @@ def _sides(
 
 
 def _sums(mask: Tensor, logps: Tensor, what: str) -> Tensor:
-    """S(y) of each row, in float32 or wider; the mask comes first, so nan in padding stays out."""
+    """S(y) of each row, in float32 or wider."""
+    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
+    assert mask.shape == logps.shape, f"{tuple(logps.shape)} for {tuple(mask.shape)}"
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{what} needs a token, rows {empty} have none (M is 0/0); drop them")
-    return _masked(mask, logps).sum(1)
-
-
-def _masked(mask: Tensor, x: Tensor) -> Tensor:
-    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
-
-    `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
-    """
-    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
-    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
-    return torch.where(mask, _float(x), 0.0)
+    # `where` before any arithmetic: 0 * nan is nan, and so is its gradient
+    return torch.where(mask, _float(logps), 0.0).sum(1)
 
 
 def _refs(chosen_ref: Tensor, rejected_ref: Tensor, sums: Tensor) -> Tensor:
