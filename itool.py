@@ -53,7 +53,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -505,37 +505,23 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
 # -------------------------------------------------------------------------------------- the search
 
 
+@dataclass(eq=False)
 class Searcher:
-    """`mcts.search` with an engine that holds the policy.
+    """`mcts.search` with an engine that holds the policy; `stats` counts since the last search."""
 
-    engine           with logprobs_mode="raw_logprobs": Eq. 5 wants p(a|s) at temperature 1
-    temperature      of the samples, 1.5 in Table 7;  top_p in (0, 1]
-    max_tokens       of a whole response
-    self_evaluation  "paper": Table 10's order; "cache": its fixed text first, so that the engine's
-                     prefix cache holds it; "none": C = 0
-    seed             anything printable; a request's seed is a hash of it, the example and the
-                     node's path
-    reward           a user's: then a right response is one that earns its maximum
-    stats            counts since the last `search`
-    """
+    engine: Engine  # with logprobs_mode="raw_logprobs": Eq. 5 wants p(a|s) at temperature 1
+    tokenizer: Any
+    temperature: float = 1.5  # of the samples; Table 7
+    top_p: float = 1.0
+    max_tokens: int = 512  # of a whole response
+    # "paper": Table 10's order; "cache": its fixed text first, so that the engine's prefix cache
+    # holds it; "none": C = 0
+    self_evaluation: str = "paper"
+    seed: object = 0  # printable: a request's seed is a hash of it, the example and the node's path
+    reward: Reward = field(default_factory=Reward)  # a user's: right is what earns its maximum
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer,
-        *,
-        temperature: float = 1.5,
-        top_p: float = 1.0,
-        max_tokens: int = 512,
-        self_evaluation: str = "paper",
-        seed: object = 0,
-        reward: Reward | None = None,
-    ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
-        self.self_evaluation, self.seed = self_evaluation, seed
-        self.reward = reward or Reward()
-        self.stop_ids = set(engine.stop_ids)
+    def __post_init__(self) -> None:
+        self.stop_ids = set(self.engine.stop_ids)
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
 
