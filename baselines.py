@@ -129,10 +129,8 @@ def srft_loss(
     logps = _masked(response_mask, logps)
     probs = logps.exp()
     ratio = probs / (probs + 0.1) if shaped or variant == "hpt" else probs
-    count, expert_count = (
-        _denominator(num_tokens, response_mask),
-        _denominator(num_expert_tokens, expert),
-    )
+    count = _denominator(num_tokens, response_mask)
+    expert_count = _denominator(num_expert_tokens, expert)
     demo_sft = (-_spread(expert, w_sft) * logps).sum() / expert_count
     demo_rl = (-_spread(expert, advantages) * ratio).sum() / count
     self_rl = (-_spread(rollout, w_self) * logps).sum() / count
@@ -180,10 +178,8 @@ def chord_loss(
     assert expert_logps.shape == expert_mask.shape, f"expert_mask {expert_mask.shape}"
     assert expert_mask.dtype == torch.bool, f"expert_mask must be bool, got {expert_mask.dtype}"
     assert 0 <= mu <= 1, f"mu must lie in [0, 1], got {mu}"
-    count, expert_count = (
-        _denominator(num_tokens, response_mask),
-        _denominator(num_expert_tokens, expert_mask),
-    )
+    count = _denominator(num_tokens, response_mask)
+    expert_count = _denominator(num_expert_tokens, expert_mask)
     log_ratio = _log_ratio(response_mask, logps, old_logps)
     ratio, adv = log_ratio.exp(), _spread(response_mask, advantages)
     free, clipped = ratio * adv, ratio.clamp(1 - CLIP, 1 + CLIP) * adv

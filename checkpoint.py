@@ -13,10 +13,14 @@ import ctypes
 import fcntl
 import gc
 import shutil
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -76,6 +80,17 @@ def resume(out: Path, where: str, model, optimizer) -> int:
     return first
 
 
+@contextmanager
+def on_signals(note: Callable) -> Iterator[None]:
+    """Within, SIGTERM and Ctrl-C only call note(number, frame): a loop stops where it can save."""
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def state_of(folder: Path) -> Path:
     """The folder that holds the optimiser state of a checkpoint."""
     return folder.with_name(folder.name + "-state")
@@ -98,13 +113,10 @@ def remove(out: Path, steps: list[int]) -> None:
 
 def save_state(model, optimizer, path: Path) -> None:
     """Write weights and moments as sharded safetensors; the folder appears when complete."""
-    state = training_state(model, optimizer)
-    sizes = {f"model.{name}": tensor.nbytes for name, tensor in state["model"].items()}
-    for name, moments in state["optimizer"].items():
-        sizes |= {f"optimizer.{name}.{key}": tensor.nbytes for key, tensor in moments.items()}
+    state = _tensors(model, *get_state_dict(model, optimizer, options=TRAINED))
     files, filled = {}, 0
-    for name, size in sizes.items():
-        filled += size
+    for name, tensor in state.items():
+        filled += tensor.nbytes
         files[name] = 1 + filled // STATE_FILE_BYTES
     files = {name: 1 + sorted({*files.values()}).index(file) for name, file in files.items()}
     temporary = path.with_name(f".{path.name}.incomplete")
@@ -113,7 +125,7 @@ def save_state(model, optimizer, path: Path) -> None:
     writer = HuggingFaceStorageWriter(
         str(temporary), fqn_to_index_mapping=files, save_distributed=True
     )
-    with modeling.whole_or_nothing(temporary, sum(sizes.values())):
+    with modeling.whole_or_nothing(temporary, filled):
         dcp.save(state, storage_writer=writer)
     if dist.get_rank() == 0:
         modeling.replace_folder(path, temporary)
@@ -122,17 +134,15 @@ def save_state(model, optimizer, path: Path) -> None:
 
 def load_state(model, optimizer, path: Path) -> None:
     """Read what `save_state` wrote, on any number of ranks; ValueError for another model."""
-    state = training_state(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     try:
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+        reader = HuggingFaceStorageReader(str(path))
+        dcp.load(_tensors(model, weights, moments), storage_reader=reader)  # in place
     except dcp.CheckpointException as error:
         cause = str(error).strip().splitlines()[-1]  # below DCP's nested tracebacks
         raise ValueError(
             f"{path} does not hold the state of this model ({cause}): choose another checkpoint"
         ) from error
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
-    weights |= state["model"]
-    moments["state"] = state["optimizer"]
     set_state_dict(
         model,
         optimizer,
@@ -142,14 +152,13 @@ def load_state(model, optimizer, path: Path) -> None:
     )
 
 
-def training_state(model, optimizer) -> dict:
+def _tensors(model, weights: dict, moments: dict) -> dict[str, Tensor]:
     """Weights and moments by name, each tensor once, still sharded."""
-    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     once = {name for name, _ in model.named_parameters()}  # tied weights have two names
-    return {
-        "model": {name: weights[name] for name in weights if name in once},
-        "optimizer": moments["state"],
-    }
+    found = {f"model.{name}": weights[name] for name in weights if name in once}
+    for name, own in moments["state"].items():
+        found |= {f"optimizer.{name}.{key}": tensor for key, tensor in own.items()}
+    return found
 
 
 # ------------------------------------------------------------------------------- the output folder
@@ -165,15 +174,12 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     steps = saved_steps(out)
     if where not in ("", "latest"):
         folder = Path(where)
-        if not state_of(folder).is_dir():
+        is_step = folder.name.removeprefix("checkpoint-").isdigit()
+        if not (is_step and state_of(folder).is_dir()):
             raise ValueError(
-                f"--resume_from_checkpoint {where}: no optimiser state in {state_of(folder)}; take "
-                f"latest, or {folder.parent}/checkpoint-STEP of one of the steps "
-                f"{saved_steps(folder.parent)}"
-            )
-        if not folder.name.removeprefix("checkpoint-").isdigit():
-            raise ValueError(
-                f"--resume_from_checkpoint {where}: the folder's name must be checkpoint-STEP"
+                f"--resume_from_checkpoint {where} is no checkpoint-STEP with a folder "
+                f"{state_of(folder)} beside it; take latest, or one of the steps "
+                f"{saved_steps(folder.parent)} in {folder.parent}"
             )
     own = where == "latest" or (where and Path(where).resolve().parent == out.resolve())
     if steps and not own:
@@ -205,9 +211,8 @@ def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     """
     steps = saved_steps(out)
     earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")
-    if not steps or earlier is None:  # None: of a run before there were any
+    if not steps or not earlier:
         return
-    earlier.setdefault("model_name_or_path", digests.get("model_name_or_path"))  # of an older run
     changed = [
         f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
         for name in {**earlier, **digests}

@@ -39,7 +39,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -151,18 +151,16 @@ SOURCES = {
 # How a chat template writes a prompt; reasoning models have it close the block that holds thoughts,
 # unless `allow_thinking`.
 PROMPT = {"add_generation_prompt": True, "enable_thinking": False}
-THOUGHTS = "thought_opening"  # in tokenizer_config.json, as rollout.py reads it
+THOUGHTS = "thought_opening"  # in tokenizer_config.json: what `allow_thinking` writes
 PLACEHOLDERS = {
     "system": ("__TOOL_DESCS__",),
     "user": ("__HISTORY__", "__QUERY__", "__STEPS__"),
 }
 PROMPT_FILE = "{}_prompt.txt"  # beside a checkpoint that was trained with a prompt of one's own
 TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
-UNREAD = "turn: call in a markup that is not read"
-HARMLESS = {
-    "turn: exact repetition",
-    "turn: think call",
-}  # no call that should have been read is lost
+# reasons for which a call is left out that was read
+HARMLESS = {"turn: exact repetition", "turn: think call"}
+NAMES = [*CONVERTERS, "jsonl", "toy", "bfcl_half"]
 DATA_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 TAGS = ["<tool_call>", "</tool_call>", "<answer>", "</answer>", "<think>", "</think>", "[Response]"]
 
@@ -191,7 +189,6 @@ class Loaded(NamedTuple):
     layouts: Counter  # rows by layout
     original: int  # rows of the files
     sampled: int  # rows taken from them
-    lost_calls: list[str]  # files of which no row with a call could be read
 
 
 def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> list[Example]:
@@ -206,12 +203,11 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
     ValueError or FileNotFoundError: unknown name, missing, broken or foreign file, nothing left.
     """
     loaded = _load(name, path, seed)
-    _refuse_losses(loaded, name, path)
-    examples, listing = loaded.examples, _listing(loaded.drops)
-    if listing:
-        count = f"{len(examples)} examples"
+    if loaded.drops:
+        count = f"{len(loaded.examples)} examples"
+        listing = _listing(loaded.drops)
         print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
-    return examples
+    return loaded.examples
 
 
 def load_source(source: str, *, seed: int = 0) -> list[Example]:
@@ -222,12 +218,9 @@ def load_source(source: str, *, seed: int = 0) -> list[Example]:
     return load(*_named(source), seed=seed)
 
 
-def read_rows(path: str | Path, expected: str | None = None) -> list:
-    """Return the rows of a data file, or of all data files of a folder and its subfolders.
-
-    expected  name of the one file to take from a folder that holds it
-    """
-    return [row for _, rows in _read_files(path, expected) for row in rows]
+def read_rows(path: str | Path) -> list:
+    """Return the rows of a data file, or of all data files of a folder and its subfolders."""
+    return [row for _, rows in _read_files(path) for row in rows]
 
 
 def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator:
@@ -248,10 +241,8 @@ def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator:
                 if line.strip():
                     yield json.loads(line, object_pairs_hook=json_object)
             except (ValueError, RecursionError) as error:
-                remedy = "each line must be one whole JSON value"
-                raise ValueError(
-                    f"line {number} of {path} is not JSON ({error}); {remedy}"
-                ) from None
+                why = f"is not JSON ({error}); each line must be one whole JSON value"
+                raise ValueError(f"line {number} of {path} {why}") from None
 
 
 def convert(name: str | None, rows: list, *, seed: int = 0) -> tuple[list[Example], Counter]:
@@ -259,8 +250,8 @@ def convert(name: str | None, rows: list, *, seed: int = 0) -> tuple[list[Exampl
 
     name  a key of CONVERTERS; "jsonl", where a bad row is a ValueError and not a drop; None: guessed
     """
-    examples, drops, *_ = _convert(name, enumerate(rows), seed, set())
-    return examples, drops
+    examples, drops, *_ = _convert(name, ((n, "rows", n + 1, r) for n, r in enumerate(rows)), seed)
+    return examples, drops["rows"]
 
 
 def write_jsonl(examples: list[Example], path: str | Path) -> None:
@@ -268,7 +259,7 @@ def write_jsonl(examples: list[Example], path: str | Path) -> None:
     usual = {field.name: field.default for field in fields(Example)}
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
-            row = {name: x for name, x in asdict(example).items() if x != usual[name]}
+            row = {name: x for name, x in vars(example).items() if x != usual[name]}
             file.write(_dumps(row) + "\n")
 
 
@@ -297,9 +288,9 @@ def policy_place(template: str = SYSTEM_PROMPT) -> str:
     """
     if "__POLICY__" in template:
         return template
-    start = template.rfind("\n\n", 0, template.find("__TOOL_DESCS__"))
-    start = 0 if start < 0 else start + 2
-    return f"{template[:start]}__POLICY__{template[start:]}"
+    head, tools, rest = template.partition("__TOOL_DESCS__")
+    before, gap, lines = head.rpartition("\n\n")
+    return f"{before}{gap}__POLICY__{lines}{tools}{rest}"
 
 
 def read_prompts(
@@ -311,8 +302,7 @@ def read_prompts(
     """
     found = {}
     for part, file in (("system", system_file), ("user", user_file)):
-        saved = Path(model) / PROMPT_FILE.format(part)
-        path = Path(file or saved)
+        path = Path(file or Path(model) / PROMPT_FILE.format(part))
         if file and not path.is_file():
             raise ValueError(f"--{part}_prompt {file}: no such file")
         if path.is_file():
@@ -320,12 +310,10 @@ def read_prompts(
             needed = PLACEHOLDERS[part]
             if missing := [name for name in needed if name not in text]:
                 raise ValueError(f"{path} lacks {', '.join(missing)}; it needs {', '.join(needed)}")
-            known = [*needed, *(["__POLICY__"] if part == "system" else [])]
+            known = (*needed, "__POLICY__") if part == "system" else needed
             if unknown := {*re.findall(r"__[A-Z_]+?__", text)} - {*known}:
-                raise ValueError(
-                    f"{path}: nothing fills {', '.join(sorted(unknown))}; it may hold "
-                    f"{', '.join(known)}"
-                )
+                names = ", ".join(sorted(unknown))
+                raise ValueError(f"{path}: nothing fills {names}; it may hold {', '.join(known)}")
     return found
 
 
@@ -367,8 +355,9 @@ def turn_end(tokenizer) -> list[int]:
     special = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
     ids = tokenizer(between, add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
+    ends = {eos} if eos in ids else special
     for place, token in enumerate(ids):
-        if token == eos or (token in special and eos not in ids):
+        if token in ends:
             return ids[: place + 1]
     if eos is None:
         raise ValueError(
@@ -436,8 +425,7 @@ def check_thinking(tokenizer) -> None:
 
 def template_digest(tokenizer) -> str:
     """Return a hash of a fixed prompt's token ids: of what chat template and tokenizer do to a prompt."""
-    ids = render(Example("", [], [], "Hi.", [], "", "answer"), tokenizer)
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    return _hash(render(Example("", [], [], "Hi.", [], "", "answer"), tokenizer))[:16]
 
 
 def tag_length(tokenizer) -> int:
@@ -463,7 +451,6 @@ def fit(
 
     Only texts that might be too long are tokenized, so that training starts soon.
     """
-    _check_template(tokenizer)
     kept, drops = [], Counter()
     room = max_completion_length - len(no_thoughts(tokenizer)) - len(turn_end(tokenizer))
     options = PROMPT | {"enable_thinking": thinks(tokenizer)}
@@ -474,12 +461,12 @@ def fit(
         prompts_fit = _fit(prompts, max_prompt_length, tokenizer)
         targets_fit = _fit([e.target for e in batch], room, tokenizer)
         for example, prompt_fits, target_fits in zip(batch, prompts_fit, targets_fit, strict=True):
-            if not prompt_fits:
-                drops[f"turn: prompt longer than {max_prompt_length} tokens"] += 1
-            elif not target_fits:
+            if prompt_fits and target_fits:
+                kept.append(example)
+            elif prompt_fits:
                 drops[f"turn: target longer than {max_completion_length} tokens"] += 1
             else:
-                kept.append(example)
+                drops[f"turn: prompt longer than {max_prompt_length} tokens"] += 1
     return kept, drops
 
 
@@ -501,9 +488,8 @@ def subset(examples: list[Example], fraction: float, seed: int = 0) -> list[Exam
             break
         taken += rows[row]
     if not taken:
-        raise ValueError(
-            f"a share of {fraction} of {len(examples)} examples holds no conversation; raise it"
-        )
+        size = f"{len(examples)} examples"
+        raise ValueError(f"a share of {fraction} of {size} holds no conversation; raise it")
     return [examples[index] for index in sorted(taken)]
 
 
@@ -538,9 +524,7 @@ def split(
             first.update(group)
     if not 0 < len(first) < len(examples):
         sizes = f"{len(examples)} examples in {len(groups)} groups"
-        remedy = (
-            "add data, raise the share (--eval_fraction), or give a file of its own (--eval_file)"
-        )
+        remedy = "add data, raise --eval_fraction, or give a file of its own (--eval_file)"
         raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; {remedy}")
     if len(first) < 0.9 * room:
         print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
@@ -560,16 +544,15 @@ def bfcl_halves(seed: int = 0) -> tuple[list[Example], list[Example]]:
     from tasks import bfcl
 
     examples = []
-    for entry in [entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)]:
+    for entry in (entry for name in bfcl.GROUPS["live"] for entry in bfcl.entries(name)):
         asked = bfcl.question(entry)
         id = f"bfcl_half/{entry.id}/0"
-        calls, target, kind = bfcl.accepted(entry), "", "tool_call"
+        calls, text, kind = bfcl.accepted(entry), "", "tool_call"
         if entry.category == "live_irrelevance":
-            kind = "answer"
-            target = f"<answer>\n{_no_tool(asked['query'], f'{seed}/{id}')}\n</answer>"
+            text, kind = _no_tool(asked["query"], f"{seed}/{id}"), "answer"
         elif calls:
-            text = _dumps(calls[0] if len(calls) == 1 else calls)
-            target = f"<tool_call>\n{text}\n</tool_call>"
+            text = _call_text(calls)
+        target = text and f"<{kind}>\n{text}\n</{kind}>"
         examples.append(Example(id, **asked, target=target, kind=kind))
     return split(examples, 0.5, seed, ties=_live_ties)
 
@@ -600,7 +583,8 @@ def difficulty(num_tools: int, tools_chars: int, num_calls: int) -> str:
 
 def sizes(example: Example) -> tuple[int, int, int]:
     """Return what `difficulty` looks at: tools, characters of their JSON, calls of the target."""
-    return len(example.tools), len(_dumps(example.tools)), _num_calls(example)
+    calls = rewards.parse(example.target).calls or []
+    return len(example.tools), len(_dumps(example.tools)), len(calls)
 
 
 def characters(example: Example) -> int:
@@ -630,22 +614,13 @@ def select_complex(
     return sorted(chosen)
 
 
-def statistics(
-    rows: int,
-    examples: list[Example],
-    drops: Counter,
-    tokenizer=None,
-    *,
-    original: int | None = None,
-) -> str:
-    """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths.
-
-    rows      number of rows converted, of the `original` rows there were (all, where it is None)
-    """
+def statistics(loaded: Loaded, tokenizer=None) -> str:
+    """Return a text in the style of ToolUPT's Table 6: counts, drops, shares and lengths."""
+    examples = loaded.examples
     kinds, stages, lengths = Counter(), Counter(), {"prompt": [], "target": []}
     for example in examples:
         tools, chars, calls = sizes(example)
-        kinds[("answer", "single call")[calls] if calls < 2 else "parallel calls"] += 1
+        kinds[("answer", "single call", "parallel calls")[min(calls, 2)]] += 1
         stages[difficulty(tools, chars, calls)] += 1
         if tokenizer:
             prompt, target = render(example, tokenizer), target_ids(example, tokenizer)
@@ -653,14 +628,13 @@ def statistics(
             prompt, target = "".join(m["content"] for m in messages(example)), example.target
         lengths["prompt"].append(len(prompt))
         lengths["target"].append(len(target))
-    original = rows if original is None else original
-    per_row = f"per row {len(examples) / rows:.2f}"
-    lines = [f"original {original}  sampled {rows}  processed {len(examples)}  {per_row}"]
-    lines += [f"left out {count:6d}  {reason}" for reason, count in drops.most_common()]
+    per_row = f"processed {len(examples)}  per row {len(examples) / loaded.sampled:.2f}"
+    lines = [f"original {loaded.original}  sampled {loaded.sampled}  {per_row}"]
+    lines += [f"left out {count:6d}  {reason}" for reason, count in loaded.drops.most_common()]
     for title, counts in (("shares", kinds), ("difficulty", stages)):
         shares = (f"{key} {100 * n / len(examples):.1f} %" for key, n in counts.most_common())
         lines.append(f"{title:10s} {'  '.join(shares)}")
-    for title, numbers in lengths.items() if examples else ():
+    for title, numbers in lengths.items():
         ranked = sorted(numbers)
         p50, p95 = (ranked[math.ceil(q * len(ranked)) - 1] for q in (0.5, 0.95))
         unit = "tokens" if tokenizer else "characters"
@@ -675,14 +649,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     stats = commands.add_parser("stats", help="counts, drops and lengths of raw files")
-    stats.add_argument("sources", nargs="+", metavar="SOURCE", help="[NAME:]PATH[@ROWS]")
-    stats.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
     to_jsonl = commands.add_parser("convert", help="raw file -> one Example per line")
-    to_jsonl.add_argument("sources", nargs=1, metavar="SOURCE", help="[NAME:]PATH[@ROWS]")
-    to_jsonl.add_argument("out", metavar="OUT.jsonl")
-    for command in (stats, to_jsonl):
+    for command, number in ((stats, "+"), (to_jsonl, 1)):
+        command.add_argument("sources", nargs=number, metavar="SOURCE", help="[NAME:]PATH[@ROWS]")
         command.add_argument("--name", choices=[*CONVERTERS, "jsonl"], help="guessed if absent")
         command.add_argument("--seed", type=int, default=0, help="of the rows sampled")
+    stats.add_argument("--tokenizer", help="folder of a tokenizer with a chat template")
+    to_jsonl.add_argument("out", metavar="OUT.jsonl")
     options, tokenizer, totals = parser.parse_args(arguments), None, Counter()
     if options.command == "stats" and options.tokenizer:
         from transformers import AutoTokenizer
@@ -691,14 +664,14 @@ def main(arguments: list[str] | None = None) -> None:
     for source in options.sources:
         name, path = (options.name, source) if options.name else _named(source)
         loaded = _load(name, path, options.seed)
-        examples, drops, layouts, original, sampled, _ = loaded
-        mixed = [f"{layout} {count}" for layout, count in layouts.items()]
-        print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else layouts)})")
-        print(statistics(sampled, examples, drops, tokenizer, original=original))
-        _refuse_losses(loaded, name, path)
-        totals += Counter(original=original, sampled=sampled, processed=len(examples))
+        mixed = [f"{layout} {count}" for layout, count in loaded.layouts.items()]
+        print(f"{source}  ({', '.join(mixed if len(mixed) > 1 else loaded.layouts)})")
+        print(statistics(loaded, tokenizer))
+        totals["original"] += loaded.original
+        totals["sampled"] += loaded.sampled
+        totals["processed"] += len(loaded.examples)
         if options.command == "convert":
-            write_jsonl(examples, options.out)
+            write_jsonl(loaded.examples, options.out)
     if len(options.sources) > 1:
         print("together\n" + "  ".join(f"{size} {count}" for size, count in totals.items()))
 
@@ -706,56 +679,54 @@ def main(arguments: list[str] | None = None) -> None:
 def _named(source: str) -> tuple[str | None, str | None]:
     """Return the NAME and PATH of a source; either may be absent."""
     name, _, path = source.partition(":")
-    if name in [*CONVERTERS, "jsonl", "toy", "bfcl_half"]:
-        return name, path or None
-    return None, source
+    return (name, path or None) if name in NAMES else (None, source)
 
 
 def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
-    """Return what a source holds; `lost_calls` names each file that lost all its calls."""
+    """Return what a source holds; ValueError where nothing is left, or a file lost all its calls.
+
+    A model trained on the rest of such a file would never call.
+    """
     if name in ("toy", "bfcl_half"):
         part = str(path or "train")
-        examples, drops = (_toy(part, seed), {}) if name == "toy" else _bfcl_half(part, seed)
+        examples, drops = _bfcl_half(part, seed) if name == "bfcl_half" else (_toy(part, seed), {})
         rows = len(examples) + sum(drops.values())
-        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows, [])
-    if name not in [*CONVERTERS, "jsonl", None]:
-        names = ", ".join([*CONVERTERS, "jsonl", "toy", "bfcl_half"])
-        raise ValueError(f"unknown dataset {name!r}; choose one of {names}")
+        return Loaded(examples, Counter(drops), Counter({name: rows}), rows, rows)
+    if name not in [*NAMES, None]:
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
     path, wanted, expected = _find(name, path)
     files = _read_files(path, expected)
-    original, start, seen = sum(len(rows) for _, rows in files), 0, set()
-    sampled = original if wanted is None else wanted
-    if not 0 < sampled <= original:
-        raise ValueError(
-            f"{path} holds {original} rows; sample 1 to {original} of them, not @{wanted}"
+    rows = [(file, line, row) for file, found in files for line, row in enumerate(found, 1)]
+    sampled = len(rows) if wanted is None else wanted
+    if not 0 < sampled <= len(rows):
+        size = f"{len(rows)} rows; sample 1 to {len(rows)} of them"
+        raise ValueError(f"{path} holds {size}, not @{wanted}")
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), sampled))
+    examples, drops, layouts, lost = _convert(name, [(n, *rows[n]) for n in chosen], seed)
+    if lost:
+        files = ", ".join(f"{file} ({_listing(drops[file])})" for file in lost)
+        remedy = (
+            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
         )
-    chosen = {*random.Random(seed).sample(range(original), sampled)} if wanted else range(original)
-    examples, drops, layouts, lost_calls = [], Counter(), Counter(), []
-    for file, rows in files:
-        numbered = ((n, row) for n, row in enumerate(rows, start) if n in chosen)
+        raise ValueError(f"no row with a call could be read in {files}; {remedy}")
+    if not layouts:  # no row of a known one: guess says why
         try:
-            found, lost, named, silent = _convert(name, numbered, seed, seen, start)
-        except ValueError as error:  # of "jsonl": a row of ours is right, or refused
-            raise ValueError(f"{file}: {error}") from None
-        examples += found
-        drops += lost
-        layouts += named
-        lost_calls += [f"{file} ({_listing(lost)})"] if silent else []
-        start += len(rows)
-    if not layouts:
-        try:
-            guess(files[0][1][0])
+            guess(rows[0][-1])
         except ValueError as error:
-            raise ValueError(f"{files[0][0]}: {error}") from None
-    return Loaded(examples, drops, layouts, original, sampled, lost_calls)
+            raise ValueError(f"{path}: {error}") from None
+    drops = sum(drops.values(), Counter())
+    if not examples:
+        form = f" as {name!r}" if name else ""
+        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
+        raise ValueError(f"no example of {path} could be read{form} ({_listing(drops)}); {remedy}")
+    return Loaded(examples, drops, layouts, len(rows), sampled)
 
 
 def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:
     """Return an existing path, the rows to sample (None: all), and the file that NAME expects."""
     repo, expected = SOURCES.get(name, (None, None))
-    remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE (data.py)"
-    if name is None and ":" in str(path):
-        remedy += f"; NAME is one of {', '.join([*CONVERTERS, 'jsonl', 'toy', 'bfcl_half'])}"
+    remedy = f"give a file ({', '.join(DATA_FILES)}), a folder, NAME or NAME:FILE; NAME is one of "
+    remedy += ", ".join(NAMES)
     if repo:
         remedy = f"get {expected} and pass its path: huggingface-cli download {repo} {expected}"
         remedy += " --repo-type dataset --local-dir . (in newer clients `hf download ...`)"
@@ -770,29 +741,25 @@ def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, s
 
 
 def _convert(
-    name: str | None,
-    numbered: Iterable[tuple[int, object]],
-    seed: int,
-    seen: set[str],
-    start: int = 0,
-) -> tuple[list[Example], Counter, Counter, bool]:
-    """Return the examples of rows, what was left out, the layouts, and whether all calls were lost.
+    name: str | None, rows: Iterable[tuple[int, object, int, object]], seed: int
+) -> tuple[list[Example], dict[object, Counter], Counter, list]:
+    """Return the examples, what each file lost, rows by layout, and the files that lost all calls.
 
-    numbered  (number, row): the number stands in ids, and less `start` it is the row's in its file
-    seen      hashes of the examples kept before; changed in place
+    rows  (number, which stands in ids; file; line of the file; row)
     """
-    examples, drops, layouts, dropped, calls = [], Counter(), Counter(), [], Counter()
-    for number, row in numbered:
+    examples, drops, layouts, seen = [], defaultdict(Counter), Counter(), set()
+    read, lost = Counter(), Counter()  # calls of each file
+    for number, file, line, row in rows:
         try:
             layout = name or guess(row)
         except (ValueError, RecursionError):
-            drops["row: unknown layout"] += 1
-            dropped.append(row)
+            drops[file]["row: unknown layout"] += 1
+            lost[file] += holds_call(row)
             continue
         layouts[layout] += 1
         if layout == "jsonl":
-            examples.append(_own(row, number - start + 1))
-            calls["read"] += examples[-1].kind == "tool_call"
+            examples.append(_own(row, f"{file}: row {line}"))
+            read[file] += examples[-1].kind == "tool_call"
             continue
         try:
             conversation = CONVERTERS[layout](row)
@@ -804,44 +771,24 @@ def _convert(
                 e and _hash([common, e.history, e.query, e.steps, e.target]) for e, _ in steps
             ]
         except (Drop, RecursionError) as error:
-            drops[f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
-            dropped.append(row)
+            drops[file][f"row: {error if isinstance(error, Drop) else 'nested too deep'}"] += 1
+            lost[file] += holds_call(row)
             continue
         for (example, refusal), mark in zip(steps, hashes, strict=True):
             if not refusal and mark in seen:
                 refusal = "turn: exact repetition"
             if example is None or example.kind == "tool_call":
-                calls["lost" if refusal and refusal not in HARMLESS else "read"] += 1
+                (lost if refusal and refusal not in HARMLESS else read)[file] += 1
             if refusal:
-                drops[refusal] += 1
+                drops[file][refusal] += 1
             else:
                 seen.add(mark)
                 examples.append(example)
-    lost = not calls["read"] and bool(calls["lost"] or any(map(holds_call, dropped)))
-    return examples, drops, layouts, lost
+    return examples, drops, layouts, [file for file in lost if lost[file] and not read[file]]
 
 
 def _listing(drops: Counter) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in drops.most_common())
-
-
-def _refuse_losses(loaded: Loaded, name: str | None, path: str | Path | None) -> None:
-    """Raise ValueError where nothing is left, or a file lost all its calls.
-
-    A model trained on the rest of such a file would never call.
-    """
-    if loaded.lost_calls:
-        remedy = (
-            "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
-        )
-        raise ValueError(
-            f"no row with a call could be read in {', '.join(loaded.lost_calls)}; {remedy}"
-        )
-    if not loaded.examples:
-        form = f" as {name!r}" if name else ""
-        listing = _listing(loaded.drops)
-        remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
-        raise ValueError(f"no example of {path} could be read{form} ({listing}); {remedy}")
 
 
 def _fit(texts: list[str], limit: int, tokenizer) -> list[bool]:
@@ -872,28 +819,28 @@ def _steps(
     names = [tool["name"] for tool in tools]
     history, steps, query, call, found = [], [], "", None, []
     for turn, (role, content) in enumerate(turns):
-        before = turns[turn - 1][0] if turn else None
         after = turns[turn + 1][0] if turn + 1 < len(turns) else None
         if call and role != "observation":
             raise Drop("call without observation")
         if role == "user":
             history, query = history + [("user", query)] * bool(query), content
         elif role == "observation":
-            if not call and before != "observation":
+            if call:
+                steps, call = [*steps, (call, content)], None
+            elif turn and turns[turn - 1][0] == role:  # one message per parallel call
+                steps = [*steps[:-1], (steps[-1][0], f"{steps[-1][1]}\n{content}")]
+            else:
                 raise Drop("observation without call")
-            if not call:  # one message per parallel call
-                call, content = steps[-1][0], f"{steps[-1][1]}\n{content}"
-                steps = steps[:-1]
-            steps, call = [*steps, (call, content)], None
         else:
             kind = "tool_call" if role in ("call", "think") else "answer"
             beside = kind == "answer" and after in ("call", "think")
             if role == "assistant" and not beside and looks_like_call(content, names):
                 later = sum(role in ("assistant", "call", "think") for role, _ in turns[turn + 1 :])
-                found += [(None, UNREAD)] + [(None, "turn: after a call that is not read")] * later
+                found.append((None, "turn: call in a markup that is not read"))
+                found += [(None, "turn: after a call that is not read")] * later
                 break
             if kind == "tool_call":
-                text = call = _dumps(content[0] if len(content) == 1 else content)
+                text = call = _call_text(content)
             else:
                 text = content if role == "assistant" else _no_tool(query, f"{seed}/{row}")
             target = f"<{kind}>\n{text}\n</{kind}>"
@@ -937,6 +884,11 @@ def _hash(value) -> str:
         raise Drop("lone surrogate in a text") from None
 
 
+def _call_text(calls: list[dict]) -> str:
+    """Return calls as a target holds them: one object, or a list of several."""
+    return _dumps(calls[0] if len(calls) == 1 else calls)
+
+
 def _no_tool(query: str, seed: str) -> str:
     """Return an answer that names what cannot be done, drawn from NO_TOOL by `seed`."""
     sentence = re.split(r"(?<=[.!?])\s", query, maxsplit=1)[0].rstrip(".!? ")
@@ -948,29 +900,24 @@ def _no_tool(query: str, seed: str) -> str:
 def _toy(split_name: str, seed: int) -> list[Example]:
     from tasks import toy
 
-    level, _, name = split_name.rpartition("-")
-    if name not in TOY_SIZES or level not in ("", "hard", "house"):
-        names = ", ".join(f"{name}, hard-{name}, house-{name}" for name in TOY_SIZES)
-        raise ValueError(f"unknown split {split_name!r} of the toy world; choose one of {names}")
-    levels = {"hard": level == "hard", "house": level == "house"}
-    rows = toy.generate(name, TOY_SIZES[name], seed=seed, **levels)
-    return [Example(**row) for row in rows]
+    size = TOY_SIZES.get(split_name.rpartition("-")[2], 0)
+    return [Example(**row) for row in toy.generate(split_name, size, seed=seed)]
 
 
-def _bfcl_half(part: str, seed: int) -> tuple[list[Example], Counter]:
+def _bfcl_half(part: str, seed: int) -> tuple[list[Example], dict[str, int]]:
     if part not in ("train", "test"):
         raise ValueError(f"bfcl_half has no part {part!r}: train or test")
     examples = bfcl_halves(seed)[part == "test"]
     kept = [example for example in examples if example.target]
-    drops = {"row: BFCL accepts no answer": len(examples) - len(kept)}
-    return kept, Counter({reason: count for reason, count in drops.items() if count})
+    lost = len(examples) - len(kept)
+    return kept, {"row: BFCL accepts no answer": lost} if lost else {}
 
 
-def _own(row, number: int) -> Example:
-    """Return the Example that `write_jsonl` wrote as row `number`; ValueError if it is none."""
+def _own(row, place: str) -> Example:
+    """Return the Example that `write_jsonl` wrote; ValueError with its place if it is none."""
     if isinstance(row, dict) and not row.get("target"):
         remedy = "every method needs it, as demonstration or as ground truth of the reward"
-        raise ValueError(f"row {number} has no target, the expert response; {remedy}")
+        raise ValueError(f"{place} has no target, the expert response; {remedy}")
     remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
         if type(row) is not dict:
@@ -983,9 +930,8 @@ def _own(row, number: int) -> Example:
         pairs = {key: [_pair(key, item) for item in row[key]] for key in ("history", "steps")}
         wrapped = row["tools"] if type(row["tools"]) is list else [None]
         example = Example(**{**row, **pairs, "tools": [bare(tool) for tool in wrapped]})
-        texts = [example.id, example.query, example.target, example.kind]
-        texts += [example.system, example.user, example.policy]
-        texts += [text for pair in example.history + example.steps for text in pair]
+        texts = [text for pair in example.history + example.steps for text in pair]
+        texts += [x for name, x in vars(example).items() if name not in {*pairs, "tools"}]
         if {*map(type, texts)} != {str} or not all(isinstance(t, dict) for t in example.tools):
             raise ValueError("a field of the wrong type")
         if roles := {role for role, _ in example.history} - {"user", "assistant"}:
@@ -999,10 +945,9 @@ def _own(row, number: int) -> Example:
         if not (example.target.startswith(tag[0]) and example.target.endswith(tag[1])):
             raise ValueError("target without the tags of its kind")
         rewards.binary(example.target, example.target)  # refuses what no response could match
-        _hash(row), _num_calls(example)
-    except (Drop, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = error if type(error) in (Drop, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"row {number} is not a valid line: {reason}; {remedy}") from None
+        _hash(row)
+    except (Drop, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not a valid line: {error}; {remedy}") from None
     return example
 
 
@@ -1014,17 +959,7 @@ def _pair(key: str, item) -> tuple[str, str]:
     return tuple(item)
 
 
-def _num_calls(example: Example) -> int:
-    """Return the number of calls of a target."""
-    if example.kind == "answer":
-        return 0
-    calls = json.loads(example.target.removeprefix("<tool_call>").removesuffix("</tool_call>"))
-    return len(calls) if isinstance(calls, list) else 1
-
-
-def _groups(
-    examples: list[Example], ties: Callable[[Example], Iterable] = lambda example: ()
-) -> list[list[int]]:
+def _groups(examples: list[Example], ties: Callable[[Example], Iterable]) -> list[list[int]]:
     """Return the indices of the examples in groups that must stay together (union-find)."""
     parent = {}
 

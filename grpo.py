@@ -12,28 +12,21 @@ With r = exp(logps - old_logps) and one prompt's K rewards R_1 .. R_K:
     informative_groups  max_k R_k > min_k R_k                                   DAPO
     truncated_importance_weights  min(exp(logps - sampler_logps), cap)          TIS
 
-Equation numbers are those of the ToolUPT paper.
-
-Departures from the ToolUPT paper:
+Equation numbers are those of the ToolUPT paper. Departures from it:
 1. Eq. 2 uses one epsilon for the clip range and for the std guard; we take 0.2 and 1e-6.
 2. "Standard deviation" is Bessel's (ddof 1), as in veRL, TRL and oat; the text does not say.
 3. Equal rewards give exactly 0: in float32 mean and std carry round-off of the same size, and eight
    rewards of 3.98647 would otherwise get |A| = 0.3.
 4. Eq. 18 prints a symmetric clip; dapo_loss has DAPO's 0.2 / 0.28. Neither acts when training is
-   strictly on-policy (Table 7), with one update per batch: the ratio is then 1.
+   strictly on-policy (Table 7): the ratio is then 1.
 5. The log-ratio is clamped to [-20, 20] before exp; beyond that a token has no gradient.
 
-GRPO takes the sequence mean of Eq. 2, although veRL's default is the token mean, which the paper
-presents as DAPO's change.
-
-Denominators (num_tokens, num_responses) are meant to be those of the whole optimiser step, as
-Eqs. 2 and 18 print them; veRL averages over micro-batches instead. They default to the local
-count: with micro-batches or several ranks pass the count of the whole step. Then losses,
-gradients and stats of the parts add up to those of the whole. Stats carry the loss's own
-denominator:
+Denominators (num_tokens, num_responses) default to the local count. With micro-batches or several
+ranks pass that of the whole optimiser step, as Eqs. 2 and 18 print it (veRL averages over
+micro-batches instead): then losses, gradients and stats of the parts add up to those of the whole.
+Stats carry the loss's own denominator, in Dr.GRPO N * max_length tokens:
     clip_ratio   share of tokens (GSPO: responses) whose gradient the clip removed
     approx_kl    mean of old_logps - logps, nats per token
-In Dr.GRPO both are shares of N * max_length tokens, like its loss.
 
 Padding may hold anything, -inf and nan included. A response without tokens contributes nothing.
 Strictly on-policy: pass old_logps = logps; the losses detach it. bfloat16 becomes float32.
@@ -110,11 +103,9 @@ def grpo_loss(
     Returns scalar loss and stats (see top of file).
     """
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
-    count = _denominator(num_responses, response_mask.any(1))
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
-    return _surrogate_sum(
-        logps, old_logps, advantages, response_mask, clip_low, clip_high, lengths * count
-    )
+    divisor = lengths * _denominator(num_responses, response_mask.any(1))
+    return _surrogate_sum(logps, old_logps, advantages, response_mask, clip_low, clip_high, divisor)
 
 
 def dapo_loss(
@@ -163,15 +154,11 @@ def gspo_loss(
     """
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
     nonempty = response_mask.any(1, keepdim=True)
-    logps, old_logps = (_masked(response_mask, x) for x in (logps, old_logps))
-    advantages = _masked(nonempty, advantages[:, None])
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
-    log_ratio = ((logps - old_logps.detach()).sum(1, keepdim=True) / lengths).clamp(max=10)
-    loss, clipped = clipped_surrogate(
-        log_ratio, torch.zeros_like(log_ratio), advantages, clip_low, clip_high
-    )
-    count = _denominator(num_responses, nonempty)
-    return (loss / count).sum(), _stats(clipped, log_ratio, count)
+    log_ratios = _masked(response_mask, logps) - _masked(response_mask, old_logps.detach())
+    log_ratio = (log_ratios.sum(1, keepdim=True) / lengths).clamp(max=10)
+    count, at_sampling = _denominator(num_responses, nonempty), torch.zeros_like(log_ratio)
+    return _surrogate_sum(log_ratio, at_sampling, advantages, nonempty, clip_low, clip_high, count)
 
 
 def drgrpo_loss(
@@ -196,9 +183,8 @@ def drgrpo_loss(
     assert advantages.dim() == 1, f"advantages {tuple(advantages.shape)}: want (B,)"
     assert (response_mask.sum(1) <= max_length).all(), f"max_length {max_length}: a row is longer"
     count = _denominator(num_responses, response_mask.new_ones(len(response_mask)))
-    return _surrogate_sum(
-        logps, old_logps, advantages, response_mask, clip_low, clip_high, count * max_length
-    )
+    divisor = count * max_length
+    return _surrogate_sum(logps, old_logps, advantages, response_mask, clip_low, clip_high, divisor)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, cache: int) -> Tensor:
@@ -252,13 +238,9 @@ def _surrogate_sum(
     loss, clipped = clipped_surrogate(logps, old_logps, advantages, clip_low, clip_high)
     if weights is not None:
         loss = loss * _masked(mask, weights.detach())
-    return (loss / divisor).sum(), _stats(clipped, logps - old_logps, divisor)
-
-
-def _stats(clipped: Tensor, log_ratio: Tensor, divisor: int | Tensor) -> Stats:
-    return {
+    return (loss / divisor).sum(), {
         "clip_ratio": (clipped / divisor).sum(),
-        "approx_kl": -(log_ratio.detach() / divisor).sum(),
+        "approx_kl": ((old_logps - logps).detach() / divisor).sum(),
     }
 
 

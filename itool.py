@@ -55,7 +55,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -68,25 +68,23 @@ import rewards
 import simpo
 from guard import check_engine
 from mcts import Node, Proposal, SearchConfig
-from methods import Count, Defaults, Fraction, Positive, Row, Several, knob
+from methods import Defaults, Row
+from metrics import Clock, evaluate
 from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
-    Clock,
     Run,
-    Stage,
-    add,
     all_gather,
-    evaluate,
+    all_sum,
     forward,
     learning_rate_at,
     micro_batches,
-    over_ranks,
     part,
     sync,
     tokens_of,
 )
 from scoring import Reward
+from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
 LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
@@ -156,9 +154,7 @@ class ItoolConfig(Row):
     max_similarity: float = knob(0.95, "Appendix B.1, as the next two")
     min_gap: float = knob(0.1, "between the values of a pair")
     min_q: float = knob(0.3, "of the chosen step")
-    held_out_pairs: Annotated[float, ">= 0", "< 1"] = knob(
-        0.1, "share of trees whose pairs are only measured; ours"
-    )
+    held_out_pairs: HeldOut = knob(0.1, "share of trees whose pairs are only measured; ours")
     # preference optimisation
     preference: Literal["simpo", "dpo", "ipo", "orpo"] = knob("simpo", "Eqs. 10, 11; Table 9")
     preference_epochs: Count = knob(2, "per iteration; Table 6")
@@ -250,7 +246,8 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     Returns the folder of the checkpoint with the highest accuracy (Appendix B.1), which may be that
     before all iterations.
     """
-    best, best_accuracy = Path(config.output_dir) / "checkpoint-best", run.highest("eval/accuracy")
+    best = Path(config.output_dir) / "checkpoint-best"
+    best_accuracy = max(run.records.history("eval/accuracy"), default=-math.inf)
     if run.first_step == 0:
         run.save_best(0)
     shares = method.pool_fraction, method.buffer_fraction
@@ -281,7 +278,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
         begin, end = end, end + steps
         run.engine.sleep()
         first = min(max(begin, run.first_step), end)
-        with run.progress(end, first, f"iteration {iteration}, {method.preference}") as bar:
+        with run.progress(
+            end, initial=first, desc=f"iteration {iteration}, {method.preference}"
+        ) as bar:
             for step in range(first, end):
                 run.stop_if_asked(step)
                 clock = Clock()
@@ -291,11 +290,9 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                 with clock("update"):
                     stats = preference_gradient(run, batch)
                     lr = learning_rate_at(config, step - begin, steps, config.learning_rate)
-                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
                     mine = part(batch, tokens_of, run.rank, run.world)
-                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, mine)
-                metrics = {**stats, "iteration": iteration, "skipped": skipped}
-                metrics |= {"grad_norm": grad_norm, "learning_rate": lr}
+                    metrics = stats | run.optimizer_step(lr, stats["loss"], mine)
+                metrics["iteration"] = iteration
 
                 # 5 weight sync
                 last = step + 1 == end
@@ -368,7 +365,10 @@ def grow_trees(
         reward=run.reward,
     )
     roots, found = [], []
-    with clock("search"), run.progress(len(mine), 0, f"iteration {iteration}", "tree") as bar:
+    with (
+        clock("search"),
+        run.progress(len(mine), initial=0, desc=f"iteration {iteration}", unit=" trees") as bar,
+    ):
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
@@ -447,14 +447,14 @@ def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.E
     return {stage: [e for e, name in zip(examples, names) if name == stage] for stage in STAGES}
 
 
-def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
-    """The warm-up from easy to hard, or in one stage."""
+def warmup_stages(config, method: ItoolConfig, run: Run) -> list[tuple]:
+    """The warm-up from easy to hard, or in one stage: (name, examples, steps, learning rate)."""
     parts = stages_of(run.examples, method.split if method.warmup else "none")
     rates, stages = method.warmup_learning_rates[: len(parts)], []
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
         steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
         run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
-        stages.append(Stage(name, examples, steps, rate))
+        stages.append((name, examples, steps, rate))
     return stages
 
 
@@ -488,7 +488,10 @@ def _gradable(target: str) -> bool:
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
     """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
     size, found = run.config.train_batch_size, []
-    with run.progress(len(examples), 0, "perplexity", "example") as bar, torch.no_grad():
+    with (
+        run.progress(len(examples), initial=0, desc="perplexity", unit=" examples") as bar,
+        torch.no_grad(),
+    ):
         for first in range(0, len(examples), size):
             run.stop_if_asked(step)
             chunk = list(enumerate(examples))[first : first + size]
@@ -800,7 +803,7 @@ def preference_gradient(
 
     train  False: only the stats
     """
-    mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
+    mine, stats = part(pairs, tokens_of, run.rank, run.world), Counter()
     with torch.set_grad_enabled(train):
         for micro in micro_batches(run.config, mine):
             logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
@@ -810,10 +813,10 @@ def preference_gradient(
                 for name in ("chosen_ref", "rejected_ref")
             ]
             loss, parts = preference_loss(run.method, sides, refs, len(pairs))
-            add(stats, {"loss": loss.detach(), **parts})
+            stats.update({"loss": loss.detach(), **parts})
             if train:
                 loss.backward()
-    return over_ranks(stats)
+    return all_sum(stats)
 
 
 def preference_loss(

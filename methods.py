@@ -2,8 +2,7 @@
 
 Read a row from top to bottom:
 
-    fields        the knobs that only this row reads, each with unit and source: flags of train.py;
-                  bounds stand in its type
+    fields        the knobs that only this row reads, each with unit and source: flags of train.py
     defaults      values of common knobs (Config in train.py) that this row changes
     reward        what a response earns, from its outcome (Eqs. 3-12)
     keep          whether a group is trained on: DAPO's dynamic sampling
@@ -14,16 +13,14 @@ A row that is another with one thing changed inherits and overrides that thing, 
 by what the papers say they differ in. ToolUPT's code is not public: where its text is silent or
 contradicts itself, the rows say what was chosen.
 
-Training is strictly on-policy (Table 7), one update per batch: the sampling log-probs are the
-detached log-probs, the ratio is 1, and rows have no clip range because none could act. Stats add up
-over micro-batches and ranks; of those named */max the largest counts.
+Training is strictly on-policy (Table 7), one update per batch: old log-probs are the detached ones,
+the ratio is 1, and no clip range could act. Stats add up over micro-batches and ranks.
 
 To add a method, write its loss in a mathematics file, a dataclass here and a line in METHODS.
 """
 
-import operator
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +29,7 @@ import baselines
 import fgae
 import grpo
 import spo
+from start import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
 
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
@@ -111,36 +109,6 @@ def rows_of(groups: list[Group], mask: Tensor) -> Rows:
 # --------------------------------------------------------------------------------- what rows share
 
 
-def knob(default: Any, text: str) -> Any:
-    """A field that is a flag: its default, and what it is, its unit and its source."""
-    about = {"help": text.replace("%", "%%")}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=about)
-    return field(default=default, metadata=about)
-
-
-def unread(default: Any) -> Any:
-    """An inherited knob that a row does not read: no flag."""
-    return field(default=default, init=False)
-
-
-OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-Count = Annotated[int, ">= 1"]
-Several = Annotated[int, ">= 2"]
-Positive = Annotated[float, "> 0"]
-Share = Annotated[float, ">= 0", "<= 1"]
-Fraction = Annotated[float, "> 0", "<= 1"]
-
-
-def check_bounds(knobs: Any) -> None:
-    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
-    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
-        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
-        for sign, limit in map(str.split, bounds):
-            if not OPERATORS[sign](value, float(limit)):
-                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
-
-
 class Row:
     """The interface of every row; iTool's is in itool.py."""
 
@@ -171,8 +139,10 @@ class Rollouts(Row):
     num_generations: Several = knob(8, "sampled responses per prompt; ToolUPT Table 7")
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
     learns_from_expert: ClassVar[bool] = False
+    rejects: ClassVar[bool] = False  # pushes rollout tokens away in the expert's term, too
+    expert_in_group: ClassVar[bool] = False
+    std: ClassVar[bool] = True  # divides the advantages
     alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
-    generation_batches: ClassVar[int] = 1
     keep: ClassVar[Any] = None  # every group is trained on
 
     def reward(self, outcome: Any, length: int, max_length: int) -> float:
@@ -181,8 +151,11 @@ class Rollouts(Row):
 
     def advantages(self, group: Group) -> Tensor:
         """Rewards relative to their group, one for all tokens of a response (below Eq. 2)."""
-        scores = torch.tensor(group.rewards)
-        return _on_tokens(grpo.group_advantages(scores, len(scores)), group)
+        scores = list(group.rewards)
+        if self.expert_in_group:  # scored like every other response
+            scores.append(self.reward(group.expert_outcome, len(group.target), group.max_length))
+        own = grpo.group_advantages(torch.tensor(scores), len(scores), std=self.std)
+        return own[:, None].expand(-1, group.width)
 
     def schedule(self, step: int) -> dict[str, float]:
         """Values that change from step to step, by the name of their metric."""
@@ -212,27 +185,9 @@ class Rollouts(Row):
         mean = entropy.detach().sum() / totals["tokens"]
         return loss, {**stats, "loss": loss.detach(), "entropy": mean}
 
-    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
-        """The terms of the objective, each before the balance weighs it: scalars with gradient.
-
-        "policy" is that of the rollouts, "expert" that of the expert responses where there are any.
-        """
-        on, off = (
-            replace(rows, mask=rows.mask & x[:, None]) for x in (~rows.is_expert, rows.is_expert)
-        )
-        terms = {"policy": self.objective(on, logps, entropy, totals, 0.0)[0]}
-        if self.learns_from_expert:
-            terms["expert"] = self.objective(off, logps, entropy, totals, 1.0)[0]
-        return terms
-
     def reduced(self, entropy: Tensor, mask: Tensor, totals: dict[str, int]) -> Tensor:
         """Mean over all tokens of the step."""
         return entropy.sum() / totals["tokens"]
-
-
-def _on_tokens(advantages: Tensor, group: Group) -> Tensor:
-    """(K,) -> (K, T): one advantage for all tokens of a response."""
-    return advantages[:, None].expand(-1, group.width)
 
 
 # ----------------------------------------------------------------------------------------- Table 1
@@ -240,11 +195,7 @@ def _on_tokens(advantages: Tensor, group: Group) -> Tensor:
 
 @dataclass
 class Sft(Row):
-    """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss.
-
-    Table 7 gives veRL's defaults, so the rest is veRL's too: 10 % warm-up, betas 0.9 and 0.95. The
-    loss is measured every --eval_steps.
-    """
+    """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss."""
 
     max_steps: Count = knob(3000, "optimiser steps; ToolUPT Table 7")
     defaults: ClassVar[Defaults] = {
@@ -284,19 +235,12 @@ class Dapo(Rollouts):
     """Outcome reward, token mean, dynamic sampling and the soft overlong penalty (DAPO).
 
     The penalty falls from 0 to -1 between 768 and 1,024 tokens; ToolUPT gives no numbers, DAPO's
-    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it. The
-    prompts come in another order than those of other rows (train.sample_groups).
+    are the last 20 % of 20,480. Groups are kept or dropped by the reward without it.
     """
 
-    generation_batches: Count = knob(
-        1, "batches of prompts sampled per round of dynamic sampling; DAPO's script: 3"
-    )
-    overlong: Share = knob(
-        0.25, "last share of a response with a growing penalty; ours; DAPO section 3.4: 0.2"
-    )
-    tis_cap: Annotated[float, ">= 0"] = knob(
-        0.0, "truncated importance sampling, usually 2; 0: off, as in DAPO"
-    )
+    generation_batches: Count = knob(1, "batches per round of dynamic sampling; DAPO's script: 3")
+    overlong: Share = knob(0.25, "part of a response with a growing penalty; ours; DAPO 3.4: 0.2")
+    tis_cap: NotNegative = knob(0.0, "truncated importance sampling, usually 2; 0: off, as in DAPO")
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -323,10 +267,9 @@ class Dapo(Rollouts):
         on, N, weights, stats = ~rows.is_expert, totals["tokens"], None, {}
         logps, A, mask = logps[on], rows.advantages[on], rows.mask[on]
         if self.tis_cap:
-            sampler, name = rows.sampler_logps[on], "sampling/importance_sampling_ratio"
+            sampler = rows.sampler_logps[on]
             weights = grpo.truncated_importance_weights(logps, sampler, mask, self.tis_cap)
-            stats[f"{name}/mean"] = weights.sum() / N
-            stats[f"{name}/max"] = weights.max() if weights.numel() else 0.0
+            stats["sampling/importance_sampling_ratio/mean"] = weights.sum() / N
         loss, _ = grpo.dapo_loss(logps, logps, A, mask, num_tokens=N, weights=weights)
         return loss, stats
 
@@ -344,9 +287,7 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob(
-        "positional", "how tokens are compared with the expert's (fgae.py)"
-    )
+    alignment: Literal["positional", "lcs"] = knob("positional", "of expert tokens; fgae.py")
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
@@ -410,47 +351,35 @@ class SftFgDapoStar(AfterSft, FgDapoStar):
 class Luffy(Rollouts):
     """Rollouts and an expert response in one group, p/(p+0.1) on expert tokens (LUFFY Eq. 5).
 
-    The reward is graded, as DAPO's. Neither std nor clip, as in its script (its equations have
-    both); the token mean of its Eq. 5 (its script divides by 8,192).
+    The reward is graded, as DAPO's; the advantages have no std (baselines.py).
     """
 
     num_generations: Several = knob(7, "responses per prompt; with the expert a group of 8")
-    learns_from_expert = True
-
-    def advantages(self, group: Group) -> Tensor:
-        """R - mean over rollouts and expert."""
-        scores = _with_expert(self, group)
-        return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
+    learns_from_expert = expert_in_group = True
+    std = False
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
         return baselines.luffy_loss(logps, logps, A, rows.mask, rows.is_expert, num_tokens=Z)
 
 
-def _with_expert(method: Rollouts, group: Group) -> Tensor:
-    """Rewards of the group, (K + 1,): the expert response is scored like every other."""
-    own = method.reward(group.expert_outcome, len(group.target), group.max_length)
-    return torch.tensor([*group.rewards, own])
-
-
 @dataclass
 class Srft(Rollouts):
     """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13).
 
-    The reward is binary, as in its paper. The variant hpt shapes p and has no std; its denominators
-    are the paper's all the same.
+    The reward is binary, as in its paper; advantages have the printed std, which both public codes
+    leave out. The variant hpt shapes p and has no std; its denominators are the paper's.
     """
 
     num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
-    learns_from_expert = True
+    learns_from_expert = expert_in_group = True
     reward = Grpo.reward
 
-    def advantages(self, group: Group) -> Tensor:
-        """Over rollouts and expert, with the printed std; both public codes have none."""
-        scores, std = _with_expert(self, group), self.srft_variant == "paper"
-        return _on_tokens(grpo.group_advantages(scores, len(scores), std=std), group)
+    @property
+    def std(self) -> bool:
+        return self.srft_variant == "paper"
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         own = (rows.advantages[:, 0], rows.correct, rows.mask, rows.is_expert)
@@ -477,10 +406,8 @@ class Chord(Rollouts):
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
     chord_mu: Share = knob(0.1, "weight mu of the SFT term; with a schedule, its final value")
     chord_mu_peak: Share = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
-    chord_mu_warmup: Annotated[int, ">= 0"] = knob(0, "steps from 0 to the peak")
-    chord_mu_decay: Annotated[int, ">= 0"] = knob(
-        0, "steps of the cosine to --chord_mu; theirs: 30"
-    )
+    chord_mu_warmup: Steps = knob(0, "steps from 0 to the peak")
+    chord_mu_decay: Steps = knob(0, "steps of the cosine to --chord_mu; theirs: 30")
     learns_from_expert = True
     reward = Grpo.reward
 
@@ -522,7 +449,7 @@ class ToolUpt(FgDapoStar):
     balance_high: Share = knob(0.3, "its highest weight; equal to the lowest: constant")
     balance_up: Count = knob(100, "steps from low to high")
     balance_down: Count = knob(200, "steps from high to low")
-    learns_from_expert = True
+    learns_from_expert = rejects = True
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -538,12 +465,6 @@ class ToolUpt(FgDapoStar):
         policy, stats = super().objective(rows, logps, entropy, totals, balance)  # Eq. 18
         preference, parts = self.expert_loss(rows, logps, totals)  # Eq. 22
         return spo.toolupt_loss(preference, policy, balance), {**stats, **parts}
-
-    def terms(self, rows: Rows, logps: Tensor, entropy: Tensor, totals: dict) -> dict[str, Tensor]:
-        """Of SPO, "expert" are the chosen tokens and "rejected" those of rollouts."""
-        on = replace(rows, mask=rows.mask & ~rows.is_expert[:, None])
-        rejected = self.objective(on, logps, entropy, totals, 1.0)[0]
-        return {**super().terms(rows, logps, entropy, totals), "rejected": rejected}
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         """Expert tokens as chosen, rollout tokens of negative advantage as rejected (Eq. 22)."""
@@ -572,7 +493,7 @@ class ToolUptNoSpo(ToolUpt):
 
     spo_beta: float = unread(1.0)
     spo_phi: bool = unread(True)
-    terms = Rollouts.terms
+    rejects = False
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:
         off = rows.is_expert
@@ -586,10 +507,7 @@ class ToolUptNoSpo(ToolUpt):
 class DrGrpo(Grpo):
     """GRPO without std, over the constant denominator N * max_length (Dr.GRPO)."""
 
-    def advantages(self, group: Group) -> Tensor:
-        """R - mean."""
-        scores = torch.tensor(group.rewards)
-        return _on_tokens(grpo.group_advantages(scores, len(scores), std=False), group)
+    std = False
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, N = rows.advantages[:, 0], totals["responses"]

@@ -1,15 +1,22 @@
 """Numbers that show whether a method works, beside its loss; docs/running.md says what each means.
 
-rollout_metrics   a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
-tally, shares     those by kind of example as sums that add up, and the metrics made of the sums
-term_norms        gradient norms of the terms of the loss, on one micro-batch
-starting_point    what RL starts from: log-probs of the expert's tags and of what they enclose
+rollout_metrics      a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
+tally, shares        those by kind of example as sums, and the metrics made of the sums
+sampling_difference  log-probs of the rollouts: trainer against engine
+evaluate             greedy accuracy on the evaluation subset
+Clock                seconds of the parts of a step
+term_norms           gradient norms of the terms of the loss, on one micro-batch
+starting_point       what RL starts from: log-probs of the expert's tags and of what they enclose
 
 All are over all ranks, so that every rank has the same numbers.
 """
 
 import math
 import random
+import time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +26,7 @@ import model as modeling
 import rewards
 import scoring
 from methods import Group, Rollouts, matched_tokens, rows_of
-from run import Run, add, all_gather, all_sum, forward, micro_batches, part
+from run import Run, all_gather, all_max, all_sum, forward, micro_batches, part
 
 KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
 BY_KIND = {  # metric -> what it is per
@@ -27,10 +34,29 @@ BY_KIND = {  # metric -> what it is per
     "tokens_matched": "expert_tokens",
     "first_advantage": "begun",
 }
-FORMS = [f"form/{name.replace(' ', '_')}" for name in rewards.FORMS]
-FORMS += ["form/empty_answer", "form/repeated_key"]
+FORMS = {name: f"form/{name.replace(' ', '_')}" for name in rewards.FORMS}
 START_EXAMPLES = 4  # of each kind, read before the first step
 RARE = 1e-4  # probability of an opening tag below which no rollout will have it
+
+
+class Clock:
+    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
+
+    def __init__(self):
+        self.start, self.seconds = time.perf_counter(), defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def metrics(self, tokens: int | None = None) -> dict:
+        """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
+        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
+        timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
+        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
+        return {**timing, "timing_s/step": step, **speed}
 
 
 def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
@@ -69,7 +95,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         sums = all_sum({**sums, "count": count})
         count = sums.pop("count")
         metrics |= {name: value / count for name, value in sums.items()}
-    counts = {}
+    counts = Counter()
     for g in groups:
         own = tally(
             g.example.kind,
@@ -80,7 +106,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
             alignment,
             g.matched,
         )
-        add(counts, own)
+        counts.update(own)
     return metrics | shares(all_sum(counts))
 
 
@@ -106,8 +132,8 @@ def tally(
     matched    their result, where it is known
     """
     matched = matched_tokens(responses, target, alignment) if matched is None else matched
-    sums = {f"{name}/{k}": 0.0 for k in KINDS.values() for x in BY_KIND.items() for name in x}
-    sums |= dict.fromkeys(FORMS, 0.0)
+    names = [f"{name}/{k}" for k in KINDS.values() for x in BY_KIND.items() for name in x]
+    sums = Counter(dict.fromkeys([*names, *FORMS.values()], 0))
     own = {
         "responses": len(responses),
         "accuracy": sum(right),
@@ -116,11 +142,9 @@ def tally(
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
         "tokens_matched": int(matched.sum()),
     }
-    sums |= {f"{name}/{KINDS[kind]}": float(value) for name, value in own.items()}
-    for form in map(rewards.form, texts):
-        sums[f"form/{form.kind.replace(' ', '_')}"] += 1
-        sums["form/empty_answer"] += form.empty_answer
-        sums["form/repeated_key"] += form.repeated_key
+    sums.update({f"{name}/{KINDS[kind]}": value for name, value in own.items()})
+    for forms in map(rewards.forms, texts):
+        sums.update(FORMS[name] for name in forms)
     return sums
 
 
@@ -133,7 +157,45 @@ def shares(sums: dict[str, float]) -> dict[str, float]:
         if sums[f"{per}/{kind}"]
     }
     responses = sum(sums[f"responses/{kind}"] for kind in KINDS.values())
-    return found | {name: sums[name] / responses for name in FORMS}
+    return found | {name: sums[name] / responses for name in FORMS.values()}
+
+
+def sampling_difference(groups: list[Group]) -> dict[str, float]:
+    """|trainer - engine| in nats over the tokens of a step's rollouts: the mean and the largest."""
+    apart = torch.cat(
+        [
+            (group.logps[k, : len(sample.logps)] - torch.tensor(sample.logps)).abs()
+            for group in groups
+            for k, sample in enumerate(group.samples)
+        ]
+    )
+    sums, name = (
+        all_sum({"apart": apart.sum(), "n": len(apart)}),
+        "sampling/sampling_logp_difference",
+    )
+    return {f"{name}/mean": sums["apart"] / sums["n"], f"{name}/max": all_max(apart.max())}
+
+
+def evaluate(config, run: Run) -> dict[str, float]:
+    """Greedy accuracy on the fixed evaluation subset; the engine must hold the weights."""
+    mine = part(run.eval_examples, data.characters, run.rank, run.world)
+    answers = run.engine.generate(
+        [data.render(example, run.tokenizer) for example in mine],
+        n=1,
+        temperature=0.0,
+        max_tokens=config.max_completion_length,
+        seeds=[0] * len(mine),  # unused: greedy
+        progress=run.counts("held-out examples"),
+    )
+    texts = [sample.text for [sample] in answers]
+    sums = all_sum(run.reward.tally(texts, mine))
+    n, n_calls = sums["n"], sums["n_calls"]
+    metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
+    if n_calls:
+        metrics["eval/tool_call_accuracy"] = sums["tool_calls"] / n_calls
+    if n > n_calls:
+        metrics["eval/answer_accuracy"] = sums["answers"] / (n - n_calls)
+    return metrics
 
 
 def term_norms(
@@ -143,20 +205,22 @@ def term_norms(
 
     groups, totals  this rank's part of a step, and the step's denominators
 
-    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. NaN where the
-    policy term has none: all rewards of a group are equal. Each term has a forward pass of its own,
-    since compiled layers run one backward pass per forward pass.
+    Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. "expert" is the
+    term of the expert responses, "rejected" SPO's of the rollouts, each before the balance weighs
+    it. NaN where the policy term has none: all rewards of a group are equal. Each term has a forward
+    pass of its own, since compiled layers run one backward pass per forward pass.
     """
-    micro = micro_batches(config, groups)[0]
-
-    def terms() -> dict[str, Tensor]:
+    micro, norms = micro_batches(config, groups)[0], {}
+    parts = {"policy": (False, 0.0)}  # of the expert's tokens or the rollouts', at which balance
+    if method.learns_from_expert:
+        parts["expert"] = (True, 1.0)
+    if method.rejects:
+        parts["rejected"] = (False, 1.0)
+    for name, (of_expert, balance) in parts.items():
         logps, entropy, mask = forward(config, model, micro, config.temperature)
-        return method.terms(rows_of(micro, mask), logps, entropy, totals)
-
-    with torch.no_grad():
-        norms = dict.fromkeys(terms())
-    for name in norms:
-        terms()[name].backward()
+        rows = rows_of(micro, mask)
+        rows = replace(rows, mask=mask & (rows.is_expert == of_expert)[:, None])
+        method.objective(rows, logps, entropy, totals, balance)[0].backward()
         norms[name] = float(modeling.clip_grad_norm(model, math.inf))
         model.zero_grad()
     policy = norms.pop("policy")
@@ -184,7 +248,8 @@ def starting_point(run: Run) -> dict[str, float]:
         for example in part(examples, data.characters, run.rank, run.world)
     ]
     names = ("tag", "tag_tokens", "body", "body_tokens")
-    sums = dict.fromkeys([*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))], 0.0)
+    names = [*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))]
+    sums = Counter(dict.fromkeys(names, 0.0))
     with torch.no_grad():
         for micro in micro_batches(config, batch):
             logps, _, _ = forward(config, run.model, micro, config.temperature)
@@ -193,9 +258,9 @@ def starting_point(run: Run) -> dict[str, float]:
                 opening, closing = tag_tokens(run.tokenizer, one.target, kind)
                 for t, logp in enumerate(row[: len(one.target)]):
                     name = "tag" if t in opening | closing else "body"
-                    add(sums, {name: logp, f"{name}_tokens": 1})
+                    sums.update({name: logp, f"{name}_tokens": 1})
                 p = math.exp(sum(row[t] for t in opening))
-                add(sums, {f"p/{kind}": p, f"n/{kind}": 1})
+                sums.update({f"p/{kind}": p, f"n/{kind}": 1})
     sums = all_sum(sums)
     found = {
         f"start/{name}_logp": sums[name] / sums[f"{name}_tokens"]

@@ -27,10 +27,10 @@ vocabulary. Copy this file on its own, or with attention.py, which makes it fast
 and transformers for the model.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -162,7 +162,6 @@ def padded_logps(
     Arguments as in `pack` and `response_logps`. No mask is needed: padding is on the right, where
     a causal model does not look.
     """
-    assert len(prompt_ids) > 0, "an empty prompt predicts nothing: give at least one token"
     packed, P = pack(prompt_ids, responses), len(prompt_ids)
     device = next(model.parameters()).device
     mask = packed.response_mask.to(device)
@@ -204,7 +203,7 @@ def shared_prefix_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if shared_prefix is None:
-        return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
+        return capped_attention(query, key, value, attention_mask, scaling, softcap), None
     window, longest = kwargs.get("sliding_window"), shared_prefix.longest
     if window is not None and window < longest:
         raise ValueError(f"sliding window {window} < {longest} tokens: use --no_share_prefix")
@@ -213,11 +212,11 @@ def shared_prefix_attention(
     shared_prefix.calls += 1
     if softcap is not None:
         mask = shared_prefix.mask
-        return _capped_attention(query, key, value, mask, scaling, softcap), None
+        return capped_attention(query, key, value, mask, scaling, softcap), None
     return shared_prefix.attend(query, key, value, scaling), None
 
 
-def _capped_attention(
+def capped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, cap: float
 ) -> Tensor:
     """softmax(cap tanh(q k / cap)) v, (B, L, H, D), from (B, H, L, D); mask True where q sees k.
@@ -304,16 +303,16 @@ def _scoring_head(
     temperature /= values.get("logit_scale", 1.0) * values.get("lm_head_multiplier", 1.0)
     cap = values.get(CAP)
 
-    def project(hidden: Tensor) -> Tensor:
+    def score_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = plain_head(hidden)
-        return logits if cap is None else cap * (logits / cap).tanh()
+        logits = logits if cap is None else cap * (logits / cap).tanh()
+        return _Scores.apply(logits, targets, temperature)
 
-    scored = partial(_token_scores, project, temperature)
     again = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in there
 
     def score(hidden: Tensor) -> Tensor:
         chunks = hidden.flatten(0, -2).split(chunk_size), targets.split(chunk_size)
-        scores = [checkpoint(scored, h, y, **again) for h, y in zip(*chunks, strict=True)]
+        scores = [checkpoint(score_chunk, h, y, **again) for h, y in zip(*chunks, strict=True)]
         return torch.cat(scores)  # no view: FSDP2 hangs its backward hook on this tensor
 
     head.forward = score
@@ -336,13 +335,6 @@ def _own_settings(model: nn.Module) -> list[tuple[object, str, float]]:
         for name in NEUTRAL
     ]
     return [each for each in found if each[2] is not None]
-
-
-def _token_scores(
-    project: Callable[[Tensor], Tensor], temperature: float, hidden: Tensor, targets: Tensor
-) -> Tensor:
-    """(log-prob, entropy) of each target, (n, 2) fp32, from hidden states (n, width)."""
-    return _Scores.apply(project(hidden), targets, temperature)
 
 
 class _Scores(torch.autograd.Function):

@@ -32,6 +32,7 @@ class Records:
         """Settings of the stage and of the whole command; what the trackers' steps start from."""
         self.config, self.method, self.command, self.earlier = config, method, command, earlier
         self.out, self.is_first = Path(config.output_dir), dist.get_rank() == 0
+        self.settings = settings(config, method)
         self.metrics = self.rollouts = self.tracker = None
 
     def open(self, step: int, digests: dict[str, str], reward: scoring.Reward) -> None:
@@ -43,14 +44,18 @@ class Records:
         if self.config.log_rollouts and isinstance(self.method, Rollouts):
             self.rollouts = open_to_append(self.out / "rollouts.jsonl", step)
         if self.metrics.tell() == 0:
-            write(self.metrics, settings(self.config, self.method) | {"digests": digests})
+            write(self.metrics, self.settings | {"digests": digests})
         if reward.file:
             (self.out / scoring.COPY).write_bytes(reward.source)
 
     def history(self, name: str) -> list[float]:
-        """The values of a metric so far."""
-        rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
-        return [row[name] for row in rows if row.get(name) is not None]
+        """The values of a metric so far, as rank 0 finds them; all ranks call."""
+        found = [None]
+        if self.is_first:
+            rows = list(data.read_jsonl(self.out / "metrics.jsonl", growing=True))[1:]
+            found = [[row[name] for row in rows if row.get(name) is not None]]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def log(self, step: int, metrics: dict) -> None:
         """One line of metrics.jsonl, and the tracker of --report_to."""

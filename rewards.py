@@ -14,7 +14,7 @@
     outcome     R_outcome = R_format + R_correct, in [-3, 4]                                  Eq. 12
 
 (ToolUPT, section 3.2.1.) error_type names what is wrong in iTool's classes (Figure 3, appendix
-A.1); form says how a response is wrapped.
+A.1); forms says how a response is wrapped.
 
 Where the paper is silent or misprinted:
 1. Format ignores surrounding white space and checks only the tags of the target's type. "Each tag
@@ -80,24 +80,19 @@ class Outcome:
         return self.total == 4
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a response is wrapped, right or wrong."""
-
-    kind: str  # one of FORMS
-    empty_answer: bool  # the answer tags hold only white space
-    repeated_key: bool  # the first block is JSON except for a key repeated in one object
-
-
-# A <tool_call> block; an answer; tags of both kinds; a JSON call in a code fence or between answer
-# tags; none of these.
-FORMS = ("call", "answer", "both", "untagged call", "neither")
+FORMS = (  # how a response is wrapped, right or wrong: one of the first five, any of the others
+    "call",  # a <tool_call> block, whether it parses or not
+    "answer",
+    "both",  # tags of both kinds
+    "untagged call",  # JSON in a code fence or between answer tags
+    "neither",
+    "empty answer",  # white space between the answer tags
+    "repeated key",  # the first block would parse, but for a key written twice in one object
+)
 
 
 def parse(response: str) -> Parsed:
     """The first <tool_call> block as calls; without a block, whether there is an <answer>.
-
-    response  str  any text; what is outside the tags does not matter
 
     A block that does not hold JSON calls is "malformed", and so is a text without block and answer.
     """
@@ -108,34 +103,30 @@ def parse(response: str) -> Parsed:
     return Parsed("malformed" if _answer(response) is None else "answer", None)
 
 
-def form(response: str) -> Form:
-    """How a response is wrapped; a block that does not parse is a "call" all the same.
-
-    response  str  any text
-    """
+def forms(response: str) -> set[str]:
+    """Which of FORMS a response, any text, has."""
     _, block, _ = _around_block(response)
     answer = _answer(response)
     fenced = response.split("```")[1::2]
     if _has_both(response):
-        kind = "both"
+        found = {"both"}
     elif block is not None:
-        kind = "call"
+        found = {"call"}
     elif _has_call_tag(response):
-        kind = "neither"  # half a block
+        found = {"neither"}  # half a block
     elif any(map(_LIKE_A_CALL.search, [*fenced, answer or ""])):
-        kind = "untagged call"
+        found = {"untagged call"}
     else:
-        kind = "neither" if answer is None else "answer"
-    repeated = block is not None and _json(block) is _BAD and _json(block, _LENIENT) is not _BAD
-    empty = kind != "call" and answer is not None and not answer.strip()
-    return Form(kind, empty, repeated)
+        found = {"neither"} if answer is None else {"answer"}
+    if answer is not None and not answer.strip() and "call" not in found:
+        found.add("empty answer")
+    if block is not None and _json(block) is _BAD and _json(block, _LENIENT) is not _BAD:
+        found.add("repeated key")
+    return found
 
 
 def parse_python(response: str) -> Parsed:
-    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; a text without is an "answer".
-
-    response  str  any text; calls start with a bracket
-    """
+    """The calls of iTool's form, [Func Name(a="v", n=1), Other()]; other text is an "answer"."""
     text = response.strip()
     if not text.startswith("["):
         return Parsed("answer" if text else "malformed", None)
@@ -173,11 +164,8 @@ def outcome(
 
 
 def binary(response: str, target: str) -> float:
-    """1.0 if the response is completely right, i.e. R_outcome is 4, else 0.0 (Naive GRPO).
-
-    Every method thus has the same notion of right. Arguments as in outcome.
-    """
-    return float(outcome(response, target).total == 4)
+    """1.0 if the response is completely right, i.e. R_outcome is 4, else 0.0 (Naive GRPO)."""
+    return float(outcome(response, target).right)
 
 
 def error_type(response: str, target: str) -> str | None:
@@ -265,8 +253,6 @@ def _values(g: dict, p: dict) -> float:
 
 def _same(g: Any, p: Any, text: Callable[[str], str] = str) -> bool:
     """Equality of JSON values; strings are compared after `text`. A loop: values may be deep."""
-    if isinstance(g, str) and isinstance(p, str):  # most values
-        return text(g) == text(p)
     todo = [(g, p)]
     for a, b in todo:  # grows below
         if isinstance(a, str) and isinstance(b, str):

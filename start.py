@@ -1,9 +1,11 @@
 """Before and after the loops: process group, command line, data, checks, and how a run ends.
 
     init_distributed   torchrun's process group, or one of a single rank
+    knob               a flag: a field with a default, an explanation and bounds
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
+    Setup              what a rank reads and loads before its loop
     load_examples      training examples and the evaluation subset
     leave              how a rank that cannot continue ends, and the exit codes
 
@@ -11,33 +13,37 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 """
 
 import ctypes
+import hashlib
+import operator
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, asdict, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import checkpoint
 import data
 import model as modeling
-from tools import plan
+import rollout
+import scoring
+from tools import plan, serving
 
 PROGRAM = {
     "prog": "train.py",
@@ -50,6 +56,7 @@ EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers
 ORIGINAL = "original_max_position_embeddings"
 PATIENCE = timedelta(days=1)  # ranks wait for each other's searches, evaluations and saves
+TRIED = 64  # expert responses that a reward of one's own is tried on
 ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own failure
 
 
@@ -58,13 +65,9 @@ ECHO = 10  # seconds that a rank waits before it reports a lost peer as its own 
 
 def init_distributed() -> None:
     """Join torchrun's process group, or make one of a single rank."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+    if "RANK" not in os.environ:  # port 0: any free one
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     backend, own_store = "gloo", {}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -85,6 +88,39 @@ def init_distributed() -> None:
 # -------------------------------------------------------------------------------- the command line
 
 
+def knob(default: Any, text: str) -> Any:
+    """A field that is a flag: its default, and what it is, its unit and its source."""
+    about = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+def unread(default: Any) -> Any:
+    """An inherited knob that a row does not read: no flag."""
+    return field(default=default, init=False)
+
+
+OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+NotNegative = Annotated[float, ">= 0"]
+Positive = Annotated[float, "> 0"]
+Share = Annotated[float, ">= 0", "<= 1"]
+Fraction = Annotated[float, "> 0", "<= 1"]
+HeldOut = Annotated[float, ">= 0", "< 1"]
+Steps = Annotated[int, ">= 0"]
+Count = Annotated[int, ">= 1"]
+Several = Annotated[int, ">= 2"]
+
+
+def check_bounds(knobs: Any) -> None:
+    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
+    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
+        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
+        for sign, limit in map(str.split, bounds):
+            if not OPERATORS[sign](value, float(limit)):
+                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
+
+
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     """An instance of `common` and one of the row that --algo names, from the command line.
 
@@ -93,28 +129,28 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     and listed; a typed one is an error.
     """
     words = list(_unfolded(argv))
+    typed = {_name(word) for word in argv if word.startswith("--")}
     peek = ArgumentParser(add_help=False, **PROGRAM)
     peek.add_argument("--algo", choices=rows, default=common.algo)
-    algo = peek.parse_known_args([word for word, _ in words])[0].algo
+    algo = peek.parse_known_args(words)[0].algo
     row = rows[algo]
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
-    parser.set_defaults(output_dir=f"runs/{algo}")
     defaults = {name: value for name, (value, _) in row.defaults.items()}
-    if {"--help", "-h"} & {word for word, _ in words}:  # None: the row computes it
+    if {"--help", "-h"} & {*words}:  # None: the row computes it
         defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
-    parser.set_defaults(**defaults)
-    kept, ignored = [], []
-    for flag, is_typed in _flags(words):
-        name = _name(flag)
+    parser.set_defaults(output_dir=f"runs/{algo}", **defaults)
+    known, kept, ignored = _names(common) | _names(row), [], []
+    for flag in _flags(words):
+        name = _name(flag[0])
         owners = [other for other in rows if name in _names(rows[other])]
-        if name in _names(common) | _names(row) or not flag[0].startswith("--") or name == "help":
+        if name in known or not flag[0].startswith("--") or name == "help":
             kept += flag
         elif not owners:
-            near = get_close_matches(name, sorted(_names(common) | _names(row)), n=1)
+            near = get_close_matches(name, sorted(known), n=1)
             meant = f"did you mean --{near[0]}? " if near else ""
             parser.error(f"unknown flag --{name}; {meant}--help lists those of --algo {algo}")
-        elif is_typed:
+        elif name in typed:
             parser.error(f"--{name} belongs to --algo {', '.join(owners)}, not to {algo}")
         else:
             ignored.append(f"--{name}")
@@ -129,9 +165,8 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         parser.error(str(error))
     if rest:
         parser.error(f"unknown argument {rest[0]}")
-    typed = {_name(flag).removeprefix("no_") for flag, is_typed in _flags(words) if is_typed}
     for name, why in {**config.flags_without_effect(), **method.flags_without_effect()}.items():
-        if name in typed:
+        if typed & {name, f"no_{name}"}:
             parser.error(f"--{name} has no effect here: {why}")
     if ignored and os.environ.get("RANK", "0") == "0":
         print(f"flags of other methods in the recipe, ignored: {' '.join(ignored)}")
@@ -141,8 +176,7 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
 def own_flags(words: list[str], common: type, row: type) -> list[str]:
     """The flags among `words`, and in their @FILEs, that a row reads, with their values."""
     own = _names(common) | _names(row)
-    flags = [flag for flag, _ in _flags(_unfolded(words))]
-    return [word for flag in flags if _name(flag) in own for word in flag]
+    return [word for flag in _flags(_unfolded(words)) if _name(flag[0]) in own for word in flag]
 
 
 def _shorten_help(parser: ArgumentParser) -> None:
@@ -155,32 +189,32 @@ def _shorten_help(parser: ArgumentParser) -> None:
             action.metavar = action.type.__name__.removeprefix("string_to_")
 
 
-def _unfolded(argv: list[str]):
-    """(word, whether it was typed) of a command line, each @FILE replaced by its words."""
+def _unfolded(argv: Iterable[str]) -> Iterator[str]:
+    """The words of a command line, each @FILE replaced by those that it holds."""
     for word in argv:
         if not word.startswith("@"):
-            yield word, True
+            yield word
             continue
         try:
             lines = Path(word[1:]).read_text().splitlines()
         except OSError as error:
             ArgumentParser(**PROGRAM).error(f"{word}: {error}")
-        nested = [part for line in lines for part in line.split("#")[0].split()]
-        yield from ((part, False) for part, _ in _unfolded(nested))
+        yield from _unfolded(part for line in lines for part in line.split("#")[0].split())
 
 
-def _flags(words: Iterable[tuple[str, bool]]) -> list[tuple[list[str], bool]]:
-    """Each flag with its values, and whether it was typed."""
+def _flags(words: Iterable[str]) -> list[list[str]]:
+    """Each flag with its values."""
     flags = []
-    for word, is_typed in words:
+    for word in words:
         if word.startswith("--") or not flags:
-            flags.append(([], is_typed))
-        flags[-1][0].append(word)
+            flags.append([])
+        flags[-1].append(word)
     return flags
 
 
-def _name(flag: list[str]) -> str:
-    return flag[0].partition("=")[0].removeprefix("--").replace("-", "_")
+def _name(word: str) -> str:
+    """The name of a flag: "spo_beta" of --spo-beta=0.5."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _names(knobs: type) -> set[str]:
@@ -243,35 +277,130 @@ def announce(config, method, world: int) -> str:
 # ------------------------------------------------------------------------------ data and bad input
 
 
+class Setup:
+    """What a rank reads and, with `load`, loads before its loop; a user's mistakes are found first.
+
+    config     the settings, as this model can be trained with
+    longest    tokens of the longest sequence
+    gpu_share  of vLLM
+    prompts    templates of the user's own
+    digests    flag -> what was read: a resumption must find it again
+    """
+
+    def __init__(self, config, method):
+        self.method, self.out = method, Path(config.output_dir)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if changed := checkpoint.refuse_earlier_run(settings(config, method)):
+            self.say(f"resuming with other settings: {', '.join(changed)}")
+        self.reward, name = scoring.Reward(config.reward_file), config.model_name_or_path
+        self.tokenizer = modeling.load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+        self.stop_ids = rollout.stop_ids(self.tokenizer, name)
+        data.check_turn_end(self.tokenizer, self.stop_ids)
+        if config.allow_thinking:
+            data.allow_thinking(self.tokenizer)
+        elif data.thinks(self.tokenizer):
+            self.say(f"thoughts are allowed, as saved with {name}")
+        data.check_thinking(self.tokenizer)
+        self.tag_length = data.tag_length(self.tokenizer)
+        self.longest = longest(config, method, self.tokenizer)
+        self.config, changed = suited(config, self.longest)
+        self.say(changed)
+        self.gpu_share, arithmetic = check_room(self.config, method, self.out)
+        self.say(arithmetic)
+        self.prompts = data.read_prompts(name, config.system_prompt, config.user_prompt)
+        if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
+            self.say(f"{' and '.join(saved)} prompt: as saved with {name}")
+        self.examples, self.eval_examples, self.digests = load_examples(
+            config, self.tokenizer, self.prompts, quiet=self.rank > 0
+        )
+        self.digests["model_name_or_path"] = f"prompt {data.template_digest(self.tokenizer)}"
+        for part, text in self.prompts.items():
+            self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.reward.file:
+            self.digests["reward_file"] = self.reward.digest
+        checkpoint.refuse_changed(self.out, self.digests)
+        method.check_examples(self.examples, config)
+        if self.reward.file:
+            self.say(self.reward.try_on(self.examples[:TRIED]))
+        # saved with every checkpoint
+        serving.add_tool_template(
+            self.tokenizer,
+            serving.system_prompt_of(self.examples),
+            self.prompts.get("user", data.USER_PROMPT),
+        )
+
+    def load(self, engine: rollout.Engine | None = None) -> None:
+        """Load model, optimiser and engine: what takes time and memory.
+
+        engine  that of an earlier stage: a process makes only one, since vLLM's memory on a GPU
+                cannot be freed while the process lives (vllm-project/vllm#36651)
+        """
+        config = self.config
+        self.engine = engine or rollout.make_engine(
+            config.engine,
+            config.model_name_or_path,
+            max_model_len=self.longest,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=self.gpu_share,
+            tensor_parallel_size=config.vllm_tensor_parallel_size,
+            dtype="bfloat16" if config.bf16 else "auto",
+            logprobs_mode=self.method.logprobs_mode,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+        )
+        if data.thinks(self.tokenizer):
+            data.allow_thinking(self.engine.tokenizer)
+        self.engine.sleep()
+        self.model, _ = modeling.load(
+            config.model_name_or_path,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            quant=config.quant,
+            gradient_checkpointing=config.gradient_checkpointing,
+            torch_compile=config.torch_compile,
+            trust_remote_code=config.trust_remote_code,
+            seed=config.seed,
+            compute_dtype=torch.bfloat16 if config.bf16 else None,
+        )
+        self.optimizer = modeling.optimizer(
+            self.model,
+            config.learning_rate,
+            (0.9, config.adam_beta2),
+            config.weight_decay,
+            offload=config.offload_moments,
+        )
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, if there is anything to say."""
+        if text and self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
 def load_examples(config, tokenizer, prompts: dict[str, str], quiet: bool) -> tuple:
     """Training examples, the evaluation subset, and a digest of each file flag's examples.
 
     prompts  templates of the user's own: data.read_prompts
     What is too long is dropped and counted.
     """
-    digests = {}
-
-    def load(flag: str) -> list[data.Example]:
-        found = read_sources(getattr(config, flag), config.seed)
-        digests[flag] = digest(found)
-        return [data.with_prompts(example, prompts) for example in found]
-
-    examples = load("train_file")
+    examples = read_sources(config.train_file, config.seed)
+    digests = {"train_file": digest(examples)}
     if config.eval_file:
-        held_out = load("eval_file")
+        held_out = read_sources(config.eval_file, config.seed)
+        digests["eval_file"] = digest(held_out)
     elif all(source.partition(":")[0] == "toy" for source in config.train_file):
         sources = " ".join(config.train_file)
         level = next((level for level in ("hard-", "house-") if level in sources), "")
         held_out = data.load("toy", f"{level}test")
-        held_out = [data.with_prompts(e, prompts) for e in held_out]
     else:
         held_out, examples = data.split(examples, config.eval_fraction, config.seed)
     if config.train_fraction < 1:
         examples = data.subset(examples, config.train_fraction, config.seed)
     parts = []
-    for name, examples_of in (("train", examples), ("eval", held_out)):
+    for name, part in (("train", examples), ("eval", held_out)):
+        part = [data.with_prompts(example, prompts) for example in part]
         fitting, drops = data.fit(
-            examples_of, tokenizer, config.max_prompt_length, config.max_completion_length
+            part, tokenizer, config.max_prompt_length, config.max_completion_length
         )
         dropped = "".join(f", {n} dropped: {why}" for why, n in drops.items())
         if not quiet:
@@ -336,9 +465,8 @@ def suited(config, longest: int) -> tuple[Any, str]:
     for rope in (ropes, *ropes.values()):  # one for all layers, or one per kind of layer
         kind = rope.get("rope_type") if isinstance(rope, dict) else None
         if kind in ("longrope", "dynamic"):
-            lengths = (rope.get(ORIGINAL), number(ORIGINAL), number("max_position_embeddings"))
-            room = next((n for n in lengths if isinstance(n, int) and n), longest)
-            if longest > room:
+            room = rope.get(ORIGINAL) or number(ORIGINAL) or number("max_position_embeddings")
+            if room and longest > room:
                 raise ValueError(
                     f"{name} ({kind}): beyond {room} tokens the positions of a response would "
                     f"depend on the longest one in its batch; {longest} are asked for: lower "
@@ -417,12 +545,14 @@ def longest(config, method, tokenizer) -> int:
     # None: ALiBi or no attention at all
     room = getattr(room.get_text_config(), "max_position_embeddings", None)
     if room and max(wanted, question) > room:
+        remedy = "lower them"
+        if question > wanted:
+            remedy += " (iTool's question to grade a response needs twice the latter), or "
+            remedy += "--self_evaluation none"
         raise ValueError(
             f"{config.model_name_or_path} reads {room} tokens; --max_prompt_length "
             f"{config.max_prompt_length} and --max_completion_length "
-            f"{config.max_completion_length} need {max(wanted, question)}: lower them"
-            + " (iTool's question to grade a response, twice the latter: or --self_evaluation none)"
-            * (question > wanted)
+            f"{config.max_completion_length} need {max(wanted, question)}: {remedy}"
         )
     return max(wanted, question)
 
@@ -438,14 +568,14 @@ class Interrupted(Exception):
         self.signal = number
 
 
-def end() -> None:
-    """End this process now that all is done: shutting down vLLM may fail (pytorch#145168)."""
+def end(code: int = 0) -> NoReturn:
+    """End this process at once: shutting down vLLM may fail (pytorch#145168)."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
-def leave(error: BaseException) -> None:
+def leave(error: BaseException) -> NoReturn:
     """Say why this rank ends and end it at once: its peers may be waiting in a collective.
 
     Exit code 2: a user's mistake or a failed check, one line; 143 after SIGTERM and 130 after
@@ -469,6 +599,4 @@ def leave(error: BaseException) -> None:
         print(plain if rank == 0 else f"rank {rank}: {plain}", file=sys.stderr)
     if code in (1, 2):
         get_error_handler().record_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end(code)

@@ -25,8 +25,6 @@ Where the papers are silent:
    scored like any other text.
 2. train_batch_size counts prompts, which Table 7 leaves open: 600 steps of 256 are then about two
    epochs of Table 6's 80,119 examples, as the text says (recipes/table6.args draws that sample).
-3. A step of dynamic sampling has ten batches of prompts to itself and reads as many as it needs,
-   so a run does not pass through its data in even epochs.
 """
 
 import gc
@@ -34,10 +32,11 @@ import math
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -46,44 +45,31 @@ from torch import Tensor
 import checkpoint
 import data
 import guard
-import model as modeling
 import rollout
 import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
-from methods import (
-    METHODS,
-    AfterSft,
-    Count,
-    Fraction,
-    Group,
-    Positive,
-    Rollouts,
-    Row,
-    Rows,
-    Sft,
-    Share,
-    check_bounds,
-    knob,
-    rows_of,
-)
-from metrics import rollout_metrics, starting_point, term_norms
-from run import (
+from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
+from metrics import (
     Clock,
+    evaluate,
+    rollout_metrics,
+    sampling_difference,
+    starting_point,
+    term_norms,
+)
+from run import (
     Run,
-    Stage,
-    add,
     all_gather,
     all_sum,
-    evaluate,
     forward,
     learning_rate_at,
     micro_batches,
-    over_ranks,
     part,
     sync,
     tokens_of,
 )
+from start import Count, Fraction, HeldOut, NotNegative, Positive, Share, Steps, check_bounds, knob
 from tools import show
 
 
@@ -93,20 +79,16 @@ class Config:
 
     algo: str = knob("toolupt", "a row of --list")
     # model and data
-    model_name_or_path: str = knob(
-        "Qwen/Qwen2.5-7B-Instruct", "ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B"
-    )
+    model_name_or_path: str = knob("Qwen/Qwen2.5-7B-Instruct", "ToolUPT 4.4; also 14B, 32B, Llama")
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
-    eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
+    eval_fraction: HeldOut = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
-    allow_thinking: bool = knob(
-        False, "cut a <think> block before a response is judged; else prompts ask for none"
-    )
+    allow_thinking: bool = knob(False, "a <think> block may come first and is not judged")
     max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -115,9 +97,7 @@ class Config:
     train_batch_size: Count = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
     temperature: Positive = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
-    lr_scheduler_type: Literal["constant", "cosine"] = knob(
-        "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
-    )
+    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "cosine: to 0; Table 7")
     warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
@@ -128,9 +108,7 @@ class Config:
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
-    bf16: bool = knob(
-        False, "bfloat16 products on a CPU with avx512_bf16 or AMX; on a GPU they always are"
-    )
+    bf16: bool = knob(False, "compute in bfloat16 on a CPU, too, if it has avx512_bf16 or AMX")
     vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
     vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
@@ -145,22 +123,15 @@ class Config:
     save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: Annotated[int, ">= 0"] = knob(
-        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
-    )
+    term_norm_steps: Steps = knob(0, "steps between gradient norms of the loss's terms; 0: none")
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
-    max_logp_difference: Annotated[float, ">= 0"] = knob(
+    max_logp_difference: NotNegative = knob(
         0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
     )
     report_to: Literal["none", "tensorboard", "wandb"] = knob("none", "beside metrics.jsonl")
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if not self.eval_file and not 0 < self.eval_fraction < 1:
-            raise ValueError(
-                f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
-                "between 0 and 1, or give --eval_file"
-            )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
@@ -195,7 +166,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 
             # 5 loss: forward and backward, all denominators counted over the whole step
             run.engine.sleep()
-            totals, stats, norms = count_tokens(config, run, groups), {}, {}
+            totals, stats, norms = count_tokens(config, run, groups), Counter(), {}
             if config.term_norm_steps and step % config.term_norm_steps == 0:
                 with clock("term_norms"):
                     norms = term_norms(config, method, run.model, groups, totals)
@@ -205,9 +176,9 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     rows = rows_of(micro, mask)
                     loss, parts = method.loss(rows, logps, entropy, totals, step)
                     loss.backward()
-                    add(stats, {**parts, **sampling_difference(rows, logps, totals)})
+                    stats.update(parts)
                     keep_logps(micro, logps)
-                stats = over_ranks(stats)
+                stats = all_sum(stats) | sampling_difference(groups)
             if config.log_rollouts:
                 with clock("records"):
                     run.records.log_rollouts(step + 1, groups)
@@ -216,35 +187,38 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
             # 6 optimiser step
             with clock("update"):
                 lr = learning_rate_at(config, step, method.max_steps, config.learning_rate)
-                grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                skipped = run.optimizer_step(lr, stats["loss"], grad_norm, groups)
+                stats |= run.optimizer_step(lr, stats["loss"], groups)
 
             # 7 weight sync
             with clock("sync"):
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
-            metrics |= {**norms, **method.schedule(step)}
-            metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
+            metrics = rollout_metrics(groups, method.alignment) | sampling | norms | stats
+            metrics |= method.schedule(step)
             last = step + 1 == method.max_steps
             if run.evaluation_is_due(step, last):
                 with clock("evaluate"):
                     metrics |= evaluate(config, run)
-            metrics |= clock.metrics(read)
-            run.end_step(bar, step, metrics, last)
+            run.end_step(bar, step, metrics | clock.metrics(read), last)
 
 
-def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
-    """Supervised fine-tuning (Eq. 1), stage by stage.
+def run_sft(config: Config, method: Row, run: Run) -> Path:
+    """Supervised fine-tuning (Eq. 1): in one stage, or from easy to hard (iTool section 3.1).
 
-    Returns the folder of the checkpoint with the lowest validation loss.
+    Each stage has examples, a schedule and an optimiser state of its own. Returns the folder of the
+    checkpoint with the lowest validation loss.
     """
-    best, best_loss = Path(config.output_dir) / "checkpoint-best", run.lowest("eval/loss")
+    if isinstance(method, ItoolConfig):
+        stages = warmup_stages(config, method, run)
+    else:
+        stages = [("sft", run.examples, method.max_steps, config.learning_rate)]
+    best = Path(config.output_dir) / "checkpoint-best"
+    best_loss = min(run.records.history("eval/loss"), default=math.inf)
     end = 0  # of the stage
-    with run.progress(sum(stage.steps for stage in stages)) as bar:
-        for number, stage in enumerate(stages, 1):
-            begin, end = end, end + stage.steps
+    with run.progress(sum(steps for _, _, steps, _ in stages)) as bar:
+        for number, (name, examples, steps, peak) in enumerate(stages, 1):
+            begin, end = end, end + steps
             for step in range(max(begin, run.first_step), end):
                 run.stop_if_asked(step)
                 clock = Clock()
@@ -252,27 +226,20 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                     run.optimizer.state.clear()
 
                 # 1 sample a batch
-                examples = [example for _, example in run.batch(step - begin, stage.examples)]
-                batch = [run.demonstration(example) for example in examples]
+                drawn = run.batch(step - begin, examples)
+                batch = [run.demonstration(example) for _, example in drawn]
 
                 # 2 loss
                 run.engine.sleep()
-                totals, stats = count_tokens(config, run, batch), {}
+                totals = count_tokens(config, run, batch)
                 with clock("update"):
-                    for micro in micro_batches(config, batch):
-                        logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-                        loss, parts = method.loss(Rows(mask), logps, entropy, totals, step)
-                        loss.backward()
-                        add(stats, parts)
-                    stats = over_ranks(stats)
+                    metrics = imitate(config, run, batch, totals)
 
                     # 3 optimiser step
-                    lr = learning_rate_at(config, step - begin, stage.steps, stage.learning_rate)
-                    grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-                    skipped = run.optimizer_step(lr, stats["loss"], grad_norm, batch)
+                    lr = learning_rate_at(config, step - begin, steps, peak)
+                    metrics |= run.optimizer_step(lr, metrics["loss"], batch)
 
                 # 4 validation
-                metrics = {**stats, "grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
                 if len(stages) > 1:
                     metrics["stage"] = number
                 last = step + 1 == end
@@ -287,7 +254,7 @@ def run_sft(config: Config, method: Sft, run: Run, stages: list[Stage]) -> Path:
                 if metrics.get("eval/loss", math.inf) < best_loss:
                     best_loss = metrics["eval/loss"]
                     run.save_best(step + 1)
-                run.end_step(bar, step, metrics, last, stage=stage.name)
+                run.end_step(bar, step, metrics, last, stage=name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
     return best
@@ -302,8 +269,8 @@ def sample_groups(
     """This rank's rewarded groups of a step, train_batch_size over all ranks; and metrics.
 
     A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until
-    enough are kept; they are pooled across ranks and any surplus is dropped. Its prompts are not
-    those of the other rows: a step has ten batches of them to itself and mostly skips the rest.
+    enough are kept; they are pooled across ranks and any surplus is dropped. A step has ten batches
+    of prompts to itself, of which it mostly skips the rest: a run has no even epochs.
     """
 
     def rewarded(batch: list) -> list[Group]:
@@ -317,14 +284,13 @@ def sample_groups(
     if not method.keep:
         return rewarded(run.batch(step)), {"rounds": 1, "frac_groups_kept": 1.0}
     size, kept = config.train_batch_size * method.generation_batches, []
-    for rounds in range(ROUNDS):
-        kept += filter(method.keep, rewarded(run.batch(step * ROUNDS + rounds, size=size)))
+    for rounds in range(1, ROUNDS + 1):
+        kept += filter(method.keep, rewarded(run.batch(step * ROUNDS + rounds - 1, size=size)))
         count = int(all_sum({"groups": len(kept)})["groups"])
         if count >= config.train_batch_size:
             pool = sorted(all_gather(kept), key=lambda group: group.place)
             groups = part(pool[: config.train_batch_size], tokens_of, run.rank, run.world)
-            share = count / (size * (rounds + 1))
-            return groups, {"rounds": rounds + 1, "frac_groups_kept": share}
+            return groups, {"rounds": rounds, "frac_groups_kept": count / (size * rounds)}
     raise ValueError(
         f"dynamic sampling: {ROUNDS} rounds gave {count} prompts whose rewards differ, of "
         f"{config.train_batch_size}; the data is too easy or too hard for this model: mix it, "
@@ -334,20 +300,20 @@ def sample_groups(
 
 def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Group]:
     """Sample K responses for each (place, example); request seeds depend on (seed, place) only."""
-    groups = []
-    for place, example in batch:
-        expert = run.demonstration(example)
-        group = Group(
-            example,
+    experts = [run.demonstration(example, place) for place, example in batch]
+    groups = [
+        Group(
+            expert.example,
             expert.prompt,
             expert.target,
             max_length=config.max_completion_length,
             with_expert=method.learns_from_expert,
-            seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
-            place=place,
+            seed=random.Random(f"{config.seed}/{expert.place}").getrandbits(62),
+            place=expert.place,
             num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
-        groups.append(group)
+        for expert in experts
+    ]
     samples = run.engine.generate(
         [group.prompt for group in groups],
         n=method.num_generations,
@@ -378,16 +344,14 @@ def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
     experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
-    sums = all_sum(
-        {
-            "tokens": sum(map(len, rollouts)),
-            "responses": len(rollouts),
-            "expert_tokens": sum(map(len, experts)),
-            "prompt_tokens": sum(len(x.prompt) for x in batch),
-        }
-    )
-    lengths = {"max_length": config.max_completion_length, "tag_length": run.tag_length}
-    return {**{name: int(value) for name, value in sums.items()}, **lengths}
+    own = {
+        "tokens": sum(map(len, rollouts)),
+        "responses": len(rollouts),
+        "expert_tokens": sum(map(len, experts)),
+        "prompt_tokens": sum(len(x.prompt) for x in batch),
+    }
+    totals = {name: int(total) for name, total in all_sum(own).items()}
+    return totals | {"max_length": config.max_completion_length, "tag_length": run.tag_length}
 
 
 def keep_logps(micro: list[Group], logps: Tensor) -> None:
@@ -397,25 +361,24 @@ def keep_logps(micro: list[Group], logps: Tensor) -> None:
         group.logps = own[: len(group.samples)]
 
 
-def sampling_difference(rows: Rows, logps: Tensor, totals: dict[str, int]) -> dict[str, Tensor]:
-    """|trainer - engine| in nats over the rollout tokens of the step: the mean and the largest."""
-    rollouts = rows.mask & ~rows.is_expert[:, None]
-    apart = torch.where(rollouts, (logps.detach() - rows.sampler_logps).abs(), 0.0)
-    name = "sampling/sampling_logp_difference"
-    largest = apart.max() if apart.numel() else 0.0
-    return {f"{name}/mean": apart.sum() / totals["tokens"], f"{name}/max": largest}
+def imitate(config: Config, run: Run, batch: list, totals: dict[str, int]) -> dict[str, float]:
+    """Loss of a batch of demonstrations (Eq. 1) and its stats; backward unless under no_grad."""
+    stats = Counter()
+    for micro in micro_batches(config, batch):
+        logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
+        loss, parts = Sft().loss(Rows(mask), logps, entropy, totals, step=0)
+        if torch.is_grad_enabled():
+            loss.backward()
+        stats.update(parts)
+    return all_sum(stats)
 
 
 def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
     mine = part(run.eval_examples, data.characters, run.rank, run.world)
     batch = [run.demonstration(example) for example in mine]
-    totals, stats = count_tokens(config, run, batch), {}
     with torch.no_grad():
-        for micro in micro_batches(config, batch):
-            logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-            add(stats, Sft().loss(Rows(mask), logps, entropy, totals, step=0)[1])
-    return over_ranks(stats)["loss"]
+        return imitate(config, run, batch, count_tokens(config, run, batch))["loss"]
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -434,6 +397,9 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         checkpoint.refuse_earlier_run(start.settings(own, row))
     best, earlier = None, 0
     for own, row, loop in stages:
+        run = None  # free its model and moments before the next ones are loaded
+        gc.collect()
+        torch.cuda.empty_cache()
         own = replace(own, model_name_or_path=str(best)) if best else own
         run, clock = Run(own, row, config, earlier), Clock()
         with clock("load"):
@@ -452,46 +418,28 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
         best, engine = loop(run.config, row, run), run.engine
         run.close()
         earlier = len(run.records.history("step"))  # a line for each step, and for step 0
-        if loop is not stages[-1][-1]:  # free model and moments before the next ones are loaded
-            del run
-            gc.collect()
-            torch.cuda.empty_cache()
     return run
 
 
 def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]:
     """The one or two stages of a method, each with its settings, row and loop."""
     if isinstance(method, ItoolConfig):
-        loops = {"warmup": warm_up, "itool": run_itool}
-        names = [*loops] if method.stages == "both" else [method.stages]
-        first = names[0], method, {"quant": "none"}  # Appendix B.1: LoRA here, QLoRA after it
+        loops = {"warmup": run_sft, "itool": run_itool}
+        if method.stages != "both":
+            return [(config, method, loops[method.stages])]
+        # Appendix B.1: LoRA in the warm-up, QLoRA after it
+        name, first, changed, last = "warmup", method, {"quant": "none"}, run_itool
     elif isinstance(method, AfterSft):
-        loops, names = {"sft": imitate, "rl": run_rl}, ["sft", "rl"]
-        first = "sft", *method.first_stage()
+        name, (first, changed), last = "sft", method.first_stage(), run_rl
     else:
-        return [(config, method, imitate if isinstance(method, Sft) else run_rl)]
-    last = config, method, loops[names[-1]]
-    if len(names) == 1:
-        return [last]
-    name, row, changed = first
-    first = replace(config, output_dir=f"{config.output_dir}/{name}", **changed)
-    where = config.resume_from_checkpoint  # a path belongs to the stage whose folder holds it
-    if where not in ("", "latest"):
-        in_last = Path(where).resolve().parent == Path(config.output_dir).resolve()
-        first = replace(first, resume_from_checkpoint="latest" if in_last else where)
-        last = replace(config, resume_from_checkpoint=where if in_last else ""), *last[1:]
-    return [(first, row, loops[name]), last]
-
-
-def imitate(config: Config, method: Sft, run: Run) -> Path:
-    """SFT on all training examples."""
-    stage = Stage("sft", run.examples, method.max_steps, config.learning_rate)
-    return run_sft(config, method, run, [stage])
-
-
-def warm_up(config: Config, method: ItoolConfig, run: Run) -> Path:
-    """iTool's SFT from easy to hard (section 3.1)."""
-    return run_sft(config, Sft(), run, warmup_stages(config, method, run))
+        return [(config, method, run_sft if isinstance(method, Sft) else run_rl)]
+    resume = of_first = config.resume_from_checkpoint
+    if resume not in ("", "latest"):  # a path belongs to the stage whose folder holds it
+        in_last = Path(resume).resolve().parent == Path(config.output_dir).resolve()
+        of_first, resume = ("latest", resume) if in_last else (resume, "")
+    changed |= {"output_dir": f"{config.output_dir}/{name}", "resume_from_checkpoint": of_first}
+    last = replace(config, resume_from_checkpoint=resume), method, last
+    return [(replace(config, **changed), first, run_sft), last]
 
 
 def parse_args(argv: list[str]) -> tuple[Config, Row]:

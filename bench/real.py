@@ -34,7 +34,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -52,8 +52,8 @@ import model as modeling
 import records
 import start
 import train
-from methods import Rows, Sft
-from run import Run, add, forward, micro_batches, sync
+from methods import Sft
+from run import Run, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
 ARMS = {  # name -> --algo and the model that it begins with
@@ -92,14 +92,9 @@ def common_start(args: argparse.Namespace) -> None:
             break
         run.engine.sleep()
         batch = [run.demonstration(example) for _, example in run.batch(step)]
-        totals, stats = train.count_tokens(config, run, batch), {}
-        for micro in micro_batches(config, batch):
-            logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-            loss, parts = run.method.loss(Rows(mask), logps, entropy, totals, step)
-            loss.backward()
-            add(stats, parts)
-        grad_norm = float(modeling.clip_grad_norm(run.model, config.max_grad_norm))
-        run.optimizer_step(config.learning_rate, stats["loss"], grad_norm, batch)
+        totals = train.count_tokens(config, run, batch)
+        stats = train.imitate(config, run, batch, totals)
+        run.optimizer_step(config.learning_rate, stats["loss"], batch)
     modeling.save(run.model, run.tokenizer, args.output_dir / "start")
 
 
@@ -390,12 +385,12 @@ def read_rollouts(folder: Path) -> dict:
 
     The columns are the metrics of metrics.shares, of runs too that did not log them yet.
     """
-    sums = defaultdict(dict)
+    sums = defaultdict(Counter)
     alignment = read(folder / "metrics.jsonl")[0].get("alignment", "positional")
     for row in data.read_jsonl(folder / "rollouts.jsonl", growing=True):
         first, right = row["advantages"][:1], row["outcome"]["total"] == 4
         one = [row["token_ids"]], [row["text"]], [right], first, alignment
-        add(sums[row["step"]], metrics.tally(row["kind"], row["target_ids"], *one))
+        sums[row["step"]].update(metrics.tally(row["kind"], row["target_ids"], *one))
     steps = sorted(sums)
     found = [metrics.shares(sums[step]) for step in steps]
     names = sorted({name for row in found for name in row})

@@ -34,6 +34,7 @@ import re
 import warnings
 from bisect import bisect
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -94,9 +95,8 @@ def chat(row) -> Conversation:
 
 def hermes(row) -> Conversation:
     """Hermes: a chat with its tools in `tools` or in the system turn; without, it is JSON mode."""
-    if _field(row, "conversations", list) and row.get("schema"):
-        raise Drop("no tool list")
-    if "tools" not in row and not _listed(_messages(row)):
+    said = _messages(row)
+    if row.get("schema") or ("tools" not in row and not _listed(said)):
         raise Drop("no tool list")
     return chat(row)
 
@@ -113,16 +113,16 @@ def toolace(row) -> Conversation:
 
 def xlam(row) -> Conversation:
     """xLAM: query, answers, tools, the last two JSON text; a row's calls are one parallel group."""
-    tools = _tools(_decode(_field(row, "tools", (str, list))))
-    calls = _calls(_decode(_field(row, "answers", (str, list))), tools)
+    tools = _tools(_json_field(row, "tools"))
+    calls = _calls(_json_field(row, "answers"), tools)
     return Conversation(tools, [("user", _field(row, "query", str).strip()), ("call", calls)])
 
 
 def hammer(row) -> Conversation:
     """Hammer's irrelevance set: xLAM with the called tools taken away and answers "[]"."""
-    if _decode(_field(row, "answers", (str, list))) != []:
+    if _json_field(row, "answers") != []:
         raise Drop("a call in the irrelevance set")
-    tools = _tools(_decode(_field(row, "tools", (str, list))))
+    tools = _tools(_json_field(row, "tools"))
     return Conversation(tools, [("user", _field(row, "query", str).strip()), ("no_tool", None)])
 
 
@@ -139,7 +139,7 @@ def funreason(row) -> Conversation:
     row = [message for message in row if message is not None]
     if any(isinstance(m, dict) and m.get("error_tool_response") for m in [columns, *row]):
         raise Drop("error_tool_response")
-    tools = _tools(_decode(_field(row[0] if row else None, "tools", (str, list))))
+    tools = _tools(_json_field(row[0] if row else None, "tools"))
     return Conversation(tools, _turns(_messages({"messages": row[1:]}), tools, python=True))
 
 
@@ -219,9 +219,7 @@ def parse_calls(text: str, names: list[str]) -> list[dict]:
     """
     calls, rest = [], text.strip()
     names = sorted(names, key=len, reverse=True)
-    if not rest.startswith("["):
-        raise Drop("call does not parse")
-    while rest != "]":
+    while not calls or rest != "]":
         if rest[:1] != ("," if calls else "["):
             raise Drop("call does not parse")
         rest = rest[1:].lstrip()
@@ -252,13 +250,12 @@ def _is_python_call(text: str, names: list[str]) -> bool:
 
     It is when a declared name stands before "(", or its first bracket closes at the end or never.
     """
-    looks = any(f"{name}(" in text for name in names)
-    if not looks and text.startswith("["):  # but "[text](url) ..." and "[1] ..." are prose
-        try:
-            looks = _closing(text) == len(text) - 1
-        except Drop:
-            looks = True
-    return looks
+    if any(f"{name}(" in text for name in names):
+        return True
+    try:  # "[text](url) ..." and "[1] ..." are prose
+        return text.startswith("[") and _closing(text) == len(text) - 1
+    except Drop:
+        return True
 
 
 _ARGUMENTS = ("arguments", "parameters", "params")
@@ -364,16 +361,10 @@ def _tools(raw) -> list[dict]:
     for tool in raw:
         tool = bare(tool)
         name, description = _field(tool, "name", str), tool.get("description") or ""
-        parameters = tool.get("parameters")
-        if isinstance(parameters, str):
-            parameters = _decode(parameters or "{}")
-        if not parameters:  # without parameters, or with what is not known to be theirs
-            if any(
-                isinstance(tool[key], (dict, list)) and tool[key]
-                for key in tool.keys() - _BESIDE_TOOL
-            ):
-                raise Drop("tool with parameters under an unknown key")
-            parameters = {}
+        parameters = _decode(tool.get("parameters") or "{}") or {}
+        unknown = [tool[key] for key in tool.keys() - _BESIDE_TOOL]
+        if not parameters and any(isinstance(value, (dict, list)) and value for value in unknown):
+            raise Drop("tool with parameters under an unknown key")
         if not name or not isinstance(description, str) or not isinstance(parameters, dict):
             raise Drop("malformed tool")
         tool = {"name": name, "description": description, "parameters": _parameters(parameters)}
@@ -459,6 +450,11 @@ def _field(row, key: str, kind: type | tuple):
     return value
 
 
+def _json_field(row, key: str):
+    """Return row[key], a list or a JSON text of one."""
+    return _decode(_field(row, key, (str, list)))
+
+
 def unpadded(value):
     """Return a JSON value without the keys of value null: Arrow gives all objects all keys."""
     if isinstance(value, dict):
@@ -470,16 +466,14 @@ def unpadded(value):
 def _messages(row) -> list[tuple[str, str, dict]]:
     """Return [(our role, stripped text, message)] of a chat with OpenAI's or ShareGPT's keys."""
     chat = []
-    openai = isinstance(row, dict) and "messages" in row
-    said = _field(row, "messages" if openai else "conversations", list)
-    for message in itertools.chain.from_iterable(map(_without_blocks, said)):
-        keys = ("role", "content") if openai else ("from", "value")
-        if isinstance(message, dict) and not message.get(keys[0]):
-            keys = ("from", "value") if openai else ("role", "content")
-        word = _field(message, keys[0], str)
+    key = "messages" if isinstance(row, dict) and "messages" in row else "conversations"
+    for message in itertools.chain.from_iterable(map(_without_blocks, _field(row, key, list))):
+        sharegpt = isinstance(message, dict) and "from" in message and not message.get("role")
+        who, what = ("from", "value") if sharegpt else ("role", "content")
+        word = _field(message, who, str)
         if word not in ROLES:
             raise Drop(f"unknown role {word[:20]!r}")
-        chat.append((ROLES[word], _text(message.get(keys[1]), ROLES[word]), message))
+        chat.append((ROLES[word], _text(message.get(what), ROLES[word]), message))
     return chat
 
 
@@ -567,8 +561,6 @@ def _json_calls(text: str, message: dict) -> tuple[list, str]:
     for key in ("tool_calls", "function_call"):
         calls = _decode(message.get(key) or "[]")
         raw += calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) for call in raw):
-        raise Drop("a call that is no object")
     return raw, text
 
 
@@ -614,10 +606,8 @@ def _decode(value):
 
 def _literal(text: str):
     """Return the value of a JSON text, else of a Python literal; Drop if it is neither."""
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text, strict=False, object_pairs_hook=json_object)
-    except (ValueError, RecursionError):
-        pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "\d" in a string

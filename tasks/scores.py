@@ -259,15 +259,12 @@ def _clean(row, form):
 
 
 def _forms(rows):
-    """Markdown: how the responses of each category are wrapped, right or wrong (rewards.form)."""
-    names = [*rewards.FORMS, "empty answer", "repeated key"]
-    lines = []
+    """Markdown: how the responses of each category are wrapped, right or wrong (rewards.forms)."""
+    names, lines = rewards.FORMS, []
     for category in _counts(rows):
         turns = [turn for row in rows if row["category"] == category for turn in row["turns"]]
-        forms = [rewards.form(response) for turn in turns for response in turn]
-        cells = [sum(form.kind == kind for form in forms) for kind in rewards.FORMS]
-        cells += [sum(form.empty_answer for form in forms), sum(f.repeated_key for f in forms)]
-        lines.append([category, len(forms), *cells])
+        forms = [rewards.forms(response) for turn in turns for response in turn]
+        lines.append([category, len(forms), *(sum(name in f for f in forms) for name in names)])
     note = "Untagged call: JSON in a code fence or between answer tags. Both: tags of both kinds."
     table = _table(["category", "responses", *names], lines)
     return ["Forms of the responses", "", *table, "", note]

@@ -1,10 +1,10 @@
 """A seeded, procedural tool world: unlimited tool-use examples with exact answers, no download.
 
-    generate("train", 1000)             rows for training
-    generate("test", 512)               rows with held-out names and values
-    generate("train", 1000, hard=True)  4-8 parameters, near-miss tools, 2-3 parallel calls,
-                                        noisy and compact experts
-    generate("train", 1000, house=True) a house rule: see below
+    generate("train", 1000)        rows for training
+    generate("test", 512)          rows with held-out names and values
+    generate("hard-train", 1000)   4-8 parameters, near-miss tools, 2-3 parallel calls, noisy and
+                                   compact experts
+    generate("house-train", 1000)  a house rule: see below
 
 Every row has the fields of data.Example (plus `system`, a short system prompt with Figure 5's
 structure), so data.py wraps it in one line. A world is a list of 1-6 tools named `noun.verb` with
@@ -67,6 +67,7 @@ PARAMETERS = {
     "enum": ["mode", "kind", "unit", "style"],
 }
 SPLITS = ("train", "valid", "test")
+LEVELS = ("", "hard-", "house-")
 # Share of each task. The last four need an answer in words, or more than the last user turn.
 TASKS = {
     "single": 0.28,
@@ -82,30 +83,26 @@ NOISE = 0.1  # share of corrupted expert responses in the hard training world
 
 
 def generate(
-    split: str,
-    n: int,
-    *,
-    seed: int = 0,
-    hard: bool = False,
-    house: bool = False,
-    per_world: int = 1,
-    max_tools: int = 6,
-) -> list:
+    split: str, n: int, *, seed: int = 0, per_world: int = 1, max_tools: int = 6
+) -> list[dict]:
     """Return `n` rows, each a dict with the fields of data.Example.
 
-    split      "train" | "valid" | "test": which names and values may appear
+    split      "train" | "valid" | "test": which names and values may appear. With "hard-" before
+               it: 4-8 parameters, near-miss tools, 2-3 parallel calls; noisy training experts.
+               With "house-": the house rule, and at most two tools; the id of a row to which the
+               rule applies ends in "+rule"
     n          number of rows
-    seed       the same (split, seed, hard) gives the same rows
-    hard       4-8 parameters, near-miss tools, 2-3 parallel calls; noisy training experts
-    house      the house rule; at most two tools. The id of a row to which it applies ends in "+rule"
+    seed       the same (split, seed) gives the same rows
     per_world  rows that share one tool list (which tools/pretrain_toy.py then reads once)
     max_tools  longest tool list, 1 to 6; no effect on the hard world
     """
-    if split not in SPLITS:
+    choices = [level + name for level in LEVELS for name in SPLITS]
+    if split not in choices:
         raise ValueError(
-            f"unknown split {split!r} of the toy world; choose one of {', '.join(SPLITS)}"
+            f"unknown split {split!r} of the toy world; choose one of {', '.join(choices)}"
         )
-    level = "-hard" if hard else "-house" if house else ""
+    level, _, split = split.rpartition("-")
+    hard, house = level == "hard", level == "house"
     rng = random.Random(f"{split}-{seed}-{'house' if house else hard}")
     rows, tools = [], []
     for i in range(n):
@@ -113,11 +110,11 @@ def generate(
             tools = _tools(rng, split, hard, min(max_tools, 2) if house else max_tools)
         task = rng.choices(list(TASKS), TASKS.values())[0]
         row = _row(rng, split, tools, task, hard)
-        row["id"] = f"toy-{split}{level}-{seed}/{i}/{task}"
+        row["id"] = f"toy-{split}{level and f'-{level}'}-{seed}/{i}/{task}"
         if house and row["kind"] == "tool_call":
-            calls = [_by_house_rule(call) for call in calls_of(row["target"])]
-            row["id"] += "+rule" * (tool_call(calls) != row["target"])
-            row["target"] = tool_call(calls)
+            target = tool_call([_by_house_rule(call) for call in calls_of(row["target"])])
+            row["id"] += "+rule" * (target != row["target"])
+            row["target"] = target
         if hard and split == "train" and rng.random() < NOISE:
             row["target"] = corrupt(row, rng, compact=True)  # spaces must not give it away
             row["kind"] = "answer" if row["target"].startswith("<answer>") else "tool_call"
@@ -128,9 +125,8 @@ def generate(
 def tool_call(calls: list, compact: bool = False) -> str:
     """Return the expert text of `calls`: a bare object for one, a list for several."""
     body = calls[0] if len(calls) == 1 else calls
-    return (
-        f"<tool_call>\n{json.dumps(body, separators=(',', ':') if compact else None)}\n</tool_call>"
-    )
+    text = json.dumps(body, separators=(",", ":") if compact else None)
+    return f"<tool_call>\n{text}\n</tool_call>"
 
 
 def answer(text: str) -> str:
@@ -154,26 +150,19 @@ def corrupt(row: dict, rng: random.Random, compact: bool = False) -> str:
     if row["kind"] == "answer":
         tool = rng.choice(tools)
         names = tool["parameters"]["required"] or list(tool["parameters"]["properties"])[:1]
-        return tool_call(
-            [{"name": tool["name"], "params": {k: _value(rng, split, tool, k) for k in names}}],
-            compact,
-        )
+        params = {k: _value(rng, split, tool, k) for k in names}
+        return tool_call([{"name": tool["name"], "params": params}], compact)
     calls = calls_of(row["target"])
     call = rng.choice(calls)
-    ways = (
-        ["value", "argument"] * bool(call["params"])
-        + ["tool", "answer"]
-        + ["drop"] * 3 * (len(calls) > 1)
-    )
-    way = rng.choice(ways)
+    ways = ["value", "argument"] * bool(call["params"]) + ["tool", "answer"]
+    way = rng.choice(ways + ["drop"] * 3 * (len(calls) > 1))
     if way == "answer":
         return answer("I cannot do that.")
     if way == "drop":
         calls.remove(call)
     elif way == "tool":
-        call["name"] = rng.choice(
-            [t["name"] for t in tools if t["name"] != call["name"]] or ["find"]
-        )
+        others = [t["name"] for t in tools if t["name"] != call["name"]]
+        call["name"] = rng.choice(others or ["find"])
     else:
         key = rng.choice(list(call["params"]))
         tool = next(t for t in tools if t["name"] == call["name"])
@@ -301,11 +290,8 @@ def _arguments(rng, split, tool) -> dict:
 def _request(rng, tool, params, plain=False) -> str:
     if not params:
         return f"Please {_action(tool)}."
-    style = (
-        "{} with {}."
-        if plain
-        else rng.choice(("Please {} with {}.", "I want to {}: {}.", "Can you {} using {}?"))
-    )
+    styles = ("Please {} with {}.", "I want to {}: {}.", "Can you {} using {}?")
+    style = "{} with {}." if plain else rng.choice(styles)
     return style.format(_action(tool), _list(params))
 
 
@@ -338,9 +324,8 @@ def _value(rng, split, tool, name):
 
 def _word(rng, split) -> str:
     while True:
-        word = "".join(
-            rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 3)))
-        )
+        syllables = range(rng.choice((2, 3, 3)))
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in syllables)
         if _split_of(word) == split:
             return word
 

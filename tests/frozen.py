@@ -188,7 +188,7 @@ def one_step(config: train.Config, method: methods.Row) -> tuple[dict[str, torch
         for name, parameter in run.model.named_parameters():
             gradient[name] = parameter.grad.full_tensor().clone()
         run.optimizer.zero_grad()
-        return True
+        return {}
 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (

@@ -124,7 +124,7 @@ def big_texts() -> list[str]:
 
 
 def seeds_of_texts() -> list[str]:
-    rows = [row for hard in (False, True) for row in toy.generate("train", 40, hard=hard)]
+    rows = [*toy.generate("train", 40), *toy.generate("hard-train", 40)]
     python = [
         '[f(x=1), Get Weather(city="a, b", days=[1, {"k": (2, 3)}])]',
         "[]",
@@ -142,8 +142,8 @@ def check_reading(text: str, targets: list[str]) -> int:
         assert (parsed.calls is not None) == (parsed.kind == "tool_call")
         json.dumps(parsed.calls, allow_nan=False)
     with case("form", text):
-        form = rewards.form(text)
-        assert form.kind in rewards.FORMS
+        forms = rewards.forms(text)
+        assert forms <= {*rewards.FORMS} and len(forms & {*rewards.FORMS[:5]}) == 1
     for target in targets:
         with case("outcome", (text, target)):
             outcome = rewards.outcome(text, target)
@@ -152,10 +152,7 @@ def check_reading(text: str, targets: list[str]) -> int:
             assert outcome.total == outcome.format + outcome.correct
             assert (rewards.binary(text, target) == 1) == (outcome.total == 4)
             due = "call" if target.startswith("<tool_call>") else "answer"
-            right = form.kind in (due, "untagged call") and not (
-                form.empty_answer or form.repeated_key
-            )
-            assert right or outcome.correct == -3
+            assert forms in ({due}, {"untagged call"}) or outcome.correct == -3
         with case("error_type", (text, target)):
             assert rewards.error_type(text, target) in ERRORS
     with case("as a target", text), contextlib.suppress(ValueError):  # documented
@@ -275,10 +272,10 @@ def test_files(tmp_path, capsys):
 
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "system", "popen", "Popen", "check_output", "check_call", "getoutput",
-    "torch.load", "pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "subprocess",
+    "torch.load", "pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "subprocess", "runpy",
 }  # fmt: skip
 ALLOWED = {  # with fixed words, or what the user asks for by name
-    "scoring.py": {"exec", "compile"},  # --reward_file
+    "scoring.py": {"runpy"},  # --reward_file
     "serving.py": {"subprocess"},  # git rev-parse
 }
 

@@ -684,14 +684,14 @@ def test_without_curriculum_the_warm_up_is_one_shuffled_stage():
     config, method = train.parse_args(["--algo", "itool", "--no_warmup", "--quant", "4bit"])
     first, last = train.stages_of(config, method)
     assert first[0] == replace(config, output_dir="runs/itool/warmup", quant="none")
-    assert first[1:] == (method, train.warm_up) and last == (config, method, itool.run_itool)
+    assert first[1:] == (method, train.run_sft) and last == (config, method, itool.run_itool)
     rows = [data.Example(**row) for row in toy.generate("train", 60, max_tools=2)]
     run = SimpleNamespace(examples=rows, say=lambda text: None)
-    [stage] = itool.warmup_stages(config, method, run)
-    assert len(stage.examples) == 60 and stage.learning_rate == 5e-5
+    [(_, examples, _, learning_rate)] = itool.warmup_stages(config, method, run)
+    assert len(examples) == 60 and learning_rate == 5e-5
 
 
-@pytest.mark.parametrize("stage, loop", [("warmup", train.warm_up), ("itool", itool.run_itool)])
+@pytest.mark.parametrize("stage, loop", [("warmup", train.run_sft), ("itool", itool.run_itool)])
 def test_a_stage_alone(stage, loop):
     config, method = train.parse_args(["--algo", "itool", "--stages", stage])
     assert train.stages_of(config, method) == [(config, method, loop)]

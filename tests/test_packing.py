@@ -316,9 +316,9 @@ def test_equal_logits_have_entropy_log_v():
 def test_entropy_oracle():
     case = json.loads((Path(__file__).parent / "oracles/packing.json").read_text())["entropy_1"]
     logits = torch.tensor(case["inputs"]["logits"][0])
-    scores = packing._token_scores(lambda x: x, 1.0, logits, torch.tensor([0, 1, 2]))
+    scores = packing._Scores.apply(logits, torch.tensor([0, 1, 2]), 1.0)
     assert torch.allclose(scores[:, 1], torch.tensor(case["expected"]["H"][0]), atol=1e-6)
-    hot = packing._token_scores(lambda x: x, 2.0, 2 * logits, torch.tensor([0, 1, 2]))
+    hot = packing._Scores.apply(2 * logits, torch.tensor([0, 1, 2]), 2.0)
     assert torch.allclose(hot, scores)
 
 
@@ -333,13 +333,13 @@ def test_scores_and_their_gradient_equal_autograds(temperature):
     logps = z[range(7), targets] - z.exp().sum(-1).log()
     entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
     expected = torch.stack([logps, entropy], -1)
-    actual = packing._token_scores(lambda x: x, temperature, logits, targets)
+    actual = packing._Scores.apply(logits, targets, temperature)
     assert_close(actual.detach().double(), expected.detach())
     [g] = torch.autograd.grad((weights * actual).sum(), logits)
     [e] = torch.autograd.grad((weights * expected).sum(), exact)
     assert_close(g.double(), e)
     half = logits.detach().bfloat16().requires_grad_()
-    packing._token_scores(lambda x: x, temperature, half, targets).sum().backward()
+    packing._Scores.apply(half, targets, temperature).sum().backward()
     assert half.grad.dtype == torch.bfloat16
 
 

@@ -107,7 +107,7 @@ def test_a_thought_neither_earns_nor_costs_anything(tmp_path):
         said = rollout.text_of(tokenizer, ids, "stop")
         assert Reward().score(said, example).total == pytest.approx(total)
         assert rewards.binary(said, target) == right
-        assert rewards.form(said).kind == form
+        assert rewards.forms(said) == {form}
         assert rewards.error_type(said, target) == error
         assert Reward(own).score(said, example).total == len(said)
     assert (

@@ -28,17 +28,17 @@ def names_and_values(rows):
     return names, values
 
 
-@pytest.mark.parametrize("hard", [False, True])
-def test_splits_share_no_tool_name_and_no_value(hard):
-    worlds = {split: names_and_values(toy.generate(split, 3000, hard=hard)) for split in toy.SPLITS}
+@pytest.mark.parametrize("level", ["", "hard-"])
+def test_splits_share_no_tool_name_and_no_value(level):
+    worlds = {split: names_and_values(toy.generate(level + split, 3000)) for split in toy.SPLITS}
     for one, other in (("train", "test"), ("train", "valid"), ("valid", "test")):
         for mine, theirs in zip(worlds[one], worlds[other]):
             assert len(mine) > 1000 and not mine & theirs
 
 
-@pytest.mark.parametrize("split,hard", [("train", False), ("test", False), ("test", True)])
-def test_targets_are_right_and_follow_the_schema(split, hard):
-    for row in toy.generate(split, 500, hard=hard):
+@pytest.mark.parametrize("split", ["train", "test", "hard-test"])
+def test_targets_are_right_and_follow_the_schema(split):
+    for row in toy.generate(split, 500):
         assert rewards.outcome(row["target"], row["target"]).total == 4
         if row["kind"] == "answer":
             continue
@@ -65,11 +65,11 @@ def test_every_value_of_a_call_can_be_read_in_the_prompt():
 
 
 def test_all_tasks_occur_and_the_hard_level_is_hard():
-    for hard in (False, True):
-        rows = toy.generate("train", 2000, hard=hard)
+    for split in ("train", "hard-train"):
+        rows = toy.generate(split, 2000)
         assert {row["id"].rsplit("/", 1)[1] for row in rows} == set(toy.TASKS)
         assert all(1 <= len(row["tools"]) <= 6 for row in rows)
-    rows = toy.generate("test", 500, hard=True)
+    rows = toy.generate("hard-test", 500)
     sizes = {len(t["parameters"]["properties"]) for row in rows for t in row["tools"]}
     assert sizes == {4, 5, 6, 7, 8}
     parallel = {len(calls_of(r["target"])) for r in rows if r["id"].endswith("parallel")}
@@ -79,7 +79,7 @@ def test_all_tasks_occur_and_the_hard_level_is_hard():
 
 
 def test_the_experts_of_the_hard_level_are_compact_and_a_tenth_is_wrong():
-    rows, clean = toy.generate("train", 2000, hard=True), toy.generate("valid", 500, hard=True)
+    rows, clean = toy.generate("hard-train", 2000), toy.generate("hard-valid", 500)
     for row in rows + clean:
         assert row["kind"] == "answer" or not re.search(r'[:,] ["{[\d]', row["target"]), row
     wrong = 0
@@ -91,7 +91,7 @@ def test_the_experts_of_the_hard_level_are_compact_and_a_tenth_is_wrong():
             count > 1
         )
     assert 0.02 < wrong / len(rows) < 0.1  # wrong names and values are not seen here
-    assert toy.generate("train", 500, hard=True) == rows[:500]
+    assert toy.generate("hard-train", 500) == rows[:500]
 
 
 def test_no_tool_and_missing_rows_have_no_call_to_make():
@@ -106,7 +106,7 @@ def test_no_tool_and_missing_rows_have_no_call_to_make():
 def test_the_house_rule():
     """Old verbs in list and query, new ones in the expert's calls, and nowhere else a difference."""
     verb = re.compile(r'(?<=\.)(book|cancel|find|send)(?=")')
-    for row in toy.generate("valid", 400, house=True):
+    for row in toy.generate("house-valid", 400):
         listed = {tool["name"] for tool in row["tools"]}
         assert len(row["tools"]) <= 2
         if row["kind"] == "tool_call":
@@ -117,7 +117,7 @@ def test_the_house_rule():
             for name in names:
                 noun, last = name.split(".")
                 assert name in listed or f"{noun}.{old[last]}" in listed
-    assert 0.2 < sum("+rule" in r["id"] for r in toy.generate("train", 400, house=True)) / 400 < 0.4
+    assert 0.2 < sum("+rule" in r["id"] for r in toy.generate("house-train", 400)) / 400 < 0.4
 
 
 def test_the_seed_decides():
@@ -138,5 +138,6 @@ def test_corruption_is_a_wrong_answer_of_valid_form():
 
 
 def test_an_unknown_split_names_the_choices():
-    with pytest.raises(ValueError, match="train, valid, test"):
-        toy.generate("dev", 1)
+    for split in ("dev", "hard", "hard-dev", "soft-test", ""):
+        with pytest.raises(ValueError, match="train, valid, test, hard-train, .*house-test"):
+            toy.generate(split, 1)

@@ -94,7 +94,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
     examples = [
         data.Example(**row)
-        for row in toy.generate("train", 4000) + toy.generate("train", 1000, hard=True)
+        for row in toy.generate("train", 4000) + toy.generate("hard-train", 1000)
     ]
     texts = (
         text for e in examples for text in (*(m["content"] for m in data.messages(e)), e.target)
@@ -199,7 +199,11 @@ def batch(tokenizer, seed: int, worlds: int, bad_habits: bool, max_tools: int = 
         per_world = QUERIES_PER_WORLD // 2 if hard else QUERIES_PER_WORLD
         world = seed * 1000 + i + 1_000_000  # far from the seeds of training runs
         tasks = toy.generate(
-            "train", per_world, seed=world, hard=hard, per_world=per_world, max_tools=max_tools
+            "hard-train" if hard else "train",
+            per_world,
+            seed=world,
+            per_world=per_world,
+            max_tools=max_tools,
         )
         ids, lengths = [], []
         for task in tasks:

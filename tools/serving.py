@@ -2,7 +2,7 @@
 
     add_tool_template(tokenizer, system_prompt, user_prompt)   before the tokenizer is saved
     tool_use_template(base_template, system_prompt, user_prompt)
-    model_card(...)                                             the README.md of a checkpoint
+    card_of(run, step), model_card(...)                         the README.md of a checkpoint
 
 A chat client sends tools, messages, calls and tool results; the model was trained on a system and a
 user message that hold all of them (data.messages). The template "tool_use" writes the one as the
@@ -25,10 +25,12 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import data
+from tools import show
 
 TEMPLATE = "tool_use"  # the name that transformers and vLLM look for when there are tools
 
@@ -209,6 +211,20 @@ writes the prompt that the model was trained on:
 
     tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
 """
+
+
+def card_of(run, step: int) -> str:
+    """Return the model card of a run's checkpoint."""
+    base = {"model_name_or_path": run.command.model_name_or_path}  # not that of the last stage
+    return model_card(
+        run.records.settings | base | {"allow_thinking": data.thinks(run.tokenizer)},
+        run.examples,
+        show.milestones(show.read(run.out)[0]),
+        method=type(run.method).__doc__.partition("\n")[0],
+        step=step,
+        command=["python", *sys.argv],
+        commit=this_commit(),
+    )
 
 
 def this_commit() -> str:
