@@ -87,7 +87,6 @@ from scoring import Reward
 from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
-LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
 COUNTS = (  # what a search counts, in searches.jsonl
     *("expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations"),
     *("evaluation_tokens", "evaluations_too_long"),
@@ -554,17 +553,13 @@ class Searcher:
         self, examples: list[data.Example], prompts: list[list[int]]
     ) -> list[tuple[list[dict], Counter]]:
         """`sampled_pair` of each example: the ablation without a search."""
-        drawn = self.engine.generate(
+        drawn = self._draw(
             prompts,
             n=SAMPLES_WITHOUT_SEARCH,
-            temperature=self.temperature,
-            top_p=self.top_p,
             max_tokens=self.max_tokens,
             seeds=[derived_seed(self.seed, example.id) for example in examples],
         )
-        self.stats = diversity([[(s.token_ids, s.text) for s in group] for group in drawn])
-        self.stats["samples"] = sum(map(len, drawn))
-        self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
+        self.stats += diversity([(s.token_ids, s.text) for s in group] for group in drawn)
         return [sampled_pair(*x) for x in zip(prompts, drawn)]
 
     def propose(self, nodes: list[Node], width: int) -> list[list[Proposal]]:
@@ -572,18 +567,14 @@ class Searcher:
         self.progress(sum(root.N >= self.config.iterations for root in self.roots))
         tails = [[node.tail] * (node.tail is not None) for node in nodes]
         responses = [node.response_ids for node in nodes]
-        drawn = self.engine.generate(
+        drawn = self._draw(
             [node.state_ids for node in nodes],
             n=[width - len(tail) for tail in tails],
-            temperature=self.temperature,
-            top_p=self.top_p,
             max_tokens=[self.max_tokens - len(response) for response in responses],
             seeds=[self._request_seed(node.path) for node in nodes],
         )
         self.stats["expansions"] += len(nodes)
         self.stats["tails_used"] += sum(map(len, tails))
-        self.stats["samples"] += sum(map(len, drawn))
-        self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
         for node, response, group in zip(nodes, responses, drawn):
             self.drawn[id(node.path[0])] += [
                 (s.token_ids, self._text(response + s.token_ids)) for s in group
@@ -603,6 +594,14 @@ class Searcher:
             (self._outcome(node, *state), self.confidences.get(state, 0.0))
             for node, state in zip(nodes, states)
         ]
+
+    def _draw(self, prompts: list[list[int]], **request) -> list[list[Sample]]:
+        """Samples of each prompt, which are counted."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        drawn = self.engine.generate(prompts, **sampling, **request)
+        self.stats["samples"] += sum(map(len, drawn))
+        self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
+        return drawn
 
     def _cut(self, node: Node, sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
@@ -685,7 +684,8 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
     ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
-    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer)) + LETTER_PREFIX
+    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer))
+    start += mcts.EVAL_PROMPT["assistant"] + " ("
     return [*ids, *tokenizer(start, add_special_tokens=False)["input_ids"]]
 
 
