@@ -22,7 +22,8 @@ import re
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -32,10 +33,11 @@ from urllib.request import getproxies
 import torch
 import torch.distributed as dist
 from huggingface_hub import constants as hub_constants
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import split_torch_state_dict_into_shards, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -52,7 +54,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.utils import cached_file
 
@@ -401,26 +403,41 @@ def save(
     Its subfolder `adapter` holds the adapters in peft's format.
 
     path            appears when it is complete, and replaces an older folder of that name
-    max_shard_size  of a safetensors file; rank 0 holds the whole model on the CPU
+    max_shard_size  of a safetensors file; rank 0 holds as much on the CPU
     texts           further files: name -> content
 
     ValueError on all ranks if rank 0's disk lacks the space; OSError with path and bytes if it fills
     up all the same. Then nothing of this folder is left.
     """
     path, base, first = Path(path).resolve(), _transformer(model), _is_first()
-    size = 4 * base.num_parameters()
+    shapes = _shapes(base)
+    size = sum(tensor.nbytes for tensor in shapes.values())
     check_disk(path, size)
     temporary = path.with_name(f".{path.name}.incomplete")
-    own, state = _weights(base).keys(), {}
-    for name, tensor in full_tensors(model):
-        if first and name in own:  # tied weights once
-            state[name] = tensor.float().cpu()
     if first:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     with whole_or_nothing(temporary, size):
+        plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+        files = defaultdict(dict)
+        for own_name, tensor in full_tensors(model):
+            for name, part in _on_disk(base, own_name, tensor) if first else ():
+                if name not in plan.tensor_to_filename:  # a tied weight's second name
+                    continue
+                file = plan.tensor_to_filename[name]
+                files[file][name] = part.float().cpu().contiguous()
+                if len(files[file]) == len(plan.filename_to_tensors[file]):
+                    save_file(files.pop(file), temporary / file, metadata={"format": "pt"})
         if first:
-            _plain(base).save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
+            assert not files, (
+                f"weights without a file: {[list(tensors) for tensors in files.values()]}"
+            )
+            if plan.is_sharded:
+                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            base.config.architectures = [type(base).__name__.removeprefix("FSDP")]
+            _plain_config(base).save_pretrained(temporary)
+            base.generation_config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             for name, text in (texts or {}).items():
                 (temporary / name).write_text(text, encoding="utf-8")
@@ -640,14 +657,11 @@ def _tensors(model_name_or_path: str, device: str = "cpu") -> dict[str, Callable
     return readers
 
 
-def _plain(base: PreTrainedModel) -> PreTrainedModel:
-    """The merged model without storage or quantisation."""
+def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the merged model, without quantisation."""
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(base)(config)
-    plain.generation_config = base.generation_config
-    return plain
+    return config
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:
@@ -680,6 +694,21 @@ def _weights(base: PreTrainedModel) -> dict[str, Tensor]:
     return {n.replace(".base_layer.", "."): t for n, t in state.items() if ".lora_" not in n}
 
 
+def _shapes(base: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save` writes, without data and unquantised."""
+    shapes = {name: tensor.shape for name, tensor in _weights(base).items()}
+    for name, layer in base.named_modules():
+        if hasattr(layer, "lora_A"):  # NF4 packs two weights in a byte
+            shapes[name + ".weight"] = (layer.out_features, layer.in_features)
+    empty = partial(torch.empty, dtype=torch.float32, device="meta")
+    return dict(part for n, s in shapes.items() for part in _on_disk(base, n, empty(s)))
+
+
+def _on_disk(base: PreTrainedModel, name: str, tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
+    """A weight as checkpoints of this family hold it: experts, which are one tensor here, apart."""
+    return revert_weight_conversion(base, {name: tensor}).items()
+
+
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -692,7 +721,7 @@ def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_ran
     A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
     trained one for resuming; adapters are saved once more in peft's format.
     """
-    size = 4 * base.num_parameters()
+    size = sum(tensor.nbytes for tensor in _shapes(base).values())
     model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size += (16 if lora_rank > 0 else 12) * trained

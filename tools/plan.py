@@ -22,7 +22,7 @@ Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or t
     kept        CUDA graphs 1 GB at 256 sequences, 0.4 at least; CUDA, NCCL and fragments 6 GB, 2 on one GPU
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
 
-Bytes per node: host memory 3 GB per process, 4 N for the model being saved, offloaded moments. Disk: --save_total_limit
+Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments. Disk: --save_total_limit
 + 1 checkpoints of 4 N + 12 T, with adapters 4 A more.
 
 Seconds of a step, with the rates that the flags state:
@@ -146,7 +146,7 @@ def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Names
         "vllm_weights": 2 * N / t, "vllm_working": working / t, "kv_tokens": kv_tokens, "kv_token": kv_token,
         "concurrent": min(args.max_num_seqs, int(kv_tokens * args.num_generations / mean)),
         "utilization": math.floor(100 * room / max(1, memory)) / 100,
-        "host": gpus * (3 * GB + 8 * trained * args.offload_moments) + 4 * N,
+        "host": gpus * (3 * GB + 8 * trained * args.offload_moments) + 5 * GB,
         "disk": (args.save_total_limit + 1) * (4 * N + 12 * (A or N) + 4 * A),
         "fits": peak + kept <= memory and kv_tokens >= longest,
     }  # fmt: skip
@@ -232,7 +232,7 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
         return 0.0, ""
     if p["host"] > host:
         raise ValueError(
-            f"too little host memory: {here} processes of 3 GB, the model for saving and the moments of --offload_moments "
+            f"too little host memory: {here} processes of 3 GB, 5 GB for saving and the moments of --offload_moments "
             f"make {p['host'] / GB:.1f} GB, {free}; use more machines, or keep the moments on the GPUs"
         )
     parts = (
