@@ -53,7 +53,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -87,7 +87,6 @@ from scoring import Reward
 from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
-LETTER_PREFIX = mcts.EVAL_PROMPT["assistant"] + " ("  # the next token is the option's letter
 COUNTS = (  # what a search counts, in searches.jsonl
     *("expansions", "samples", "sampled_tokens", "tails_used", "nodes", "evaluations"),
     *("evaluation_tokens", "evaluations_too_long"),
@@ -508,37 +507,23 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
 # -------------------------------------------------------------------------------------- the search
 
 
+@dataclass(eq=False)
 class Searcher:
-    """`mcts.search` with an engine that holds the policy.
+    """`mcts.search` with an engine that holds the policy; `stats` counts since the last search."""
 
-    engine           with logprobs_mode="raw_logprobs": Eq. 5 wants p(a|s) at temperature 1
-    temperature      of the samples, 1.5 in Table 7;  top_p in (0, 1]
-    max_tokens       of a whole response
-    self_evaluation  "paper": Table 10's order; "cache": its fixed text first, so that the engine's
-                     prefix cache holds it; "none": C = 0
-    seed             anything printable; a request's seed is a hash of it, the example and the
-                     node's path
-    reward           a user's: then a right response is one that earns its maximum
-    stats            counts since the last `search`
-    """
+    engine: Engine  # with logprobs_mode="raw_logprobs": Eq. 5 wants p(a|s) at temperature 1
+    tokenizer: Any
+    temperature: float = 1.5  # of the samples; Table 7
+    top_p: float = 1.0
+    max_tokens: int = 512  # of a whole response
+    # "paper": Table 10's order; "cache": its fixed text first, so that the engine's prefix cache
+    # holds it; "none": C = 0
+    self_evaluation: str = "paper"
+    seed: object = 0  # printable: a request's seed is a hash of it, the example and the node's path
+    reward: Reward = field(default_factory=Reward)  # a user's: right is what earns its maximum
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer,
-        *,
-        temperature: float = 1.5,
-        top_p: float = 1.0,
-        max_tokens: int = 512,
-        self_evaluation: str = "paper",
-        seed: object = 0,
-        reward: Reward | None = None,
-    ) -> None:
-        self.engine, self.tokenizer = engine, tokenizer
-        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
-        self.self_evaluation, self.seed = self_evaluation, seed
-        self.reward = reward or Reward()
-        self.stop_ids = set(engine.stop_ids)
+    def __post_init__(self) -> None:
+        self.stop_ids = set(self.engine.stop_ids)
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
 
@@ -568,17 +553,13 @@ class Searcher:
         self, examples: list[data.Example], prompts: list[list[int]]
     ) -> list[tuple[list[dict], Counter]]:
         """`sampled_pair` of each example: the ablation without a search."""
-        drawn = self.engine.generate(
+        drawn = self._draw(
             prompts,
             n=SAMPLES_WITHOUT_SEARCH,
-            temperature=self.temperature,
-            top_p=self.top_p,
             max_tokens=self.max_tokens,
             seeds=[derived_seed(self.seed, example.id) for example in examples],
         )
-        self.stats = diversity([[(s.token_ids, s.text) for s in group] for group in drawn])
-        self.stats["samples"] = sum(map(len, drawn))
-        self.stats["sampled_tokens"] = sum(len(s.token_ids) for group in drawn for s in group)
+        self.stats += diversity([(s.token_ids, s.text) for s in group] for group in drawn)
         return [sampled_pair(*x) for x in zip(prompts, drawn)]
 
     def propose(self, nodes: list[Node], width: int) -> list[list[Proposal]]:
@@ -586,18 +567,14 @@ class Searcher:
         self.progress(sum(root.N >= self.config.iterations for root in self.roots))
         tails = [[node.tail] * (node.tail is not None) for node in nodes]
         responses = [node.response_ids for node in nodes]
-        drawn = self.engine.generate(
+        drawn = self._draw(
             [node.state_ids for node in nodes],
             n=[width - len(tail) for tail in tails],
-            temperature=self.temperature,
-            top_p=self.top_p,
             max_tokens=[self.max_tokens - len(response) for response in responses],
             seeds=[self._request_seed(node.path) for node in nodes],
         )
         self.stats["expansions"] += len(nodes)
         self.stats["tails_used"] += sum(map(len, tails))
-        self.stats["samples"] += sum(map(len, drawn))
-        self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
         for node, response, group in zip(nodes, responses, drawn):
             self.drawn[id(node.path[0])] += [
                 (s.token_ids, self._text(response + s.token_ids)) for s in group
@@ -617,6 +594,14 @@ class Searcher:
             (self._outcome(node, *state), self.confidences.get(state, 0.0))
             for node, state in zip(nodes, states)
         ]
+
+    def _draw(self, prompts: list[list[int]], **request) -> list[list[Sample]]:
+        """Samples of each prompt, which are counted."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p}
+        drawn = self.engine.generate(prompts, **sampling, **request)
+        self.stats["samples"] += sum(map(len, drawn))
+        self.stats["sampled_tokens"] += sum(len(s.token_ids) for group in drawn for s in group)
+        return drawn
 
     def _cut(self, node: Node, sample: Sample) -> Proposal:
         """The first fragment of a sample, or all of it on the last level."""
@@ -699,7 +684,8 @@ def question(tokenizer, order: str, target: str, response: str) -> list[int]:
         {"role": "user", "content": user.format(gt_ans=target, response=response)},
     ]
     ids = tokenizer.apply_chat_template(chat, return_dict=False, **data.PROMPT)
-    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer)) + LETTER_PREFIX
+    start = "\n</think>\n\n" * bool(data.thought_opening(tokenizer))
+    start += mcts.EVAL_PROMPT["assistant"] + " ("
     return [*ids, *tokenizer(start, add_special_tokens=False)["input_ids"]]
 
 

@@ -500,9 +500,8 @@ def _expand(
         if not leaf.children:
             leaf.terminal, leaf.reason = True, "dead"
     children = [child for leaf in leaves for child in leaf.children]
-    for child, (outcome, self_eval) in zip(
-        children, evaluate(children) if children else [], strict=True
-    ):
+    grades = evaluate(children) if children else []
+    for child, (outcome, self_eval) in zip(children, grades, strict=True):
         child.O, child.C, child.R = outcome, self_eval, outcome + self_eval  # Eq. 6
         child.reward = child.Q = child.R - child.parent.R
 

@@ -222,7 +222,7 @@ class Run(Setup):
     def texts(self, step: int) -> dict[str, str]:
         """What lies beside a model: prompts of one's own, and the model card."""
         texts = {data.PROMPT_FILE.format(part): text for part, text in self.prompts.items()}
-        return texts if self.rank else texts | {"README.md": serving.card_of(self, step)}
+        return texts if self.rank else texts | {"README.md": serving.model_card(self, step)}
 
     # records
 

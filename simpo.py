@@ -10,7 +10,7 @@
 
 Each loss is the mean over the pairs of the whole batch (64 in iTool): pass num_pairs when the batch
 comes in micro-batches or on several ranks. The tensors hold the step tokens only, no prompt and no
-shared prefix; EOS where it was generated.
+shared prefix; EOS where it was generated. A pair with an empty side is a ValueError.
 
 Departures and choices:
 1. margin is Eq. 11's gamma. SimPO's own code stores gamma/beta, here 0.2; TRL adds an NLL term to
@@ -60,7 +60,7 @@ def simpo_loss(
     margin          >= 0, in nats  target reward margin, the paper's gamma
     num_pairs       int           pairs of the whole batch; default: N
 
-    log(1 + e^margin) where both sides are equally likely. ValueError for a pair with an empty side.
+    log(1 + e^margin) where both sides are equally likely.
     """
     sums, lengths = _sides(chosen_logps, chosen_mask, rejected_logps, rejected_mask)
     chosen, rejected = beta * sums / lengths  # Eq. 10
@@ -81,13 +81,12 @@ def dpo_loss(
 ) -> tuple[Tensor, Stats]:
     """Mean over pairs of -log sigma(beta ((S_w - ref_w) - (S_l - ref_l))) (Table 9), and stats.
 
-    chosen_logps .. rejected_mask  as in simpo_loss
+    chosen_logps .. rejected_mask, num_pairs  as in simpo_loss
     chosen_ref      (N,) float    summed log-prob of the chosen side under the reference, detached
     rejected_ref    (N,) float    the same of the rejected side
     beta            > 0
-    num_pairs       int           pairs of the whole batch; default: N
 
-    log 2 where the policy is the reference. ValueError for a pair with an empty side.
+    log 2 where the policy is the reference.
     """
     sums, lengths = _sides(chosen_logps, chosen_mask, rejected_logps, rejected_mask)
     chosen, rejected = beta * (sums - _refs(chosen_ref, rejected_ref, sums))
@@ -109,12 +108,11 @@ def ipo_loss(
 ) -> tuple[Tensor, Stats]:
     """Mean over pairs of ((S_w - ref_w) - (S_l - ref_l) - 1/(2 tau))^2 (Table 9), and stats.
 
-    chosen_logps .. rejected_ref  as in dpo_loss: the references are sums in both modes
+    chosen_logps .. rejected_ref, num_pairs  as in dpo_loss: the references are sums in both modes
     tau             > 0           the log-ratio gap is pulled to 1/(2 tau) nats
     average         divide each side's log-ratio by its length, as TRL and LLaMA-Factory do
-    num_pairs       int           pairs of the whole batch; default: N
 
-    1/(4 tau^2) where the policy is the reference. ValueError for a pair with an empty side.
+    1/(4 tau^2) where the policy is the reference.
     """
     assert tau > 0, f"tau must be positive, got {tau}"
     sums, lengths = _sides(chosen_logps, chosen_mask, rejected_logps, rejected_mask)
@@ -135,11 +133,8 @@ def orpo_loss(
 ) -> tuple[Tensor, Stats]:
     """Mean over pairs of -M_w - lam log sigma(lo_w - lo_l), lo = log-odds (Table 9), and stats.
 
-    chosen_logps .. rejected_mask  as in simpo_loss
+    chosen_logps .. rejected_mask, num_pairs  as in simpo_loss
     lam             >= 0          weight of the odds-ratio term; at 0 the loss is SFT, by row means
-    num_pairs       int           pairs of the whole batch; default: N
-
-    ValueError for a pair with an empty side.
     """
     sums, lengths = _sides(chosen_logps, chosen_mask, rejected_logps, rejected_mask)
     means = sums / lengths
@@ -172,21 +167,14 @@ def _sides(
 
 
 def _sums(mask: Tensor, logps: Tensor, what: str) -> Tensor:
-    """S(y) of each row, in float32 or wider; the mask comes first, so nan in padding stays out."""
+    """S(y) of each row, in float32 or wider."""
+    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
+    assert mask.shape == logps.shape, f"{tuple(logps.shape)} for {tuple(mask.shape)}"
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{what} needs a token, rows {empty} have none (M is 0/0); drop them")
-    return _masked(mask, logps).sum(1)
-
-
-def _masked(mask: Tensor, x: Tensor) -> Tensor:
-    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
-
-    `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
-    """
-    assert mask.dtype == torch.bool, f"mask is {mask.dtype}: want torch.bool"
-    assert x.shape in (mask.shape, (len(mask), 1)), f"{tuple(x.shape)} for {tuple(mask.shape)}"
-    return torch.where(mask, _float(x), 0.0)
+    # `where` before any arithmetic: 0 * nan is nan, and so is its gradient
+    return torch.where(mask, _float(logps), 0.0).sum(1)
 
 
 def _refs(chosen_ref: Tensor, rejected_ref: Tensor, sums: Tensor) -> Tensor:

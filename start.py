@@ -137,8 +137,10 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     parser = HfArgumentParser((common, row), description=f"{algo}: {row.__doc__}", **PROGRAM)
     _shorten_help(parser)
     defaults = {name: value for name, (value, _) in row.defaults.items()}
-    if {"--help", "-h"} & {*words}:  # None: the row computes it
-        defaults |= {n: getattr(row(), n) for n, value in defaults.items() if value is None}
+    if None in defaults.values():  # it depends on other flags of the row
+        own = HfArgumentParser(row, add_help=False, **PROGRAM)
+        knobs = own.parse_args_into_dataclasses(words, True, look_for_args_file=False)[0]
+        defaults |= {n: getattr(knobs, n) for n, value in defaults.items() if value is None}
     parser.set_defaults(output_dir=f"runs/{algo}", **defaults)
     known, kept, ignored = _names(common) | _names(row), [], []
     for flag in _flags(words):
@@ -158,8 +160,6 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
         config, method, rest = parser.parse_args_into_dataclasses(
             kept, look_for_args_file=False, return_remaining_strings=True
         )
-        if config.learning_rate is None:  # the row's own depends on another of its flags
-            config.learning_rate = method.learning_rate
         method.check(config)
     except ValueError as error:
         parser.error(str(error))

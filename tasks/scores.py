@@ -69,9 +69,8 @@ def report(out: Path) -> str:
     table = []
     for category, (correct, total) in counts.items():
         mine = [row for row in rows if row["category"] == category]
-        bad = (_malformed(mine), _sum(mine, "over_long"), sum(r["cut"] > 0 for r in mine))
         shares = (correct, total, f"{100 * correct / total:.2f}")
-        table.append([category, *shares, *bad, _sum(mine, "force_quit")])
+        table.append([category, *shares, *_faults(mine)])
     columns = ("category", "correct", "cases", "accuracy", "malformed", "over-long", "cut")
     lines += ["", *_table([*columns, "force-quit"], table)]
     lines += ["", *_forms(rows)] if settings["format"] == "toolupt" else []
@@ -86,7 +85,7 @@ def report(out: Path) -> str:
 
 def columns_of(out: Path) -> dict[str, float]:
     """The complete columns of a run in percent."""
-    return _columns(*_read(out))
+    return _columns(*_read(out))[0]
 
 
 def compare(outs: list[Path]) -> str:
@@ -210,10 +209,10 @@ def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, see
 def _column_table(results, settings, names):
     """Markdown: columns of each run with 95 % intervals, and differences from the first run."""
     bench = settings[0]["bench"]
-    exact = [_columns(rows, s) for rows, s in zip(results, settings)]
+    exact, whole = zip(*map(_columns, results, settings))
     spread = bootstrap(results, bench)
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
-    whole = set.intersection(*(_whole(rows, s) for rows, s in zip(results, settings)))
+    whole = set.intersection(*whole)
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
     if not shown:
         return ["No column of the tables is complete."]
@@ -234,21 +233,18 @@ def _column_table(results, settings, names):
 
 
 def _columns(rows, settings):
-    """The complete columns of a run; an overall needs all cases of all categories."""
-    counts = _counts(rows)
-    found = COLUMNS[settings["bench"]](counts)
-    whole = all(counts[k][1] == settings["sizes"][k] for k in counts) and settings["half"] is None
-    return {k: v for k, v in found.items() if whole or not k.startswith("overall")}
+    """The columns of a run, and the names of those all of whose cases are there.
 
-
-def _whole(rows, settings):
-    """Names of the columns all of whose cases are there."""
-    counts = _counts(rows)
-    full = {k: c for k, c in counts.items() if c[1] >= settings["sizes"][k]}
-    names = set(COLUMNS[settings["bench"]](full))
+    An overall needs all cases of all categories.
+    """
+    counts, sizes, columns = _counts(rows), settings["sizes"], COLUMNS[settings["bench"]]
+    found, full = columns(counts), {k: c for k, c in counts.items() if c[1] >= sizes[k]}
+    whole = {*columns(full)}
     if len(full) < len(counts):
-        names -= {"accuracy"}  # which is over all categories
-    return names
+        whole -= {"accuracy"}  # which is over all categories
+    if len(full) < len(counts) or settings["half"] is not None:
+        found = {k: v for k, v in found.items() if not k.startswith("overall")}
+    return found, whole
 
 
 def _clean(row, form):
@@ -320,8 +316,7 @@ def _notes(rows, settings):
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
         mean = sum(rewards.outcome(*pair).total for pair in pairs) / (len(pairs) or float("nan"))
         lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12)"]
-    long, wrong = _sum(rows, "over_long"), _malformed(rows)
-    cut, quit = sum(row["cut"] > 0 for row in rows), _sum(rows, "force_quit")
+    wrong, long, cut, quit = _faults(rows)
     lines += [
         f"- {len(rows)} cases: {wrong} with a malformed response, {long} with an over-long prompt"
         f" (wrong), {cut} with a response cut at {settings['max_tokens']} tokens, {quit} stopped"
@@ -349,9 +344,8 @@ def _counts(rows):
     return {category: (correct[category], number) for category, number in total.items()}
 
 
-def _malformed(rows):
-    return sum(any("malformed" in turn for turn in row["kinds"]) for row in rows)
-
-
-def _sum(rows, name):
-    return sum(bool(row.get(name)) for row in rows)
+def _faults(rows):
+    """Cases with a malformed response, an over-long prompt, a cut response, too many steps."""
+    malformed = sum(any("malformed" in turn for turn in row["kinds"]) for row in rows)
+    names = ("over_long", "cut", "force_quit")
+    return malformed, *(sum(bool(row.get(name)) for row in rows) for name in names)

@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import jinja2
@@ -23,6 +24,7 @@ from frozen import needs_vllm
 from transformers import AutoTokenizer
 
 import data
+import methods
 import rewards
 from tools import serving
 
@@ -264,31 +266,36 @@ def test_the_system_prompt_that_a_run_trained_with():
 # ---- the model card ----
 
 
-def test_model_card():
+def test_model_card(tmp_path, monkeypatch):
     rows = data.load("toy", "valid")[:20]
     calls = sum(row.kind == "tool_call" for row in rows)
-    settings = {"model_name_or_path": "Org/Base-1B", "algo": "toolupt", "max_steps": 600, "seed": 3}
-    made = {
-        "scores": [("before", 0.25), ("after", 0.75)],
-        "method": "mixes two losses.",
-        "step": 400,
-        "command": ["torchrun", "train.py", "--output_dir", "my runs"],
-        "commit": "abc123",
-    }
-    card = serving.model_card(settings, rows, **made)
+    settings = {"algo": "toolupt", "max_steps": 600, "seed": 3}
+    lines = [settings, *({"step": i, "eval/accuracy": x} for i, x in enumerate((0.25, 0.75)))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", "my runs"])
+    run = SimpleNamespace(
+        records=SimpleNamespace(settings=settings),
+        command=SimpleNamespace(model_name_or_path="Org/Base-1B"),
+        method=methods.ToolUpt(),
+        examples=rows,
+        tokenizer=toy_tokenizer(),
+        out=tmp_path,
+    )
+    card = serving.model_card(run, 400)
     _, header, body = card.split("---\n", 2)
     assert "base_model: Org/Base-1B\n" in header
     for text in (
         "# Org/Base-1B, post-trained for tool use with toolupt",
-        "- Method: toolupt: mixes two losses.",
+        f"- Method: toolupt: {methods.ToolUpt.__doc__.splitlines()[0]}",
         "- Step 400 of 600, seed 3",
-        "- Commit: abc123",
+        f"- Commit: {serving.this_commit()}",
         f"| toy-valid-0 | {calls} | {20 - calls} |",
         "| before | 25.0% |\n| after | 75.0% |",
-        "    torchrun train.py --output_dir 'my runs'",
+        "    python train.py --output_dir 'my runs'\n\nA response is",
     ):
         assert text in body, card
-    local = serving.model_card(settings | {"model_name_or_path": str(TOY)}, rows, **made)
+    run.command.model_name_or_path = str(TOY)
+    local = serving.model_card(run, 400)
     assert "base_model" not in local and "# toy_model, post-trained" in local
 
 

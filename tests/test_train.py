@@ -766,10 +766,12 @@ def test_lora_alpha_without_adapters_is_an_error_where_it_is_typed(tmp_path, cap
         assert train.parse_args(["--lora_alpha", "64", *more])[0].lora_alpha == 64
 
 
-def test_help_prints_the_rate_that_itool_computes(capsys):
+@pytest.mark.parametrize(("flags", "rate"), [([], "1e-06"), (["--preference", "dpo"], "3e-07")])
+def test_help_prints_the_rate_that_itool_computes(flags, rate, capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--algo", "itool", "--help"])
-    assert re.search(r"--learning_rate float\s[^-]*\(default: 1e-06\)", capsys.readouterr().out)
+        train.parse_args(["--algo", "itool", *flags, "--help"])
+    said = rf"--learning_rate float\s[^-]*\(default: {rate}\)"
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_a_closed_pipe_ends_the_list_quietly():

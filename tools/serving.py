@@ -2,7 +2,7 @@
 
     add_tool_template(tokenizer, system_prompt, user_prompt)   before the tokenizer is saved
     tool_use_template(base_template, system_prompt, user_prompt)
-    card_of(run, step), model_card(...)                         the README.md of a checkpoint
+    model_card(run, step)                                       the README.md of a checkpoint
 
 A chat client sends tools, messages, calls and tool results; the model was trained on a system and a
 user message that hold all of them (data.messages). The template "tool_use" writes the one as the
@@ -152,34 +152,22 @@ def system_prompt_of(examples: list[data.Example]) -> str:
     return Counter(example.system for example in examples).most_common(1)[0][0]
 
 
-def model_card(
-    settings: dict,
-    examples: list[data.Example],
-    scores: list[tuple[str, float]],
-    *,
-    method: str,
-    step: int,
-    command: list[str],
-    commit: str,
-) -> str:
-    """Return the README.md of a checkpoint, with the header that the Hugging Face Hub reads.
-
-    settings  first line of metrics.jsonl
-    examples  that the run trained on
-    scores    (name, accuracy in 0..1) on the held-out examples, in the order of training
-    method    one sentence; step  of the checkpoint; command, commit  that made it
-    """
-    base, algo = settings["model_name_or_path"], settings["algo"]
+def model_card(run, step: int) -> str:
+    """Return the README.md of a run's checkpoint, with the header that the Hugging Face Hub reads."""
+    settings, examples = run.records.settings, run.examples
+    base, algo = run.command.model_name_or_path, settings["algo"]  # not that of the last stage
     kinds = Counter((example.id.partition("/")[0], example.kind) for example in examples)
     data_rows = "\n".join(
         f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
         for source in dict.fromkeys(source for source, _ in kinds)
     )
+    scores = show.milestones(show.read(run.out)[0])
     score_rows = "\n".join(f"| {name} | {accuracy:.1%} |" for name, accuracy in scores)
     of_steps = f" of {settings['max_steps']}" if "max_steps" in settings else ""
     on_hub = not Path(base).exists()
     base_model = f"base_model: {base}\n" * on_hub
-    thoughts = "Thoughts, `<think>...</think>`, may come first.\n\n"
+    thoughts = "Thoughts, `<think>...</think>`, may come first.\n\n" * data.thinks(run.tokenizer)
+    method = type(run.method).__doc__.partition("\n")[0]
     return f"""---
 pipeline_tag: text-generation
 library_name: transformers
@@ -190,7 +178,7 @@ tags: [tool-use]
 - Base model: {base}
 - Method: {algo}: {method}
 - Step {step}{of_steps}, seed {settings["seed"]}
-- Commit: {commit}
+- Commit: {this_commit()}
 
 | training data | tool calls | answers |
 |---|---|---|
@@ -202,29 +190,15 @@ tags: [tool-use]
 
 Trained by
 
-    {shlex.join(command)}
+    {shlex.join(["python", *sys.argv])}
 
-{thoughts * settings.get("allow_thinking", False)}\
+{thoughts}\
 A response is `<tool_call>JSON</tool_call>` or `<answer>text</answer>`. The chat
 template `{TEMPLATE}`, which transformers and vLLM take when a request has tools,
 writes the prompt that the model was trained on:
 
     tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
 """
-
-
-def card_of(run, step: int) -> str:
-    """Return the model card of a run's checkpoint."""
-    base = {"model_name_or_path": run.command.model_name_or_path}  # not that of the last stage
-    return model_card(
-        run.records.settings | base | {"allow_thinking": data.thinks(run.tokenizer)},
-        run.examples,
-        show.milestones(show.read(run.out)[0]),
-        method=type(run.method).__doc__.partition("\n")[0],
-        step=step,
-        command=["python", *sys.argv],
-        commit=this_commit(),
-    )
 
 
 def this_commit() -> str:

@@ -33,9 +33,6 @@ TOKENS = 2000  # of a response that are shown
 SAMPLE_BYTES = 8 << 20  # of the responses of a page
 ERRORS = ("Code Syntax", "Tools Count", "Tool Name", "Parameter Count", "Parameter Name")
 ERRORS += ("Parameter Value", "Other", "reward only")
-PLAIN = "\033[0m"
-# 256-colour backgrounds, weak to strong
-SHADES = {1: (194, 157, 120, 83), -1: (224, 217, 210, 203)}
 # title, unit of the axis ("%": of shares), metrics; the others follow by the part of their names
 # before the slash
 PANELS = (
@@ -95,7 +92,8 @@ def write_report(out: Path, metrics: dict, searches: dict, tokenizer) -> Path:
     if (out / "rollouts.jsonl").exists():
         records = Lines(out / "rollouts.jsonl")
         if len(records):
-            samples.append(rollout_samples(records, tokenizer or _tokenizer(out, config)))
+            size, tokenizer = config.get("num_generations", 1), tokenizer or _tokenizer(out, config)
+            samples.append(rollout_samples(records, size, tokenizer))
             errors = error_types(records)
     if (out / "pairs.jsonl").exists():
         samples.append(pair_samples(Lines(out / "pairs.jsonl")))
@@ -202,23 +200,15 @@ class Lines:
         except ValueError as error:
             raise ValueError(f"line {i + 1} of {self.path} is not JSON ({error})") from None
 
-    def group(self, i: int) -> range:
-        """Numbers of the lines around line i with its step and example."""
-        of = lambda k: [self[k].get(name) for name in ("step", "iteration", "id")]
-        first = last = i
-        while first > 0 and of(first - 1) == of(i):
-            first -= 1
-        while last + 1 < len(self) and of(last + 1) == of(i):
-            last += 1
-        return range(first, last + 1)
 
+def rollout_samples(records: Lines, size: int, tokenizer) -> dict:
+    """The responses to some prompts, evenly over the run, with the numbers of every token.
 
-def rollout_samples(records: Lines, tokenizer) -> dict:
-    """The responses to some prompts, evenly over the run, with the numbers of every token."""
-    ranges = dict.fromkeys(records.group(i) for i in _evenly(len(records), GROUPS))
+    size  lines of a group
+    """
     groups = []
-    for lines in ranges:
-        rows = [records[i] for i in lines]
+    for i in _evenly(len(records) // size, GROUPS):
+        rows = [records[k] for k in range(i * size, (i + 1) * size)]
         groups.append(
             {
                 "name": f"step {rows[0]['step']}, {rows[0]['id']}",
@@ -430,61 +420,28 @@ def summary(out: Path, tokenizer) -> str:
     if (out / "trees-1.jsonl").exists():
         lines += [f"trees        python mcts.py show {out}/trees-1.jsonl"]
     lines += [f"report       {write_report(out, metrics, searches, tokenizer)}"]
-    if (out / "rollouts.jsonl").exists() and (row := _telling(Lines(out / "rollouts.jsonl"))):
-        about = "a rollout, tokens coloured by advantage (green: made likelier, red: less likely)"
-        lines += ["", about, "", coloured(row, tokenizer)]
     return "\n".join(lines)
 
 
-def coloured(row: dict, tokenizer) -> str:
-    """A response for a terminal: advantages on green (positive) or red, stronger with size."""
-    values = [value if math.isfinite(value) else 0 for value in row["advantages"]]
-    strongest, text = max(map(abs, values), default=0) or 1, ""
-    for piece, value in zip(pieces(tokenizer, row["token_ids"]), values):
-        piece = visible(piece)
-        if value:
-            shade = SHADES[1 if value > 0 else -1][min(3, int(4 * abs(value) / strongest))]
-            piece = "\n".join(
-                f"\033[30;48;5;{shade}m{part}{PLAIN}" if part else "" for part in piece.split("\n")
-            )
-        text += piece
-    head = f"step {row['step']}  {row['id']}  response {row['k']}  reward {row['reward']:.2f}"
-    return f"{visible(head)}\n{text}\nexpert: {visible(row['target'])}"
-
-
 def visible(text: str) -> str:
-    """The text without control characters: what a model writes must not steer a terminal."""
+    """The text with its control characters spelt out."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-
-
-def _telling(records: Lines) -> dict | None:
-    """The latest of the last rollouts with both positive and negative tokens, else the last."""
-    row = None
-    for i in reversed(range(max(0, len(records) - 1000), len(records))):
-        found = records[i]
-        row = row or found
-        if found["advantages"] and min(found["advantages"]) < 0 < max(found["advantages"]):
-            return found
-    return row
 
 
 def _tokenizer(out: Path, config: dict):
     """The run's tokenizer: of its newest checkpoint, else of the base model; None for neither."""
     from transformers import AutoTokenizer
 
-    folders = sorted(
-        out.glob("checkpoint-*/tokenizer_config.json"), key=lambda x: x.stat().st_mtime
-    )
+    saved = out.glob("checkpoint-*/tokenizer_config.json")
+    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
+    where = newest.parent if newest else config.get("model_name_or_path")
     trust_remote_code = config.get("trust_remote_code", False)
-    for where in (*(path.parent for path in reversed(folders)), config.get("model_name_or_path")):
-        try:
-            # the run has read it
-            return AutoTokenizer.from_pretrained(
-                where, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError):
-            continue
-    return None
+    try:  # the run has read it
+        return AutoTokenizer.from_pretrained(
+            where, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
 
 
 def _evenly(count: int, most: int) -> list[int]:

@@ -13,9 +13,10 @@ What a response may hold, and what the client sees of it:
     <think>thoughts</think> at the start                           nothing
 
 Thoughts are dropped for a model trained with --allow_thinking, whose tokenizer_config.json says so;
-a block that never ends is all thoughts. Tags never reach the client, nor does a tag that was cut off; white space at both ends of the
-content is dropped. A </tool_call> inside a JSON string does not end a block. tool_choice "none"
-keeps content only. "required" or a named function are parsed like "auto": a call is not enforced.
+a block that never ends is all thoughts. Tags never reach the client, nor does a tag that was cut
+off; white space at both ends of the content is dropped. A </tool_call> inside a JSON string does
+not end a block. tool_choice "none" keeps content only. "required" or a named function are parsed
+like "auto": a call is not enforced.
 
 Copy this file on its own: it needs vLLM only, 0.32 or later.
 """
