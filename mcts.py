@@ -28,12 +28,13 @@ Departures from the paper, and choices where it is silent:
  8. The discount of Eq. 9 is 1.0, as in Xie et al. 2024. "Similarity above 95 %" is word overlap, as
     in the authors' code: common words over the words of the shorter step.
 
-Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line)
+Try it:  python mcts.py show trees.jsonl      (trees of `tree_to_dict`, one a line; also trees.svg)
 Standard library only, no sibling imported: copy this file on its own.
 """
 
 import argparse
 import bisect
+import html
 import itertools
 import json
 import math
@@ -383,6 +384,28 @@ def format_tree(root: Node, config: SearchConfig = SearchConfig(), color: bool =
     return "\n".join(lines)
 
 
+def svg(trees: list[tuple[Node, SearchConfig]]) -> str:
+    """A self-contained picture of the trees (Figure 11), root left, one action per box.
+
+    Frame: green chosen, red rejected, dashed where the pair was dropped. Fill: the outcome.
+    Long fragments end in an ellipsis; hovering over them shows the whole text.
+    """
+    parts, top, width = [], _ROW, 0
+    for root, config in trees:
+        marks, places = _marks(root, config), _places(root)
+        for node in _preorder(root):
+            parts += _svg_node(node, places, top, *marks.get(id(node), ("", "")))
+        top += (1 + max(row for _, row in places.values())) * _ROW + _ROW // 2
+        width = max(width, (1 + max(column for column, _ in places.values())) * _COLUMN)
+    width, top = max(width, 3 * _COLUMN), math.ceil(top)
+    legend = "green chosen, red rejected, dashed: pair dropped; filled: finished, correct or wrong"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" '
+        'font-family="monospace" font-size="12">\n<rect width="100%" height="100%" fill="white"/>\n'
+        f'<text x="10" y="24">{legend}</text>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
 def read_trees(path: Path) -> list[tuple[dict, Node, SearchConfig]]:
     """The trees of a file, one of `tree_to_dict` per line: data, root, config."""
     trees = []
@@ -400,20 +423,24 @@ def read_trees(path: Path) -> list[tuple[dict, Node, SearchConfig]]:
 
 def main(argv: list[str] | None = None) -> None:
     """python mcts.py show FILE"""
-    parser = argparse.ArgumentParser(description="Print search trees.")
+    parser = argparse.ArgumentParser(description="Print search trees and draw them.")
     show = parser.add_subparsers(dest="command", required=True).add_parser("show")
     show.add_argument("file", type=Path, help="trees of tree_to_dict, one per line")
     sys.stdout.reconfigure(errors="backslashreplace")  # the locale may lack what a model writes
+    path = parser.parse_args(argv).file
     try:
-        trees = read_trees(parser.parse_args(argv).file)
+        trees = read_trees(path)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    picture = path.with_suffix(".svg")  # first, since the text may go to a pipe that closes
+    picture.write_text(svg([tree[1:] for tree in trees]), encoding="utf-8")
     for data, root, config in trees:
         about = {name: value for name, value in data.items() if name not in ("config", "nodes")}
         print("\n".join(f"{name}: {_printable(str(value))}" for name, value in about.items()))
         print(format_tree(root, config, color=sys.stdout.isatty()))
         kept = len(preference_pairs(root, config))
         print(f"{len(all_pairs(root, config))} pairs, {kept} kept\n")
+    print(f"picture: {picture}")
 
 
 # ---- private ----
@@ -426,6 +453,7 @@ _PYTHON_TOKEN = re.compile(rf"{_DOUBLE}|{_SINGLE}|\S", re.DOTALL)
 _CLOSING_TAG = re.compile(r"(?:\s*</tool_call>)?")
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _SAVED = [f.name for f in fields(Node) if f.name not in ("parent", "children", "tail")]
+_COLUMN, _ROW = 300, 60  # pixels
 
 
 def _fragment_ends(text: str) -> list[int]:
@@ -563,8 +591,47 @@ def _marks(root: Node, config: SearchConfig) -> dict[int, tuple[str, str]]:
 
 
 def _printable(text: str) -> str:
-    """Model text without control characters, which could move the cursor."""
+    """Model text without control characters, which could move the cursor or break XML."""
     return "".join(ch if ch.isprintable() else ascii(ch)[1:-1] for ch in text)
+
+
+def _places(root: Node) -> dict[int, tuple[int, float]]:
+    """id(node) -> (column, row): a leaf takes the next row, others the middle of their children."""
+    nodes, rows = list(_preorder(root)), {}
+    leaves = itertools.count()
+    for node in nodes:
+        if not node.children:
+            rows[id(node)] = next(leaves)
+    for node in reversed(nodes):
+        if node.children:
+            rows[id(node)] = (rows[id(node.children[0])] + rows[id(node.children[-1])]) / 2
+    return {id(node): (node.depth, rows[id(node)]) for node in nodes}
+
+
+def _svg_node(node: Node, places: dict, top: int, mark: str, why: str) -> list[str]:
+    """The box of one node and the line from its parent."""
+    column, row = places[id(node)]
+    x, y = 10 + column * _COLUMN, top + row * _ROW
+    color = {"+": "#1a7f37", "-": "#cf222e"}.get(mark.strip("()"), "#57606a")
+    dash = ' stroke-dasharray="5 3"' if why else ""
+    style = f'stroke="{color}" stroke-width="{2 if mark else 1}"{dash}'
+    fill = {1: "#dafbe1", -1: "#ffebe9"}.get(node.O, "#eaeef2") if node.terminal else "white"
+    text = _printable(node.text).strip() if node.parent else f"prompt, {len(node.token_ids)} tokens"
+    short = text if len(text) <= 32 else text[:31] + "\u2026"
+    value = f"Q {node.Q:+.2f} p {node.prior:.2f}" if node.parent else f"V {node.V:+.2f}"
+    value += f" N {node.N} O {node.O:+g} C {node.C:+.2f}"
+    parts = []
+    if node.parent:
+        parent_row = places[id(node.parent)][1]
+        parts = [f'<path d="M{x - 50} {top + parent_row * _ROW + 22} L{x} {y + 22}" {style}/>']
+    hover = html.escape(" ".join(filter(None, [mark, text, node.reason, why])))
+    title = f"<title>{hover}</title>"
+    frame = f'<rect x="{x}" y="{y}" width="250" height="44" rx="6" fill="{fill}" {style}>'
+    return parts + [
+        f"{frame}{title}</rect>",
+        f'<text x="{x + 8}" y="{y + 18}">{html.escape(short)}{title}</text>',
+        f'<text x="{x + 8}" y="{y + 35}" fill="{color}">{value}</text>',
+    ]
 
 
 if __name__ == "__main__":

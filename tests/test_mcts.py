@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -848,12 +849,12 @@ def test_tree_round_trip_through_json():
     assert all(child.parent is node for node in walk(again) for child in node.children)
 
 
-def test_show_prints(tmp_path, capsys):
+def test_show_prints_and_draws(tmp_path, capsys):
     root, _, config = play("S_small_gamma0.9")
     nasty = siblings(("\x1b[31m<&>\n\u2028\"'\x00", 1, 3, 0.5), ("\ud800 \u4f60", 0.2, 0, 0.5))
     nasty.children[0].terminal, nasty.children[0].O = True, 1
     lines = [mcts.tree_to_dict(root, config, id="q1"), mcts.tree_to_dict(nasty)]
-    file = tmp_path / "trees.jsonl"
+    file, picture = tmp_path / "trees.jsonl", tmp_path / "trees.svg"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     mcts.main(["show", str(file)])
     out = capsys.readouterr().out
@@ -864,6 +865,17 @@ def test_show_prints(tmp_path, capsys):
     dropped = rows[' unit="K")] dropped: accept_q']
     assert dropped == ["1", "-1.400", "0.30", "-1", "+0.100", "(+)"]
     assert "\x1b" not in out and "\x00" not in out and "\\x1b[31m<&>\\n\\u2028" in out
+    drawing = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    space = "{http://www.w3.org/2000/svg}"
+    boxes = [box for box in drawing.iter(f"{space}rect") if box.get("rx")]
+    assert len(boxes) == 7 + 3
+    assert len(list(drawing.iter(f"{space}path"))) == 6 + 2
+    frames = [box.get("stroke") for box in boxes]
+    assert frames.count("#1a7f37") == frames.count("#cf222e") == 3 + 1
+    places = {(box.get("x"), box.get("y")) for box in boxes}
+    assert len(places) == len(boxes)  # none hides another
+    width, height = float(drawing.get("width")), float(drawing.get("height"))
+    assert all(float(x) + 250 <= width and float(y) + 44 <= height for x, y in places)
 
 
 def test_show_colours_a_terminal_only(tmp_path, capsys):

@@ -155,19 +155,12 @@ def test_a_skeleton_is_counted_exactly():
     assert plan.shape_of(model) == plan.shape_of(str(REPO / "toy_model"))
 
 
-SHORT = "--train_batch_size 32 --max_prompt_length 4096 --max_completion_length 512"
-SHORT += " --max_tokens_per_row 8192"
-
-
-@pytest.mark.parametrize(("model", "memory", "flags"), [
-    ("qwen2.5-3b", 24, "--max_num_seqs 64 --lora_rank 16"),
-    ("qwen2.5-7b", 24, "--max_num_seqs 64 --lora_rank 16 --quant 4bit"),
-    ("qwen2.5-3b", 80, ""),
-    ("qwen2.5-7b", 80, "--lora_rank 16"),
-])  # fmt: skip
-def test_what_fits_a_single_card(model, memory, flags):
-    flags = f"{SHORT} {flags}".split()
-    assert plan.plan(plan.shape_of(model), 1, memory, 1, args(*flags))["fits"]
+@pytest.mark.parametrize("way", ["moments on host", "LoRA", "QLoRA", ""])
+def test_the_table_s_single_cases_fit(way):
+    cases = [case for case in plan.CASES if case[3] == way]
+    assert cases
+    for model, machine, flags, _ in cases:
+        assert plan.plan(plan.shape_of(model), *machine, args(*flags.split()))["fits"], model
 
 
 def test_share_of_a_24_gb_card():

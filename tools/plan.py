@@ -42,6 +42,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,6 +59,17 @@ MODELS = {
 }
 PAPER = ("qwen2.5-7b", "llama-3.1-8b", "qwen2.5-14b", "qwen2.5-32b")
 MACHINES = ((8, 80, 1), (8, 141, 1), (8, 80, 2))  # GPUs per node, GiB each, nodes
+# single cards
+SHORT = "--train_batch_size 32 --max_prompt_length 4096 --max_completion_length 512"
+SHORT += " --max_tokens_per_row 8192"
+CARD_24 = f"{SHORT} --max_num_seqs 64 --tflops 165 --bandwidth 1008"  # RTX 4090
+CASES = (  # model, machine, flags, name
+    ("qwen2.5-32b", (8, 80, 1), "--offload_moments", "moments on host"),
+    ("qwen2.5-3b", (1, 24, 1), f"{CARD_24} --lora_rank 16", "LoRA"),
+    ("qwen2.5-7b", (1, 24, 1), f"{CARD_24} --lora_rank 16 --quant 4bit", "QLoRA"),
+    ("qwen2.5-3b", (1, 80, 1), SHORT, ""),
+    ("qwen2.5-7b", (1, 80, 1), f"{SHORT} --lora_rank 16", "LoRA"),
+)
 CHUNK = 512  # packing.response_logps
 PREFILL = 8192  # vLLM's max_num_batched_tokens
 GB, GIB = 1e9, 2**30
@@ -350,12 +362,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the plan of a model, or the table of the paper's."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    cases = [(args.model, (args.gpus, args.gpu_memory, args.nodes))]
+    cases = [(args.model, (args.gpus, args.gpu_memory, args.nodes), "", "")]
     if args.model == "paper":
-        cases = [(name, machine) for machine in MACHINES for name in PAPER]
+        cases = [(name, m, "", "") for m in MACHINES for name in PAPER] + [*CASES]
     try:
-        rows = [(name, plan(shape_of(name), *machine, args)) for name, machine in cases]
+        rows = []
+        for name, machine, flags, way in cases:
+            own = parser().parse_args([*argv, *flags.split()])
+            rows.append((f"{name} {way}".strip(), plan(shape_of(name), *machine, own)))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     print(table(rows))
