@@ -68,33 +68,29 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     )
     parts = [scoring.parts_of(outcome) for outcome in outcomes]
     names = sorted(set(all_gather(list({name for own in parts for name in own}))))
-    per_group = {
-        "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
-        "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
-    }
-    per_response = {
-        "reward": sum(sum(group.rewards) for group in groups),
-        "accuracy": sum(outcome.right for outcome in outcomes),
-        **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
-        "completions/mean_length": len(advantages),
-        "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
+    per = {
+        "groups": {
+            "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
+            "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
+        },
+        "responses": {
+            "reward": sum(sum(group.rewards) for group in groups),
+            "accuracy": sum(outcome.right for outcome in outcomes),
+            **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
+            "completions/mean_length": len(advantages),
+            "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
+        },
+        "tokens": {
+            "advantage/positive": float((advantages > 0).sum()),
+            "advantage/negative": float((advantages < 0).sum()),
+        },
     }
     if any(group.num_thoughts for group in groups):  # thoughts are allowed
-        thoughts = [sample.num_thoughts for sample in samples]
-        per_response["completions/mean_thought_length"] = sum(thoughts)
-    per_token = {
-        "advantage/positive": float((advantages > 0).sum()),
-        "advantage/negative": float((advantages < 0).sum()),
-    }
-    metrics = {}
-    for sums, count in (
-        (per_group, len(groups)),
-        (per_response, len(samples)),
-        (per_token, len(advantages)),
-    ):
-        sums = all_sum({**sums, "count": count})
-        count = sums.pop("count")
-        metrics |= {name: value / count for name, value in sums.items()}
+        thoughts = sum(sample.num_thoughts for sample in samples)
+        per["responses"]["completions/mean_thought_length"] = thoughts
+    own = {"groups": len(groups), "responses": len(samples), "tokens": len(advantages)}
+    sums = all_sum(own | {name: v for values in per.values() for name, v in values.items()})
+    metrics = {name: sums[name] / sums[count] for count, values in per.items() for name in values}
     counts = Counter()
     for g in groups:
         own = tally(
@@ -169,10 +165,8 @@ def sampling_difference(groups: list[Group]) -> dict[str, float]:
             for k, sample in enumerate(group.samples)
         ]
     )
-    sums, name = (
-        all_sum({"apart": apart.sum(), "n": len(apart)}),
-        "sampling/sampling_logp_difference",
-    )
+    sums = all_sum({"apart": apart.sum(), "n": len(apart)})
+    name = "sampling/sampling_logp_difference"
     return {f"{name}/mean": sums["apart"] / sums["n"], f"{name}/max": all_max(apart.max())}
 
 
@@ -262,14 +256,11 @@ def starting_point(run: Run) -> dict[str, float]:
                 p = math.exp(sum(row[t] for t in opening))
                 sums.update({f"p/{kind}": p, f"n/{kind}": 1})
     sums = all_sum(sums)
-    found = {
-        f"start/{name}_logp": sums[name] / sums[f"{name}_tokens"]
-        for name in ("tag", "body")
-        if sums[f"{name}_tokens"]
-    }
-    where = {"start/tag_logp": "in its tags", "start/body_logp": "elsewhere"}
-    said = ", ".join(f"{value:.2f} {where[name]}" for name, value in found.items())
-    run.say(f"before training: log-prob of a token of the expert response {said}")
+    tag, body = (sums[name] / sums[f"{name}_tokens"] for name in ("tag", "body"))
+    run.say(
+        f"before training: log-prob of a token of the expert response {tag:.2f} in its tags, "
+        f"{body:.2f} elsewhere"
+    )
     for kind in KINDS:
         n = sums[f"n/{kind}"]
         if n and sums[f"p/{kind}"] / n < RARE:
@@ -279,7 +270,7 @@ def starting_point(run: Run) -> dict[str, float]:
                 "rewards teach little or nothing. Teach the tags first: a row with an SFT stage "
                 "(--algo sft_dapo_star), or --algo sft, whose checkpoint-best is then the model"
             )
-    return found
+    return {"start/tag_logp": tag, "start/body_logp": body}
 
 
 def tag_tokens(tokenizer, target: list[int], kind: str) -> tuple[set[int], set[int]]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +82,7 @@ class Records:
     def write_batch(self, batch: list) -> Path:
         """Write the records of all ranks to bad_batch.jsonl, with their prompts and tensors."""
         path = self.out / "bad_batch.jsonl"
-        rows = to_first([asdict(x) if is_dataclass(x) else x for x in batch])
+        rows = to_first([asdict(record) for record in batch])
         if self.is_first:
             lines = [json.dumps(row, default=torch.Tensor.tolist) for row in rows]
             path.write_text("\n".join(lines) + "\n")
@@ -178,14 +178,8 @@ def tracker(kind: str, out: Path, knobs: dict, first: int) -> SimpleNamespace:
 
     name = out / "wandb_run"  # the id of the run
     known = name.read_text().strip() if first and name.exists() else None
-    run = wandb.init(
-        project="toolupt",
-        dir=str(out),
-        config=knobs,
-        id=known,
-        resume="allow" if known else None,
-        allow_val_change=True,
-    )
+    own = {"id": known, "resume": "allow" if known else None, "allow_val_change": True}
+    run = wandb.init(project="toolupt", dir=str(out), config=knobs, **own)
     name.write_text(run.id + "\n")
     logged = run.step  # wandb accepts no step below those that it has seen
 

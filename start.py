@@ -318,10 +318,9 @@ class Setup:
             self.digests[f"{part}_prompt"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         if self.reward.file:
             self.digests["reward_file"] = self.reward.digest
+            self.say(self.reward.try_on(self.examples[:TRIED]))
         checkpoint.refuse_changed(self.out, self.digests)
         method.check_examples(self.examples, config)
-        if self.reward.file:
-            self.say(self.reward.try_on(self.examples[:TRIED]))
         # saved with every checkpoint
         serving.add_tool_template(
             self.tokenizer,

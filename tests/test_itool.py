@@ -457,6 +457,7 @@ def one_rank(folder: Path, config, method) -> run_module.Run:
     """A Run with a model, but without data and engine."""
     run = object.__new__(run_module.Run)
     run.config, run.method, run.rank, run.world, run.signal = config, method, 0, 1, 0
+    run.first_step = 0
     run.model, run.tokenizer = modeling.load(folder)
     return run
 
