@@ -698,17 +698,17 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
         raise ValueError(f"{path} holds {size}, not @{wanted}")
     chosen = sorted(random.Random(seed).sample(range(len(rows)), sampled))
     examples, drops, layouts, lost = _convert(name, [(n, *rows[n]) for n in chosen], seed)
+    if not layouts:  # no row of a known one: guess says why
+        try:
+            guess(rows[0][-1])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if lost:
         files = ", ".join(f"{file} ({_listing(drops[file])})" for file in lost)
         remedy = (
             "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
         )
         raise ValueError(f"no row with a call could be read in {files}; {remedy}")
-    if not layouts:  # no row of a known one: guess says why
-        try:
-            guess(rows[0][-1])
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     drops = sum(drops.values(), Counter())
     if not examples:
         form = f" as {name!r}" if name else ""

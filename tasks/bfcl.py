@@ -49,7 +49,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -98,34 +98,35 @@ def columns(counts: dict) -> dict:
     counts  category -> (correct, total); numbers, or arrays of one shape
     """
     p = {name: 100 * correct / total for name, (correct, total) in counts.items()}
+    has = lambda *names: all(name in counts for name in names)
     mean = lambda *values: sum(values) / len(values)
-    ast4 = lambda: (mean(*(p[name] for name in SIMPLE)), *(p[name] for name in NON_LIVE))
 
     def pool(*names):
         return 100 * sum(counts[n][0] for n in names) / sum(counts[n][1] for n in names)
 
-    found = {}
-    four = lambda: (
-        found["non_live"] + found["live"] + found["irrelevance"] + 3 * found["multi_turn"]
-    )
-    formulas = {
-        "non_live": lambda: mean(*ast4()),
-        "non_live_v3": lambda: mean(*ast4(), p["irrelevance"]),
-        "live": lambda: pool(*LIVE),
-        "live_v3": lambda: pool(*LIVE, "live_irrelevance", "live_relevance"),
-        "multi_turn": lambda: mean(*(p[name] for name in MULTI_TURN)),
-        "live_multi_turn": lambda: mean(found["live_v3"], found["multi_turn"]),
-        "relevance": lambda: p["live_relevance"],
-        "irrelevance": lambda: mean(p["irrelevance"], p["live_irrelevance"]),
-        "overall_paper": lambda: four() / 6,
-        "overall_v3": lambda: mean(found["non_live_v3"], found["live_v3"], found["multi_turn"]),
-    }
-    for name, value in formulas.items():
-        with suppress(KeyError):
-            found[name] = value()
-    if not all(name in counts for name in CATEGORIES):
-        found.pop("overall_paper", None)
-    return found
+    out = {}
+    if has(*SIMPLE, *NON_LIVE):
+        ast4 = (mean(*(p[name] for name in SIMPLE)), *(p[name] for name in NON_LIVE))
+        out["non_live"] = mean(*ast4)
+        if has("irrelevance"):
+            out["non_live_v3"] = mean(*ast4, p["irrelevance"])
+    if has(*LIVE):
+        out["live"] = pool(*LIVE)
+        if has("live_irrelevance", "live_relevance"):
+            out["live_v3"] = pool(*LIVE, "live_irrelevance", "live_relevance")
+    if has(*MULTI_TURN):
+        out["multi_turn"] = mean(*(p[name] for name in MULTI_TURN))
+        if "live_v3" in out:
+            out["live_multi_turn"] = mean(out["live_v3"], out["multi_turn"])
+    if has("live_relevance"):
+        out["relevance"] = p["live_relevance"]
+    if has("irrelevance", "live_irrelevance"):
+        out["irrelevance"] = mean(p["irrelevance"], p["live_irrelevance"])
+    if has(*CATEGORIES):
+        four = out["non_live"] + out["live"] + out["irrelevance"] + 3 * out["multi_turn"]
+        out["overall_paper"] = four / 6
+        out["overall_v3"] = mean(out["non_live_v3"], out["live_v3"], out["multi_turn"])
+    return out
 
 
 def categories(names: list[str]) -> list[str]:
@@ -395,24 +396,38 @@ def _need_main_thread():
 
 
 def _paired_class(entry, calls):
-    """The class of parallel calls: each paired with the truth it is nearest to, as the checker does.
+    """The class of parallel calls: right ones aside, the rest paired for the latest class."""
+    level = []
+    for truth in entry.truth:
+        verdicts = [_check(entry, [call], [truth], "multiple") for call in calls]
+        kinds = [error_class(v["error_type"]) if not v["valid"] else "" for v in verdicts]
+        level.append([CLASSES.index(kind) if kind else len(CLASSES) for kind in kinds])
+    right = _pairs([[n == len(CLASSES) for n in row] for row in level])
+    rest = [
+        [n for column, n in enumerate(level[row]) if column not in right]
+        for row in range(len(level))
+        if row not in right.values()
+    ]
+    for least in range(len(CLASSES) - 1, -1, -1):
+        if len(_pairs([[n >= least for n in row] for row in rest])) == len(rest):
+            return CLASSES[least]
 
-    The calls that are right come first, then the finest errors; the coarsest one left counts.
-    """
-    pairs = []
-    for row, truth in enumerate(entry.truth):
-        for column, call in enumerate(calls):
-            verdict = _check(entry, [call], [truth], "multiple")
-            kind = "" if verdict["valid"] else error_class(verdict["error_type"])
-            level = CLASSES.index(kind) if kind else len(CLASSES)
-            pairs.append((-level, row, column))
-    rows, columns = set(), set()
-    for level, row, column in sorted(pairs):
-        if row not in rows and column not in columns:
-            rows.add(row)
-            columns.add(column)
-            coarsest = CLASSES[min(-level, len(CLASSES) - 1)]
-    return coarsest
+
+def _pairs(fits):
+    """A largest matching of rows and columns that fit them, column -> row (augmenting paths)."""
+    owner = {}
+
+    def place(row, seen):
+        for column in [c for c, fit in enumerate(fits[row]) if fit and c not in seen]:
+            seen.add(column)
+            if column not in owner or place(owner[column], seen):
+                owner[column] = row
+                return True
+        return False
+
+    for row in range(len(fits)):
+        place(row, set())
+    return owner
 
 
 def _judge_multi_turn(entry, turns, force_quit):

@@ -465,14 +465,16 @@ def unpadded(value):
 def _messages(row) -> list[tuple[str, str, dict]]:
     """Return [(our role, stripped text, message)] of a chat with OpenAI's or ShareGPT's keys."""
     chat = []
-    key = "messages" if isinstance(row, dict) and "messages" in row else "conversations"
-    for message in itertools.chain.from_iterable(map(_without_blocks, _field(row, key, list))):
-        sharegpt = isinstance(message, dict) and "from" in message and not message.get("role")
-        who, what = ("from", "value") if sharegpt else ("role", "content")
-        word = _field(message, who, str)
+    openai = isinstance(row, dict) and "messages" in row
+    said = _field(row, "messages" if openai else "conversations", list)
+    for message in itertools.chain.from_iterable(map(_without_blocks, said)):
+        keys = ("role", "content") if openai else ("from", "value")
+        if isinstance(message, dict) and not message.get(keys[0]):
+            keys = ("from", "value") if openai else ("role", "content")
+        word = _field(message, keys[0], str)
         if word not in ROLES:
             raise Drop(f"unknown role {word[:20]!r}")
-        chat.append((ROLES[word], _text(message.get(what), ROLES[word]), message))
+        chat.append((ROLES[word], _text(message.get(keys[1]), ROLES[word]), message))
     return chat
 
 

@@ -433,15 +433,16 @@ def _tokenizer(out: Path, config: dict):
     from transformers import AutoTokenizer
 
     saved = out.glob("checkpoint-*/tokenizer_config.json")
-    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-    where = newest.parent if newest else config.get("model_name_or_path")
-    trust_remote_code = config.get("trust_remote_code", False)
-    try:  # the run has read it
-        return AutoTokenizer.from_pretrained(
-            where, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError):
-        return None
+    newest = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
+    trust_remote_code = config.get("trust_remote_code", False)  # the run has read it
+    for where in (*(path.parent for path in newest), config.get("model_name_or_path")):
+        try:
+            return AutoTokenizer.from_pretrained(
+                where, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def _evenly(count: int, most: int) -> list[int]:
