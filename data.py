@@ -158,7 +158,7 @@ PLACEHOLDERS = {
 }
 PROMPT_FILE = "{}_prompt.txt"  # beside a checkpoint that was trained with a prompt of one's own
 TOY_SIZES = {"train": 4096, "valid": 512, "test": 512}
-# reasons for which a call is left out that was read
+# reasons to leave out a call that could be read: these do not count as lost
 HARMLESS = {"turn: exact repetition", "turn: think call"}
 NAMES = [*CONVERTERS, "jsonl", "toy", "bfcl_half"]
 DATA_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -704,17 +704,17 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if lost:
-        files = ", ".join(f"{file} ({_listing(drops[file])})" for file in lost)
+        named = ", ".join(f"{file} ({_listing(drops[file])})" for file in lost)
         remedy = (
             "docs/data.md shows the layouts and forms of call that are read; NAME:FILE names one"
         )
-        raise ValueError(f"no row with a call could be read in {files}; {remedy}")
-    drops = sum(drops.values(), Counter())
+        raise ValueError(f"no row with a call could be read in {named}; {remedy}")
+    all_drops = sum(drops.values(), Counter())
     if not examples:
         form = f" as {name!r}" if name else ""
         remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
-        raise ValueError(f"no example of {path} could be read{form} ({_listing(drops)}); {remedy}")
-    return Loaded(examples, drops, layouts, len(rows), sampled)
+        raise ValueError(f"no example of {path} could be read{form} ({_listing(all_drops)}); {remedy}")
+    return Loaded(examples, all_drops, layouts, len(rows), sampled)
 
 
 def _find(name: str | None, path: str | Path | None) -> tuple[str, int | None, str | None]:

@@ -52,8 +52,10 @@ from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
-ONLY = {"categories": "bfcl", "half": "bfcl", "keep_steps": "bfcl"}  # flags of one benchmark
-ONLY |= {"api_bank": "api_bank", "file": "file"}
+# flags of one benchmark
+ONLY = {
+    "categories": "bfcl", "half": "bfcl", "keep_steps": "bfcl", "api_bank": "api_bank", "file": "file"
+}  # fmt: skip
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
 # What must agree for a run to resume: otherwise one file would mix two measurements.
@@ -68,6 +70,7 @@ class Case:
     category: str
     talk: Callable[[dict], Generator[data.Example, str, None]]  # fills the row with the responses
     score: Callable[[dict], dict]  # row -> correct, error_type, error, error_class, ...
+    digest: str = ""  # of the example as it was read, whatever --format makes of it
 
 
 # --- the loop ---
@@ -105,7 +108,7 @@ def answer(
             while waiting and len(asking) < options.batch:
                 proceed(_play(waiting.popleft(), engine, options, prompts))
             turn = [*asking]
-            asking.clear()
+            asking.clear()  # not a new list: `proceed` fills this one
             samples = engine.generate(
                 [ids for _, ids, _ in turn],
                 n=1,
@@ -238,10 +241,11 @@ def api_bank_cases(options: argparse.Namespace) -> list[Case]:
     for sample in api_bank.samples(options.api_bank):
         gold = sample.gold
         example = _example(sample.id, sample.fields, options.format, target=json.dumps(gold))
+        digest = data.digest([replace(example, system=data.SYSTEM_PROMPT)])
         if options.format == "python":
             example = _in_python(example)
         score = partial(_api_bank_score, gold, read)
-        found.append(Case(sample.id, sample.category, partial(_single, example), score))
+        found.append(Case(sample.id, sample.category, partial(_single, example), score, digest))
     return found
 
 
@@ -251,10 +255,12 @@ def file_cases(options: argparse.Namespace) -> list[Case]:
         raise ValueError("--bench file needs data: --file FILE, NAME or NAME:FILE (data.py)")
     found = []
     for index, example in enumerate(data.load_source(options.file, seed=options.seed)):
+        digest = data.digest([example])
         if options.format == "python":
             python = data.PYTHON_PROMPT if example.system == data.SYSTEM_PROMPT else example.system
             example = _in_python(replace(example, system=python))
-        found.append(example_case(replace(example, id=f"{example.id}#{index}"), options.format))
+        case = example_case(replace(example, id=f"{example.id}#{index}"), options.format)
+        found.append(replace(case, digest=digest))
     return found
 
 
@@ -432,8 +438,8 @@ def _answer_rest(options, cases, settings):
     return out
 
 
-def rescore(out: Path) -> Path:
-    """Judge the recorded responses of a run again and write its report; needs no model."""
+def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
+    """The settings, rows and cases of a run."""
     settings = json.loads((out / "settings.json").read_text())
     options = argparse.Namespace(**settings)
     _merge(out)
@@ -447,7 +453,11 @@ def rescore(out: Path) -> Path:
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    settings |= _data_read(options.bench, cases.values())
+    return settings | _data_read(options.bench, cases.values()), rows, cases
+
+
+def rescore(out: Path, settings: dict, rows: list[dict], cases: dict[str, Case]) -> Path:
+    """Judge the recorded responses of a run again and write its report; needs no model."""
     (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     judged = (row | judge(cases[row["id"]], row) for row in tqdm(rows, desc="cases"))
     _rewrite(out / "results.jsonl", judged)
@@ -488,10 +498,11 @@ def describe(options: argparse.Namespace, cases: list[Case]) -> dict:
 
 
 def _data_read(bench, cases):
-    """bfcl-eval's version, or a hash of the examples and targets that were read."""
+    """bfcl-eval's version, or a hash of the examples that were read."""
     if bench == "bfcl":
         return {"bfcl_eval": bfcl.package().version, "data": None}
-    return {"bfcl_eval": None, "data": data.digest(next(case.talk({})) for case in cases)}
+    digests = "".join(case.digest for case in cases)
+    return {"bfcl_eval": None, "data": hashlib.sha256(digests.encode()).hexdigest()[:16]}
 
 
 def _open(out, settings, sizes):
@@ -573,7 +584,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--bench", choices=BENCHES, default="bfcl", help="what to measure; default: bfcl")
     add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
     add("--limit", type=int, help="first cases of each category")
-    add("--half", type=int, metavar="SEED", help="BFCL's live cases outside bfcl_half's training")
+    add("--half", type=int, metavar="SEED", help="BFCL: live cases outside bfcl_half's training half")
     add("--api_bank", metavar="DIR", help="folder of level-1-api.json and level-2-api.json")
     add("--file", help="data of --bench file")
     add("--format", choices=("toolupt", "python"), default="toolupt", help="of prompt and calls")
@@ -589,7 +600,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
     add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
-    add("--max_model_len", type=int, default=32768, help="prompt and response; the model's if less")
+    add("--max_model_len", type=int, default=32768, help="prompt and response; at most the model's own limit")
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
     add("--engine", choices=("vllm", "transformers"), default="vllm", help="what samples")
     add("--batch", type=int, default=512, help="cases played at a time, per rank")
@@ -628,7 +639,9 @@ def main(argv: list[str] | None = None) -> None:
         elif options.compare:
             print(scores.compare(options.compare))
         elif options.rescore:
-            rescore(options.rescore)
+            read = recorded(options.rescore)
+            mistakes = ImportError  # other errors from here are defects
+            rescore(options.rescore, *read)
         else:
             for command in ("rescore", "compare", "errors"):
                 delattr(options, command)

@@ -345,7 +345,10 @@ def replay_buffer(
 def grow_trees(
     run: Run, buffer: list[data.Example], iteration: int, step: int, clock: Clock
 ) -> tuple[list[dict], dict]:
-    """The pairs of this rank's trees, one tree per example (Eqs. 5-9), and counts over all ranks."""
+    """Search a tree for each example (Eqs. 5-9) and write trees-ITERATION.jsonl.
+
+    Returns the lines of pairs.jsonl that this rank's trees yield, and counts over all ranks.
+    """
     config, method = run.config, run.method
     with clock("sync"):
         sync(run)
@@ -392,9 +395,9 @@ def grow_trees(
         trees.sort(key=lambda tree: tree["tree"])
         write_whole(run.out / f"trees-{iteration}.jsonl", trees)
     rows, dropped = [], Counter()
-    for common, example, (own, drops) in zip(about, examples, found):
-        common["held_out"] = is_held_out(example, method.held_out_pairs, config.seed)
-        rows += [common | row for row in own]
+    for of_tree, example, (own, drops) in zip(about, examples, found):
+        held_out = is_held_out(example, method.held_out_pairs, config.seed)
+        rows += [of_tree | {"held_out": held_out} | row for row in own]
         dropped += drops
     stats = count_over_ranks(searcher.stats)
     counts = {name: stats[name] for name in COUNTS} | {"dropped": count_over_ranks(dropped)}
@@ -840,13 +843,14 @@ def preference_loss(
 
 def add_references(run: Run, pairs: list[PreferencePair]) -> None:
     """Fill chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
-    places, refs = {id(pair): i for i, pair in enumerate(pairs)}, []
+    place = {id(pair): i for i, pair in enumerate(pairs)}  # micro-batches are in an order of their own
+    refs = []
     mine = part(pairs, tokens_of, run.rank, run.world)
     with torch.no_grad():
         for micro in micro_batches(run.config, mine):
             logps, _, _ = forward(run.config, run.model, micro, temperature=1.0)
             sums = logps.float().sum(1).view(len(micro), 2).tolist()
-            refs += [(places[id(pair)], *own) for pair, own in zip(micro, sums)]
+            refs += [(place[id(pair)], *own) for pair, own in zip(micro, sums)]
     for i, chosen, rejected in all_gather(refs):
         pairs[i].row |= {"chosen_ref": chosen, "rejected_ref": rejected}
 
@@ -902,14 +906,15 @@ def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
     """
     resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
     step = run.first_step if resumes else -1
-    found, rows = (
-        list(data.read_jsonl(run.out / name, growing=True))
-        for name in ("searches.jsonl", "pairs.jsonl")
-    )
+    found = list(data.read_jsonl(run.out / "searches.jsonl", growing=True))
+    rows = list(data.read_jsonl(run.out / "pairs.jsonl", growing=True))
     searches = {row["iteration"]: row for row in found if row["step"] <= step}
     rows = [row for row in rows if row["iteration"] in searches]
     dist.barrier()  # all have read
     if run.rank == 0:
+        for row in found:  # trees of dropped searches
+            if row["iteration"] not in searches:
+                (run.out / f"trees-{row['iteration']}.jsonl").unlink(missing_ok=True)
         write_whole(run.out / "searches.jsonl", searches.values())
         write_whole(run.out / "pairs.jsonl", rows)
     of = lambda iteration: [PreferencePair(row) for row in rows if row["iteration"] == iteration]

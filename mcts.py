@@ -416,8 +416,11 @@ def read_trees(path: Path) -> list[tuple[dict, Node, SearchConfig]]:
                 trees.append((data, tree_from_dict(data), SearchConfig(**data["config"])))
             except (ValueError, LookupError, TypeError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: not a tree of mcts.tree_to_dict ({error!r})"
+                    f"{path}, line {number}: not a tree ({error!r}); a line must be the JSON of "
+                    "what mcts.tree_to_dict returns"
                 ) from None
+    if not trees:
+        raise ValueError(f"{path} holds no tree")
     return trees
 
 
@@ -428,12 +431,13 @@ def main(argv: list[str] | None = None) -> None:
     show.add_argument("file", type=Path, help="trees of tree_to_dict, one per line")
     sys.stdout.reconfigure(errors="backslashreplace")  # the locale may lack what a model writes
     path = parser.parse_args(argv).file
+    picture = path.with_suffix(".svg")
     try:
         trees = read_trees(path)
+        # first, since the text may go to a pipe that closes
+        picture.write_text(svg([tree[1:] for tree in trees]), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    picture = path.with_suffix(".svg")  # first, since the text may go to a pipe that closes
-    picture.write_text(svg([tree[1:] for tree in trees]), encoding="utf-8")
     for data, root, config in trees:
         about = {name: value for name, value in data.items() if name not in ("config", "nodes")}
         print("\n".join(f"{name}: {_printable(str(value))}" for name, value in about.items()))

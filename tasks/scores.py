@@ -209,10 +209,10 @@ def bootstrap(results: list[list[dict]], bench: str, samples: int = SAMPLES, see
 def _column_table(results, settings, names):
     """Markdown: columns of each run with 95 % intervals, and differences from the first run."""
     bench = settings[0]["bench"]
-    exact, whole = zip(*map(_columns, results, settings))
+    exact, complete = zip(*map(_columns, results, settings))
     spread = bootstrap(results, bench)
     shown = [name for name in LABELS if all(name in columns for columns in exact)]
-    whole = set.intersection(*whole)
+    whole = set.intersection(*complete)
     labels = [LABELS[name] + ("" if name in whole else " (part)") for name in shown]
     if not shown:
         return ["No column of the tables is complete."]
@@ -227,7 +227,7 @@ def _column_table(results, settings, names):
             mark = " n.s." if low <= 0 <= high else ""
             cells.append(f"{exact[j][c] - exact[0][c]:+.2f} {_interval(gap)}{mark}")
         lines.append([f"{name} - {names[0]}", *cells])
-    note = f"95 % intervals in brackets, from {SAMPLES} bootstrap samples per category."
+    note = f"95 % intervals in brackets, from {SAMPLES} bootstrap samples of a category's cases."
     note += " n.s.: the interval of the difference contains 0." if len(names) > 1 else ""
     return [*_table(["run", *labels], lines), "", note]
 

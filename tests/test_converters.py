@@ -509,6 +509,9 @@ def test_sharegpt_with_and_without_system():
     assert CONVERTERS["sharegpt"](row) == Conversation([WEATHER], CHAT, "P")
     as_list = {**row, "tools": [WEATHER]}
     assert CONVERTERS["sharegpt"](as_list) == Conversation([WEATHER], CHAT, "P")
+    said = row["conversations"]
+    foreign = {**row, "conversations": [{**one, "role": "someone", "weight": 1} for one in said]}
+    assert CONVERTERS["sharegpt"](foreign) == Conversation([WEATHER], CHAT, "P")  # its own keys win
     late = sharegpt_row(*turns, ("system", "P"), ("gpt", "a"))
     assert reason("sharegpt", late) == "a system turn in mid-conversation"
     for tools in ("", "[]", None):  # a chat without tools

@@ -854,11 +854,13 @@ def test_rows_of_no_known_layout(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, *rows_of_every_layout()[:1]])
     assert len(data.load_source(str(path))) == 1
     assert "1 row: unknown layout" in capsys.readouterr().err
-    write(path, [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(
-        ValueError, match=r"a.jsonl: unknown layout with keys \['text'\].*NAME:FILE"
-    ):
-        data.load_source(str(path))
+    call = '<tool_call>\n{"name": "f", "params": {}}\n</tool_call>'
+    for text in ("b", call):  # the layout is named before the calls that are lost with it
+        write(path, [{"text": "a"}, {"text": text}])
+        with pytest.raises(
+            ValueError, match=r"a.jsonl: unknown layout with keys \['text'\].*NAME:FILE"
+        ):
+            data.load_source(str(path))
 
 
 def test_sampled_rows(tmp_path, capsys):

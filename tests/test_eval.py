@@ -1269,7 +1269,7 @@ def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
     file, script = own
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
     (out / "results.jsonl").rename(out / "results.part0.jsonl")  # as an interrupted run leaves it
-    evaluation.rescore(out)
+    evaluation.rescore(out, *evaluation.recorded(out))
     assert len(list(data.read_jsonl(out / "results.jsonl"))) == 12
     lines = Path(file).read_text().splitlines(keepends=True)
     Path(file).write_text("".join(lines[:-1]))
@@ -1279,6 +1279,13 @@ def test_rescore_of_parts_and_of_other_data(tmp_path, monkeypatch, own, capsys):
         evaluation.main(["--rescore", str(out)])
     gone = list(script)[-1]
     assert f"1 cases of {out} are not in the data any more, {gone}" in capsys.readouterr().err
+
+
+def test_the_hash_of_the_data_is_that_of_the_file_in_either_format(own):
+    made = lambda form: argparse.Namespace(file=own[0], seed=0, format=form)
+    cases = [evaluation.file_cases(made(form)) for form in ("toolupt", "python", "toolupt")]
+    hashes = [evaluation._data_read("file", each)["data"] for each in (*cases, cases[0][1:])]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
 
 
 def test_later_errors_keep_their_traceback(tmp_path, monkeypatch, own):

@@ -597,6 +597,7 @@ def test_itool_on_two_ranks_with_vllm(tmp_path):
 
     shown = launch("mcts.py", "show", out / "trees-1.jsonl")
     assert shown.returncode == 0 and "pairs" in shown.stdout
+    assert (out / "trees-1.svg").read_text().startswith("<svg")
 
 
 def itool_alone(out, *more):

@@ -891,8 +891,11 @@ def test_show_refuses_other_files(tmp_path):
     file = tmp_path / "trees.jsonl"
     for line in ("{}", "[1]", "7", '{"nodes": []}', '{"nodes": [', ""):
         file.write_text(f"{tree}\n{line}\n", encoding="utf-8")
-        with pytest.raises(SystemExit, match="line 2: not a tree of mcts.tree_to_dict"):
+        with pytest.raises(SystemExit, match="line 2: not a tree .*mcts.tree_to_dict"):
             mcts.main(["show", str(file)])
+    file.write_text("")
+    with pytest.raises(SystemExit, match="no tree"):
+        mcts.main(["show", str(file)])
     with pytest.raises(SystemExit, match="No such file"):
         mcts.main(["show", str(tmp_path / "gone.jsonl")])
 

@@ -109,7 +109,7 @@ def test_the_curves_have_the_numbers_of_metrics(out):
     assert data["x"] == [0, 1, 2] and data["marks"] == []
     names = {name for row in rows[1:] for name in row} - {"step"}
     assert data["metrics"] == {name: [row.get(name) for row in rows[1:]] for name in names}
-    shown = [name for panel in data["panels"] + data["others"] for name in panel["metrics"]]
+    shown = [s["metric"] for panel in data["panels"] + data["others"] for s in panel["series"]]
     assert sorted(shown) == sorted(names)  # each in one plot
     [settings] = data["settings"]
     assert settings["values"]["algo"] == "toolupt" and settings["values"].keys() == rows[0].keys()
@@ -118,7 +118,7 @@ def test_the_curves_have_the_numbers_of_metrics(out):
 def test_the_metrics_of_the_plots_are_documented():
     documented = (REPO / "docs/running.md").read_text()
     for _, _, names in show.PANELS:
-        for name in names.split():
+        for name in names:
             first, _, last = name.rpartition("/")
             assert f"`{name}`" in documented or f"`{first}/" in documented, name
             assert f"{last}`" in documented, name
@@ -190,6 +190,8 @@ def test_what_a_model_or_a_user_writes_is_no_markup(tmp_path):
     assert group["responses"][0]["advantages"][2] is None
     assert "\x1b" not in page.markup
     assert page.data["metrics"] == {EVIL[0]: [1]}
+    terminal = show.coloured(row | {"id": "\x1b[2J"}, tokenizer)
+    assert "\x1b[2J" not in terminal and "\x07" not in terminal
 
 
 def test_without_a_tokenizer_texts_are_shown(tmp_path):
@@ -199,6 +201,13 @@ def test_without_a_tokenizer_texts_are_shown(tmp_path):
     [samples] = page_of(tmp_path).data["samples"]
     assert samples["groups"][0]["responses"][0]["text"] == "<answer>No."
     assert "tokenizer was not found" in samples["note"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # an older checkpoint's will do
+        (tmp_path / "checkpoint-1").mkdir(exist_ok=True)
+        shutil.copy(TOY / name, tmp_path / "checkpoint-1" / name)
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2/tokenizer_config.json").write_text("{")
+    [samples] = page_of(tmp_path).data["samples"]
+    assert "pieces" in samples["groups"][0]["responses"][0]
 
 
 def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_line(out):
@@ -274,7 +283,7 @@ def test_the_iterations_of_itool(tmp_path):
     [group] = samples["groups"]
     assert group["name"] == "iteration 2, x, held out" and "1 of 1 pairs" in samples["note"]
     assert [r["text"] for r in group["responses"]] == ["p", EVIL[0], "r"]
-    assert group["responses"][1]["head"] == "chosen step: Q 0.5"
+    assert group["responses"][1]["head"] == "chosen step: value 0.5"
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +291,8 @@ def long_run(tmp_path_factory):
     """5,000 steps of 58 metrics and 4 responses, of 3,000 tokens where the page looks."""
     out = tmp_path_factory.mktemp("long")
     names = [f"{kind}/{i}" for i in range(12) for kind in ("a", "b", "c", "timing_s")]
-    names += [name for _, _, own in show.PANELS[:4] for name in own.split()]
+    names += [name for _, _, own in show.PANELS[:4] for name in own]
     config = {"algo": "grpo", "model_name_or_path": str(TOY), "max_steps": 5000}
-    config["num_generations"] = 4
     value = lambda step, k: math.sin(step / 97 + k) / 3
     steps = [{"step": s, **{n: value(s, k) for k, n in enumerate(names)}} for s in range(5001)]
     write_lines(out / "metrics.jsonl", [config, *steps])
@@ -321,6 +329,7 @@ def test_a_long_run_stays_below_20_mb_and_is_shown_evenly(long_run):
 
 def test_the_selection_of_a_longer_run_says_so(long_run, tmp_path, monkeypatch):
     monkeypatch.setattr(show, "POINTS", 500)
+    monkeypatch.setattr(show, "EVALUATIONS", 50)
     monkeypatch.setattr(show, "READ", 1000)
     monkeypatch.setattr(show, "SAMPLE_BYTES", 1_000_000)
     rows = lines_of(long_run / "metrics.jsonl")
@@ -350,8 +359,22 @@ def test_a_browser_draws_the_page(out):
     assert drawn.count("<figure") == len(page.data["panels"]) + 1
     assert drawn.count("<path") >= len(page.data["panels"])
     last = page.data["metrics"]["accuracy"][-1]
-    assert f"accuracy {100 * last:.1f} %" in drawn
+    assert f"all {100 * last:.1f} %" in drawn
     assert drawn.count("rgba(var(--") > 20 and "max_completion_length" in drawn
+
+
+def test_colours_follow_sign_and_size():
+    tokenizer = SimpleNamespace(
+        decode=lambda ids: "".join(["t0", "t1", "t2", "t3\n"][i] for i in ids)
+    )
+    row = rollout_row(1, ["t"] * 4, advantages=[2.0, 0.1, 0.0, -2.0], target="<answer>")
+    paint = lambda shade, text: f"\033[30;48;5;{shade}m{text}\033[0m"
+    body = show.coloured(row, tokenizer).split("\n", 1)[1]
+    strong, weak, red = show.SHADES[1][-1], show.SHADES[1][0], show.SHADES[-1][-1]
+    assert (
+        body == f"{paint(strong, 't0')}{paint(weak, 't1')}t2{paint(red, 't3')}\n\nexpert: <answer>"
+    )
+    assert "t0" in show.coloured({**row, "advantages": [0.0, math.nan, 0, 0]}, tokenizer)
 
 
 def test_the_last_lines_of_a_run(out):
@@ -360,9 +383,9 @@ def test_the_last_lines_of_a_run(out):
     write_lines(out / "metrics.jsonl", rows)
     text = show.summary(out, AutoTokenizer.from_pretrained(TOY))
     assert "before 25.0%, after 50.0%" in text and "hours        toolupt 0.0" in text
-    assert json.loads((out / "hours.json").read_text())["toolupt"]["update"] > 0
     for name in ("metrics.jsonl", "rollouts.jsonl", "report.html"):
         assert str(out / name) in text and (out / name).exists()
+    assert "\033[30;48;5;" in text
     (out / "rollouts.jsonl").unlink()
     assert "rollout" not in show.summary(out, None)
 
@@ -384,13 +407,19 @@ def test_hours_add_up_what_the_records_say(tmp_path):
     }
     for path, rows in lines.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = show.hours(*show.read(tmp_path))
+    words, found = show.write_hours(tmp_path), json.loads((tmp_path / "hours.json").read_text())
     assert [*found] == ["warmup", "itool"]
     expected = {"load": 0.1, "update": 1.5, "sync": 0.01, "evaluate": 0.25, "other": 140 / 3600}
     assert found["warmup"] == pytest.approx(expected | {"total": (400 + 3700 + 1836 + 900) / 3600})
     expected = {"perplexity": 0.1, "search": 2, "update": 1000 / 3600, "evaluate": 0.2}
     assert found["itool"] == pytest.approx(expected | {"other": (360 + 800) / 3600, "total": 2.9})
-    table = show.hours_table(found)
+    assert words.startswith(
+        "warmup 1.90 (update 1.50, evaluate 0.25, load 0.10, other 0.04, sync 0.01);"
+    )
+    assert (
+        "itool 2.90 (search 2.00, other 0.32, update 0.28, evaluate 0.20, perplexity 0.10)" in words
+    )
+    table = show.hours_table(tmp_path)
     assert table["columns"] == [
         "stage",
         "evaluate",

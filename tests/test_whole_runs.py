@@ -90,6 +90,7 @@ def test_toolupt_on_two_ranks_with_vllm(tmp_path):
     assert done.stdout.index("2 rank(s)") < done.stdout.index("accuracy")
     for name in (f"checkpoint-{steps}", "metrics.jsonl", "rollouts.jsonl", "report.html"):
         assert str(out / name) in done.stdout and (out / name).exists(), name
+    assert "\033[30;48;5;" in done.stdout  # a rollout in colours
 
 
 def test_gradient_does_not_depend_on_ranks_or_micro_batches(tmp_path):

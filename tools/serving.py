@@ -161,7 +161,7 @@ def model_card(run, step: int) -> str:
         f"| {source} | {kinds[source, 'tool_call']:,} | {kinds[source, 'answer']:,} |"
         for source in dict.fromkeys(source for source, _ in kinds)
     )
-    scores = show.milestones(show.read(run.out)[0])
+    scores = show.milestones(run.out)
     score_rows = "\n".join(f"| {name} | {accuracy:.1%} |" for name, accuracy in scores)
     of_steps = f" of {settings['max_steps']}" if "max_steps" in settings else ""
     on_hub = not Path(base).exists()

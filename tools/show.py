@@ -2,10 +2,9 @@
 
     python -m tools.show RUN    writes RUN/report.html, of a run that has ended or goes on
 
-read(out)                what was logged: lines of metrics.jsonl by stage, and of searches.jsonl
-report(out, tokenizer)   the page: curves, error types, responses with coloured tokens, settings
+report(out, tokenizer)   that page: curves, error types, responses with coloured tokens, settings
 summary(out, tokenizer)  the lines that end a run, the page's path among them
-milestones(metrics)      accuracy on held-out examples before, between and after the stages
+milestones(out)          accuracy on held-out examples before, between and after the stages
 
 The page needs neither network nor another file, and stays below 20 MB: of long runs it shows an
 even selection, and says of how many. What a model or a user wrote is data in it, never markup:
@@ -16,6 +15,7 @@ import argparse
 import html
 import json
 import math
+import random
 import sys
 from array import array
 from collections import Counter
@@ -25,7 +25,7 @@ import rewards
 from data import read_jsonl
 
 STAGES = ("sft", "warmup", "")  # folders of a run, in their order; "": the last stage
-POINTS = 6000  # steps that curves show, besides those with an evaluation
+POINTS, EVALUATIONS = 6000, 1000  # steps that curves show
 READ = 20_000  # rollouts whose errors are counted
 BINS = 40  # of steps, in which errors are counted
 GROUPS = 48  # prompts whose responses are shown
@@ -33,46 +33,86 @@ TOKENS = 2000  # of a response that are shown
 SAMPLE_BYTES = 8 << 20  # of the responses of a page
 ERRORS = ("Code Syntax", "Tools Count", "Tool Name", "Parameter Count", "Parameter Name")
 ERRORS += ("Parameter Value", "Other", "reward only")
-# title, unit of the axis ("%": of shares), metrics; the others follow by the part of their names
-# before the slash
+PLAIN = "\033[0m"
+SHADES = {
+    1: (194, 157, 120, 83),
+    -1: (224, 217, 210, 203),
+}  # 256-colour backgrounds, weak to strong
+# title, unit of the axis ("%": of shares), metric -> its name in the plot; the others follow by
+# the part of their names before the slash
 PANELS = (
-    ("Held-out accuracy", "%", "eval/accuracy eval/tool_call_accuracy eval/answer_accuracy"),
-    ("Accuracy of the rollouts", "%", "accuracy accuracy/calls accuracy/answers"),
-    ("Mean reward", "reward", "reward eval/reward"),
-    ("Mean response length", "tokens", "completions/mean_length"),
-    ("Cut rollouts, tied groups", "%", "completions/clipped_ratio frac_reward_zero_std"),
+    (
+        "Accuracy on held-out examples",
+        "%",
+        {
+            "eval/accuracy": "all",
+            "eval/tool_call_accuracy": "calls",
+            "eval/answer_accuracy": "answers",
+        },
+    ),
+    (
+        "Accuracy of the rollouts",
+        "%",
+        {"accuracy": "all", "accuracy/calls": "calls", "accuracy/answers": "answers"},
+    ),
+    ("Reward, mean", "reward", {"reward": "rollouts", "eval/reward": "held-out examples"}),
+    ("Response length, mean", "tokens", {"completions/mean_length": "rollouts"}),
+    (
+        "Rollouts cut at the limit, groups of equal rewards",
+        "%",
+        {"completions/clipped_ratio": "cut", "frac_reward_zero_std": "equal rewards"},
+    ),
     (
         "How rollouts are wrapped",
         "%",
-        "form/call form/answer form/both form/untagged_call form/neither"
-        + " form/empty_answer form/repeated_key",
+        {
+            "form/call": "call",
+            "form/answer": "answer",
+            "form/both": "both",
+            "form/untagged_call": "untagged call",
+            "form/neither": "neither",
+            "form/empty_answer": "empty answer",
+            "form/repeated_key": "repeated key",
+        },
     ),
-    ("Loss", "loss", "loss eval/loss"),
-    ("Gradient norm", "L2 norm", "grad_norm grad_norm/policy"),
-    ("Gradient norm ratios", "of the policy's", "grad_norm_ratio/expert grad_norm_ratio/rejected"),
-    ("Entropy", "nats per token", "entropy"),
-    ("Expert tokens that rollouts have", "%", "tokens_matched/calls tokens_matched/answers"),
-    ("Advantage of the first token", "mean", "first_advantage/calls first_advantage/answers"),
-    ("Preference margin", "reward", "rewards/margins eval/rewards/margins"),
-    ("Pairs ranked right", "%", "rewards/accuracies eval/rewards/accuracies"),
-    ("Mean length of a pair's steps", "tokens", "lengths/chosen lengths/rejected"),
+    ("Loss", "loss", {"loss": "training", "eval/loss": "held-out examples"}),
+    ("Gradient norm", "L2 norm", {"grad_norm": "loss", "grad_norm/policy": "policy term"}),
+    (
+        "Gradient norms of the other terms",
+        "times the policy term's",
+        {"grad_norm_ratio/expert": "expert", "grad_norm_ratio/rejected": "rejected"},
+    ),
+    ("Entropy", "nats per token", {"entropy": "rollouts"}),
+    (
+        "Expert tokens that rollouts have",
+        "%",
+        {"tokens_matched/calls": "calls", "tokens_matched/answers": "answers"},
+    ),
+    (
+        "Advantage of the first token, mean",
+        "advantage",
+        {"first_advantage/calls": "calls", "first_advantage/answers": "answers"},
+    ),
+    (
+        "Reward margin of preference pairs",
+        "reward",
+        {"rewards/margins": "training", "eval/rewards/margins": "held-out trees"},
+    ),
+    (
+        "Preference pairs ranked right",
+        "%",
+        {"rewards/accuracies": "training", "eval/rewards/accuracies": "held-out trees"},
+    ),
+    (
+        "Length of the steps of a pair, mean",
+        "tokens",
+        {"lengths/chosen": "chosen", "lengths/rejected": "rejected"},
+    ),
 )
 UNITS = {"timing_s": "seconds", "perf": "tokens per second", "logps": "nats per token"}
 
 
 # -------------------------------------------------------------------------------------- the page
-
-
-def read(out: Path) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
-    """The lines of metrics.jsonl and of searches.jsonl, by the stages that have begun."""
-    metrics, searches = (
-        {stage: list(read_jsonl(out / stage / name, growing=True)) for stage in STAGES}
-        for name in ("metrics.jsonl", "searches.jsonl")
-    )
-    begun = {stage: lines for stage, lines in metrics.items() if lines}
-    if not begun:
-        raise ValueError(f"{out} has no metrics.jsonl: give the --output_dir of a run")
-    return begun, searches
 
 
 def report(out: Path, tokenizer=None) -> Path:
@@ -81,40 +121,35 @@ def report(out: Path, tokenizer=None) -> Path:
     tokenizer  None: that of the run's newest checkpoint or of its base model; where neither can be
                had, responses are shown without colours
     """
-    return write_report(out, *read(out), tokenizer)
-
-
-def write_report(out: Path, metrics: dict, searches: dict, tokenizer) -> Path:
-    """The same of a run that has been read."""
-    settings = [lines[0] for lines in metrics.values()]
+    stages = {name: list(read_jsonl(out / name / "metrics.jsonl", growing=True)) for name in STAGES}
+    stages = {name: lines for name, lines in stages.items() if lines}
+    if not stages:
+        raise ValueError(f"{out} has no metrics.jsonl: give the --output_dir of a run")
+    settings = [lines[0] for lines in stages.values()]
     config = settings[-1]
     samples, errors = [], None
     if (out / "rollouts.jsonl").exists():
         records = Lines(out / "rollouts.jsonl")
         if len(records):
-            size, tokenizer = config.get("num_generations", 1), tokenizer or _tokenizer(out, config)
-            samples.append(rollout_samples(records, size, tokenizer))
+            samples.append(rollout_samples(records, tokenizer or _tokenizer(out, config)))
             errors = error_types(records)
     if (out / "pairs.jsonl").exists():
         samples.append(pair_samples(Lines(out / "pairs.jsonl")))
     name = f"{out.resolve().name}: {config.get('algo')}"
-    tables = [hours_table(hours(metrics, searches))]
-    if searches[""]:
-        tables.insert(0, iterations(metrics[""][1:], searches[""]))
-    page = curves(metrics) | {
+    page = curves(stages) | {
         "title": name,
         "about": f"{settings[0].get('model_name_or_path')}, seed {config.get('seed')}, in {out}",
-        "milestones": milestones(metrics),
+        "milestones": milestones(out),
         "errors": errors,
         "samples": samples,
-        "tables": tables,
+        "tables": [table for table in (iterations(out), hours_table(out)) if table],
         "settings": [_settings("Settings", config)],
     }
-    for stage, first in [*zip(metrics, settings)][:-1]:
+    for stage, first in [*zip(stages, settings)][:-1]:
         other = {k: v for k, v in first.items() if v != config.get(k)}
         page["settings"].append(_settings(f"Where those of {stage} differ", other))
     if errors:  # its steps are those of the last stage
-        first = next(reversed(page["marks"]))["x"] if "" in metrics and len(metrics) > 1 else 0
+        first = next(reversed(page["marks"]))["x"] if "" in stages and len(stages) > 1 else 0
         errors["x"] = [x + first for x in errors["x"]]
     if not samples:
         page["note"] += " This run has no record of single responses."
@@ -123,8 +158,12 @@ def write_report(out: Path, metrics: dict, searches: dict, tokenizer) -> Path:
     data = json.dumps(_finite(page), allow_nan=False).replace("<", "\\u003c")
     before, rest = template.split("__TITLE__")
     between, after = rest.split("__DATA__")
-    path, text = out / "report.html", before + html.escape(name) + between + data + after
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    path = out / "report.html"
+    path.write_text(
+        before + html.escape(name) + between + data + after,
+        encoding="utf-8",
+        errors="backslashreplace",
+    )
     return path
 
 
@@ -147,18 +186,20 @@ def curves(stages: dict[str, list[dict]]) -> dict:
                 iteration = line["iteration"]
                 marks.append({"x": first + line["step"], "name": f"iteration {iteration}"})
             rows.append((first + line["step"], f"{line['step']}{of}", line))
-    chosen = {*_evenly(len(rows), POINTS)}
-    kept = [row for i, row in enumerate(rows) if i in chosen or "eval/accuracy" in row[2]]
-    names = {name for _, _, line in kept for name in line if line[name] is not None}
-    names = sorted(names - {"step", "iteration"})
-    panels = [
-        {"title": title, "unit": unit, "metrics": [name for name in own.split() if name in names]}
-        for title, unit, own in PANELS
-    ]
-    shown, others = {name for panel in panels for name in panel["metrics"]}, {}
-    for name in names:
-        if name not in shown:
-            others.setdefault(name.rpartition("/")[0] or name, []).append(name)
+    evaluated = [i for i, (_, _, line) in enumerate(rows) if "eval/accuracy" in line]
+    chosen = {evaluated[i] for i in _evenly(len(evaluated), EVALUATIONS)}
+    kept = [rows[i] for i in sorted(chosen.union(_evenly(len(rows), POINTS)))]
+    names = dict.fromkeys(name for _, _, line in kept for name in line)
+    metrics = {
+        name: [_number(line.get(name)) for _, _, line in kept]
+        for name in names
+        if name not in ("step", "iteration")
+    }
+    metrics = {name: xs for name, xs in metrics.items() if any(x is not None for x in xs)}
+    panels = [_panel(title, unit, own, metrics) for title, unit, own in PANELS]
+    shown, others = {name for _, _, own in PANELS for name in own}, {}
+    for name in sorted(metrics.keys() - shown):
+        others.setdefault(name.rpartition("/")[0] or name, {})[name] = name
     config, *lines = [*stages.values()][-1]
     last = lines[-1]["step"] if lines else "none"
     of = f" of {config['max_steps']}" if "max_steps" in config else ""
@@ -171,14 +212,16 @@ def curves(stages: dict[str, list[dict]]) -> dict:
         "names": [step for _, step, _ in kept],
         "marks": marks,
         "axis": "optimiser steps" + (" of all stages" if len(stages) > 1 else ""),
-        "metrics": {name: [line.get(name) for _, _, line in kept] for name in names},
-        "panels": [panel for panel in panels if panel["metrics"]],
-        "others": [
-            {"title": title, "unit": UNITS.get(title, "value"), "metrics": own}
-            for title, own in others.items()
-        ],
+        "metrics": metrics,
+        "panels": [panel for panel in panels if panel["series"]],
+        "others": [_panel(k, UNITS.get(k, "value"), own, metrics) for k, own in others.items()],
         "note": note + "Point at a plot, or focus it and use ← →, to read its values.",
     }
+
+
+def _panel(title: str, unit: str, names: dict[str, str], metrics: dict) -> dict:
+    own = [{"metric": name, "label": label} for name, label in names.items() if name in metrics]
+    return {"title": title, "unit": unit, "series": own}
 
 
 class Lines:
@@ -200,15 +243,23 @@ class Lines:
         except ValueError as error:
             raise ValueError(f"line {i + 1} of {self.path} is not JSON ({error})") from None
 
+    def group(self, i: int) -> range:
+        """Numbers of the lines around line i with its step and example."""
+        of = lambda k: [self[k].get(name) for name in ("step", "iteration", "id")]
+        first = last = i
+        while first > 0 and of(first - 1) == of(i):
+            first -= 1
+        while last + 1 < len(self) and of(last + 1) == of(i):
+            last += 1
+        return range(first, last + 1)
 
-def rollout_samples(records: Lines, size: int, tokenizer) -> dict:
-    """The responses to some prompts, evenly over the run, with the numbers of every token.
 
-    size  lines of a group
-    """
+def rollout_samples(records: Lines, tokenizer) -> dict:
+    """The responses to some prompts, evenly over the run, with the numbers of every token."""
+    ranges = dict.fromkeys(records.group(i) for i in _evenly(len(records), GROUPS))
     groups = []
-    for i in _evenly(len(records) // size, GROUPS):
-        rows = [records[k] for k in range(i * size, (i + 1) * size)]
+    for lines in ranges:
+        rows = [records[i] for i in lines]
         groups.append(
             {
                 "name": f"step {rows[0]['step']}, {rows[0]['id']}",
@@ -227,14 +278,13 @@ def rollout_samples(records: Lines, size: int, tokenizer) -> dict:
 
 def _response(row: dict, tokenizer) -> dict:
     """What the page says of a line of rollouts.jsonl."""
-    n, outcome, error = len(row["token_ids"]), row["outcome"], error_of(row) or "right"
-    parts = outcome.get("parts") or outcome
-    said = ", ".join(
-        f"{name} {value:.3g}"
-        for name, value in parts.items()
-        if isinstance(value, (int, float)) and name not in ("total", "right")
+    n, outcome = len(row["token_ids"]), row["outcome"]
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in (outcome.get("parts") or outcome).items()
+                      if isinstance(value, (int, float)) and name not in ("total", "right"))  # fmt: skip
+    error = error_of(row)
+    head = (
+        f"response {row['k']}: reward {row['reward']:.3g}, {error or 'right'} ({parts}), {n} tokens"
     )
-    head = f"response {row['k']}: reward {row['reward']:.3g}, {error} ({said}), {n} tokens"
     head += ", cut at the limit" * (row["finish_reason"] == "length")
     if tokenizer is None:
         return {"head": head, "text": visible(row["text"])}
@@ -268,8 +318,9 @@ def pair_samples(records: Lines) -> dict:
     """Some of iTool's preference pairs, evenly over the iterations."""
 
     def step(row: dict, side: str) -> dict:
-        numbers = {name: row.get(f"{side}_{name}") for name in "QpRN"}
-        said = ", ".join(f"{name} {x:.3g}" for name, x in numbers.items() if x is not None)
+        numbers = {"value": "Q", "probability": "p", "reward": "R", "visits": "N"}
+        found = {name: row.get(f"{side}_{key}") for name, key in numbers.items()}
+        said = ", ".join(f"{name} {x:.3g}" for name, x in found.items() if x is not None)
         return {"head": f"{side} step: {said}", "text": visible(row[side])}
 
     groups = []
@@ -312,8 +363,10 @@ def error_of(row: dict) -> str | None:
 def error_types(records: Lines) -> dict:
     """Counts of error types in bins of steps, from READ rollouts at most."""
     total = len(records)
-    rows = map(records.__getitem__, _evenly(total, READ))
-    found = [(row["step"], error_of(row) or "right") for row in rows]
+    chosen = range(total)
+    if total > READ:
+        chosen = sorted({0, total - 1, *random.Random(0).sample(chosen, READ - 2)})
+    found = [(row["step"], error_of(row) or "right") for row in map(records.__getitem__, chosen)]
     first, last = found[0][0], found[-1][0]
     width = math.ceil((last - first + 1) / BINS)
     count = math.ceil((last - first + 1) / width)
@@ -329,11 +382,12 @@ def error_types(records: Lines) -> dict:
     return {"x": xs, "names": named, "classes": classes, "counts": counts, "note": about}
 
 
-def iterations(lines: list[dict], searches: list[dict]) -> dict:
-    """iTool's iterations as a table: searches, pairs, and what training on them changed.
-
-    lines  of metrics.jsonl, without the settings
-    """
+def iterations(out: Path) -> dict | None:
+    """iTool's iterations as a table: searches, pairs, and what training on them changed."""
+    searches = list(read_jsonl(out / "searches.jsonl", growing=True))
+    if not searches:
+        return None
+    lines = list(read_jsonl(out / "metrics.jsonl", growing=True))[1:]
     ends = {line["iteration"]: line for line in lines if "iteration" in line}
     reasons = sorted({why for row in searches for why in row["dropped"]})
     margin = "eval/rewards/margins"
@@ -352,10 +406,11 @@ def iterations(lines: list[dict], searches: list[dict]) -> dict:
     return {"title": "Iterations", "note": note, "columns": columns, "rows": rows}
 
 
-def milestones(metrics: dict[str, list[dict]]) -> list[tuple[str, float]]:
+def milestones(out: Path) -> list[tuple[str, float]]:
     """(what, accuracy on held-out examples): before, after each stage and iteration, at the end."""
     marks = []
-    for stage, (_, *rows) in metrics.items():
+    for stage in STAGES:
+        rows = list(read_jsonl(out / stage / "metrics.jsonl", growing=True))[1:]
         scores = [row for row in rows if row.get("eval/accuracy") is not None]
         if not scores:
             continue
@@ -370,43 +425,57 @@ def milestones(metrics: dict[str, list[dict]]) -> list[tuple[str, float]]:
     return marks
 
 
-def hours(metrics: dict, searches: dict) -> dict[str, dict[str, float]]:
+def hours(out: Path) -> dict[str, dict[str, float]]:
     """Hours of each stage by part, from the recorded timings (iTool Table 8); saves do not count.
 
     Parts are those of timing_s/*; "other" is the rest of the steps, "total" the sum.
     """
     found = {}
-    for stage, (config, *lines) in metrics.items():
-        seconds = Counter()
-        for row in lines + searches[stage]:
-            parts = {k[9:]: v for k, v in row.items() if k.startswith("timing_s/")}
-            step, evaluation = parts.pop("step", 0.0), parts.get("evaluate", 0.0)
-            seconds.update(parts | {"other": step - (sum(parts.values()) - evaluation)})
-        seconds["total"] = sum(seconds.values())
-        found[stage or config.get("algo")] = {k: s / 3600 for k, s in seconds.items()}
+    for stage in STAGES:
+        seconds, algo = Counter(), stage
+        for name in ("metrics.jsonl", "searches.jsonl"):
+            for row in read_jsonl(out / stage / name, growing=True):
+                algo = row.get("algo", algo)  # of the settings, the first line
+                parts = {k[9:]: v for k, v in row.items() if k.startswith("timing_s/")}
+                step, evaluation = parts.pop("step", 0.0), parts.get("evaluate", 0.0)
+                seconds.update(parts | {"other": step - (sum(parts.values()) - evaluation)})
+        if seconds:
+            seconds["total"] = sum(seconds.values())
+            found[stage or algo] = {k: s / 3600 for k, s in seconds.items()}
     return found
 
 
-def hours_table(found: dict[str, dict[str, float]]) -> dict:
+def hours_table(out: Path) -> dict:
     """The hours of the stages as a table."""
+    found = hours(out)
     parts = sorted({part for own in found.values() for part in own} - {"total"})
-    columns = ["stage", *parts, "total"]
-    rows = [[stage, *(own.get(part, "–") for part in columns[1:])] for stage, own in found.items()]
+    rows = [
+        [stage, *(own.get(part, "–") for part in (*parts, "total"))] for stage, own in found.items()
+    ]
     note = "By part of the steps, from the recorded timings; saves do not count."
-    return {"title": "Hours", "note": note, "columns": columns, "rows": rows}
+    return {"title": "Hours", "note": note, "columns": ["stage", *parts, "total"], "rows": rows}
+
+
+def write_hours(out: Path) -> str:
+    """Write hours.json; return it in words."""
+    found = hours(out)
+    (out / "hours.json").write_text(json.dumps(found, indent=1) + "\n")
+    words = []
+    for stage, parts in found.items():
+        largest = sorted((k for k in parts if k != "total"), key=parts.get, reverse=True)
+        shown = ", ".join(f"{k} {parts[k]:.2f}" for k in largest if parts[k] >= 0.005)
+        words += [f"{stage} {parts['total']:.2f}{shown and f' ({shown})'}"]
+    return "; ".join(words)
 
 
 # ------------------------------------------------------------------------------- the last lines
 
 
 def summary(out: Path, tokenizer) -> str:
-    """The lines that end a run; writes report.html and hours.json."""
-    metrics, searches = read(out)
+    """The lines that end a run; writes report.html."""
     folders = [path for path in out.glob("checkpoint-*") if (path / "config.json").exists()]
     order = lambda path: (path.name.endswith("best"), path.stat().st_mtime)
-    scores = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in milestones(metrics))
-    spent = hours(metrics, searches)
-    (out / "hours.json").write_text(json.dumps(spent, indent=1) + "\n")
+    scores = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in milestones(out))
     lines = [
         "",
         f"accuracy on held-out examples: {scores}",
@@ -415,28 +484,59 @@ def summary(out: Path, tokenizer) -> str:
     ]
     names = {"rollouts": "rollouts.jsonl", "pairs": "pairs.jsonl"}
     lines += [f"{k:12} {out / name}" for k, name in names.items() if (out / name).exists()]
-    totals = ", ".join(f"{stage} {parts['total']:.2f}" for stage, parts in spent.items())
-    lines += [f"hours        {totals}"]
+    lines += [f"hours        {write_hours(out)}"]
     if (out / "trees-1.jsonl").exists():
         lines += [f"trees        python mcts.py show {out}/trees-1.jsonl"]
-    lines += [f"report       {write_report(out, metrics, searches, tokenizer)}"]
+    lines += [f"report       {report(out, tokenizer)}"]
+    if (out / "rollouts.jsonl").exists() and (row := _telling(Lines(out / "rollouts.jsonl"))):
+        about = "a rollout, tokens coloured by advantage (green: made likelier, red: less likely)"
+        lines += ["", about, "", coloured(row, tokenizer)]
     return "\n".join(lines)
 
 
+def coloured(row: dict, tokenizer) -> str:
+    """A response for a terminal: advantages on green (positive) or red, stronger with size."""
+    values = [value if math.isfinite(value) else 0 for value in row["advantages"]]
+    strongest, text = max(map(abs, values), default=0) or 1, ""
+    for piece, value in zip(pieces(tokenizer, row["token_ids"]), values):
+        piece = visible(piece)
+        if value:
+            shade = SHADES[1 if value > 0 else -1][min(3, int(4 * abs(value) / strongest))]
+            piece = "\n".join(
+                f"\033[30;48;5;{shade}m{part}{PLAIN}" if part else "" for part in piece.split("\n")
+            )
+        text += piece
+    head = f"step {row['step']}  {row['id']}  response {row['k']}  reward {row['reward']:.2f}"
+    return f"{visible(head)}\n{text}\nexpert: {visible(row['target'])}"
+
+
 def visible(text: str) -> str:
-    """The text with its control characters spelt out."""
+    """The text without control characters: what a model writes must not steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _telling(records: Lines) -> dict | None:
+    """The latest of the last rollouts with both positive and negative tokens, else the last."""
+    last = [records[i] for i in range(max(0, len(records) - 1000), len(records))]
+    both = [
+        row
+        for row in last
+        if row["advantages"] and min(row["advantages"]) < 0 < max(row["advantages"])
+    ]
+    return (both or last or [None])[-1]
 
 
 def _tokenizer(out: Path, config: dict):
     """The run's tokenizer: of its newest checkpoint, else of the base model; None for neither."""
     from transformers import AutoTokenizer
 
-    saved = out.glob("checkpoint-*/tokenizer_config.json")
-    newest = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
-    trust_remote_code = config.get("trust_remote_code", False)  # the run has read it
-    for where in (*(path.parent for path in newest), config.get("model_name_or_path")):
+    folders = sorted(
+        out.glob("checkpoint-*/tokenizer_config.json"), key=lambda x: x.stat().st_mtime
+    )
+    trust_remote_code = config.get("trust_remote_code", False)
+    for where in (*(path.parent for path in reversed(folders)), config.get("model_name_or_path")):
         try:
+            # the run has read it
             return AutoTokenizer.from_pretrained(
                 where, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -450,6 +550,10 @@ def _evenly(count: int, most: int) -> list[int]:
     if count <= most:
         return [*range(count)]
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
+
+
+def _number(value):
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _finite(value):

@@ -100,12 +100,13 @@ class Reader:
     def _new(self, over: bool = False) -> str:
         """Return the content that has not gone out, stripped, without beginnings of tags."""
         text, single = self.content, 0
-        begins = lambda start: any(tag.startswith(text[start:]) for tag in TAGS)
-        while (start := text.rfind("<")) >= 0 and begins(start):
+        begins_tag = lambda end: any(tag.startswith(end) for tag in TAGS)
+        while (start := text.rfind("<")) >= 0 and begins_tag(text[start:]):
             single += text[start:] == "<"
             text = text[:start]
-        # Beginnings of tags are dropped where the response is over; a single "<" is text.
-        text = (text + over * single * "<").strip()
+        if over:  # beginnings of tags are dropped, but a single "<" is text
+            text += "<" * single
+        text = text.strip()
         begin, self.sent = self.sent, len(text)
         return text[begin:]
 
