@@ -22,6 +22,8 @@ To add a method, write its loss in a mathematics file, a dataclass here and a li
 """
 
 import operator
+import json
+import re
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -31,6 +33,7 @@ from torch import Tensor
 import baselines
 import fgae
 import grpo
+import rewards
 import spo
 
 Stats = dict[str, Tensor]
@@ -52,6 +55,7 @@ class Group:
     seed: int  # of its rollouts
     place: int = 0  # in the stream of all batches
     num_thoughts: int = 0  # first tokens of `target` that are an empty block of thoughts
+    tokenizer: Any = None
     samples: list = field(default_factory=list)  # K rollout.Sample
     outcomes: list = field(default_factory=list)  # K, of scoring.Reward
     bounds: tuple[float, float] = (-3.0, 4.0)  # of an outcome's total (Eq. 12)
@@ -196,8 +200,8 @@ class Rollouts(Row):
         rows     a micro-batch of R responses, at most T tokens long
         logps    (R, T) log-probs, with grad
         entropy  (R, T) entropy of the policy at each token, nats, with grad
-        totals   tokens, responses and expert_tokens of the whole step, the denominators; max_length
-                 of a response and tag_length of "<answer>", tokens
+        totals   tokens, responses, expert_tokens and kept_tokens (Eq. 19) of the whole step, the
+                 denominators; max_length of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
         The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss
@@ -344,21 +348,37 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob(
+    alignment: Literal["positional", "lcs", "restyled", "fields"] = knob(
         "positional", "how tokens are compared with the expert's (fgae.py)"
     )
+    process_tags: bool = knob(True, "the tags' tokens, too, earn process rewards")
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
         K = len(group.samples)
         _, mask = _padded([sample.token_ids for sample in group.samples])
         matched = torch.zeros_like(mask)
-        # answers have no process rewards: "for tool_call responses"
-        if group.example.kind == "tool_call":
+        call = group.example.kind == "tool_call"  # answers have no process rewards
+        if call and self.alignment in ("restyled", "fields"):
+            find = {"restyled": restyled_tokens, "fields": field_tokens}[self.alignment]
+            group.matched = matched_tokens(*group.said, "positional")
+            for k, sample in enumerate(group.samples):
+                try:
+                    own = find(sample, group)
+                except (ValueError, StopIteration, LookupError):  # keys in another order
+                    own = group.matched[k].tolist()[: len(sample.token_ids)]
+                matched[k, : len(own)] = torch.tensor(own, dtype=torch.bool)
+        elif call:
             group.matched = matched_tokens(*group.said, self.alignment)
             for k, own in enumerate(group.matched):
                 first, end = group.samples[k].num_thoughts, len(group.samples[k].token_ids)
                 matched[k, first:end] = own[: end - first]
+        if not self.process_tags:
+            for k, sample in enumerate(group.samples):
+                for t, (begin, end) in enumerate(token_spans(sample, group.tokenizer)):
+                    for tag in re.finditer("</?tool_call>", sample.text):
+                        if begin < tag.end() and end > tag.start():
+                            matched[k, t] = False
         lower, upper = group.bounds
         scores = torch.tensor(group.rewards)
         group.token_rewards = fgae.token_rewards(scores, matched, upper=upper, lower=lower)
@@ -372,6 +392,69 @@ def matched_tokens(responses: list[list[int]], target: list[int], alignment: str
     if alignment == "lcs":
         expert_mask[:, -1] = False  # a wrong answer must not earn the bound for its EOS
     return fgae.matched_tokens(ids, mask, expert_ids, expert_mask, alignment=alignment)
+
+
+def token_spans(sample: Any, tokenizer: Any) -> list[tuple[int, int]]:
+    """Begin and end of each token in the text of a sample."""
+    ends = [len(tokenizer.decode(sample.token_ids[:t])) for t in range(len(sample.token_ids) + 1)]
+    return list(zip(ends, ends[1:]))
+
+
+def restyled_tokens(sample: Any, group: Group) -> list[bool]:
+    """The same token at the same index of the expert, written in the response's JSON style."""
+    body = sample.text.partition("<tool_call>")[2]
+    calls = rewards.parse(group.example.target).calls
+    compact = '":' in body and '": ' not in body
+    value = calls if len(calls) > 1 or body.lstrip().startswith("[") else calls[0]
+    separators = (",", ":") if compact else (", ", ": ")
+    text = json.dumps(value, ensure_ascii=False, separators=separators)
+    encoded = group.tokenizer(f"<tool_call>\n{text}\n</tool_call>", add_special_tokens=False)
+    expert = [*encoded["input_ids"], group.target[-1]]
+    return [t < len(expert) and i == expert[t] for t, i in enumerate(sample.token_ids)]
+
+
+def field_tokens(sample: Any, group: Group) -> list[bool]:
+    """Tokens all of whose characters are right: tags, right names, keys and values of calls.
+
+    A call answers the expert's call of its name with the most equal values; its punctuation is
+    right where there is one. Where the response does not parse: the same token at the same index.
+    """
+    calls = rewards.parse(sample.text).calls
+    if calls is None:
+        return matched_tokens([sample.token_ids], group.target, "positional")[0].tolist()
+    wanted = rewards.parse(group.example.target).calls
+    text, right = sample.text, [True] * (len(sample.text) + 1)
+    position, decode = text.find("<tool_call>") + len("<tool_call>"), json.JSONDecoder().raw_decode
+
+    def literal(start: int) -> tuple[int, int]:
+        while text[start] in " :\n\t":
+            start += 1
+        return start, decode(text, start)[1]
+
+    def mark(begin: int, end: int, good: bool) -> None:
+        right[begin:end] = [good] * (end - begin)
+
+    for call in calls:
+        same = lambda w: sum(w["params"].get(k) == v for k, v in call["params"].items())  # noqa: B023
+        rivals = [w for w in wanted if w["name"] == call["name"]]
+        best = max(rivals, key=same, default=None)
+        if best:
+            wanted = [w for w in wanted if w is not best]
+        begin = position
+        position = literal(text.index('"name"', position) + len('"name"'))[1]
+        position = text.index('"params"', position) + len('"params"')
+        whole = literal(position)
+        mark(begin, whole[1], best is not None)
+        for key, value in call["params"].items() if best else ():
+            forms = json.dumps(key), json.dumps(key, ensure_ascii=False)
+            quoted = next(q for q in forms if q in text[position:])
+            start = text.index(quoted, position)
+            first, position = literal(start + len(quoted))
+            mark(start, start + len(quoted), key in best["params"])
+            mark(first, position, key in best["params"] and best["params"][key] == value)
+        position = whole[1]
+    spans = token_spans(sample, group.tokenizer)
+    return [all(right[begin:end]) for begin, end in spans]
 
 
 def _padded(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -437,15 +520,18 @@ def _with_expert(method: Rollouts, group: Group) -> Tensor:
 class Srft(Rollouts):
     """Entropy-weighted SFT and RL on expert and rollouts in one loss (SRFT Eqs. 6-13).
 
-    The reward is binary, as in its paper. The variant hpt shapes p and has no std; its denominators
-    are the paper's all the same.
+    The reward is binary, as in its paper, unless --graded_reward. The variant hpt shapes p and has
+    no std; its denominators are the paper's all the same.
     """
 
     num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
     srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
+    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-    reward = Grpo.reward
+
+    def reward(self, outcome, length, max_length) -> float:
+        return outcome.total if self.graded_reward else float(outcome.right)
 
     def advantages(self, group: Group) -> Tensor:
         """Over rollouts and expert, with the printed std; both public codes have none."""
@@ -471,7 +557,7 @@ class Chord(Rollouts):
 
     mu = 0.1 is the best of its paper on tool use, and needs no schedule. The experts are those of
     the step's own prompts; CHORD has a batch apart. ToolUPT does not say which reward this row had:
-    it is binary, as in CHORD's ToolACE example.
+    it is binary, as in CHORD's ToolACE example, unless --graded_reward.
     """
 
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
@@ -481,8 +567,9 @@ class Chord(Rollouts):
     chord_mu_decay: Annotated[int, ">= 0"] = knob(
         0, "steps of the cosine to --chord_mu; theirs: 30"
     )
+    graded_reward: bool = knob(False, "that of Eq. 12, as most rows have, instead of 0 or 1")
     learns_from_expert = True
-    reward = Grpo.reward
+    reward = Srft.reward
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -517,11 +604,15 @@ class ToolUpt(FgDapoStar):
     """
 
     spo_beta: Positive = knob(1.0, "slope of SPO's logistic; ours: the paper gives no value")
-    spo_phi: bool = knob(True, "weigh SPO's tokens by phi (Eq. 22); --no_spo_phi: Eq. 20")
     balance_low: Share = knob(0.02, "lowest weight of the expert loss; ours, as the next three")
     balance_high: Share = knob(0.3, "its highest weight; equal to the lowest: constant")
     balance_up: Count = knob(100, "steps from low to high")
     balance_down: Count = knob(200, "steps from high to low")
+    spo_phi: bool = knob(True, "weigh SPO's tokens by phi (Eq. 22); --no_spo_phi: Eq. 20")
+    spo_detached: bool = knob(False, "SPO's term becomes a detached weight of -log p")
+    spo_denominator: Literal["all", "kept"] = knob(
+        "all", "expert tokens that SPO averages over; kept: those that Eq. 19 does not mask"
+    )
     learns_from_expert = True
 
     def check(self, config: Any) -> None:
@@ -551,8 +642,11 @@ class ToolUpt(FgDapoStar):
         keep = spo.keep_mask(rows.mask[off], rows.is_answer[off], totals["tag_length"])  # Eq. 19
         experts = (logps[off], rows.mask[off], keep)
         rollouts = (logps[on], rows.advantages[on], rows.mask[on])
-        form = {"beta": self.spo_beta, "weighted": self.spo_phi}
-        return spo.spo_loss(*experts, *rollouts, **form, **_both(totals))
+        form = {"weighted": self.spo_phi, "detached": self.spo_detached}
+        counts = _both(totals)
+        if self.spo_denominator == "kept":
+            counts["num_expert_tokens"] = totals["kept_tokens"]
+        return spo.spo_loss(*experts, *rollouts, beta=self.spo_beta, **form, **counts)
 
 
 # ---------------------------------------------------------------------------------------- Figure 4
@@ -563,6 +657,7 @@ class ToolUptNoFgae(ToolUpt):
     """ToolUPT with sequence-level advantages and the outcome reward (Figure 4, left)."""
 
     alignment: str = unread("positional")
+    process_tags: bool = unread(True)
     advantages = Rollouts.advantages
 
 
@@ -572,6 +667,8 @@ class ToolUptNoSpo(ToolUpt):
 
     spo_beta: float = unread(1.0)
     spo_phi: bool = unread(True)
+    spo_detached: bool = unread(False)
+    spo_denominator: str = unread("all")
     terms = Rollouts.terms
 
     def expert_loss(self, rows: Rows, logps: Tensor, totals: dict) -> tuple[Tensor, Stats]:

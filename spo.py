@@ -101,6 +101,7 @@ def spo_loss(
     *,
     beta: float = 1.0,
     weighted: bool = True,
+    detached: bool = False,
     num_expert_tokens: int | Tensor | None = None,
     num_tokens: int | Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
@@ -114,6 +115,8 @@ def spo_loss(
     response_mask      (B, T) bool
     beta               slope of the logistic function
     weighted           True: with phi, Eq. 22. False: Eq. 20
+    detached           True: the terms of Eqs. 20, 22 are weights, detached, of -log p for chosen
+                       and log p for rejected tokens. Not in the paper
     num_expert_tokens  N_exp, expert tokens of the whole step; default: of this call
     num_tokens         N_roll, rollout tokens of the whole step; default: of this call
 
@@ -128,8 +131,8 @@ def spo_loss(
     count = _denominator(num_tokens, response_mask)
     kept = expert_mask & expert_keep
     negative = response_mask & (advantages < 0)
-    chosen = _preference_sum(expert_logps, kept, beta, weighted) / expert_count
-    rejected = _preference_sum(logps, negative, -beta, weighted) / count
+    chosen = _preference_sum(expert_logps, kept, beta, weighted, detached) / expert_count
+    rejected = _preference_sum(logps, negative, -beta, weighted, detached) / count
     return chosen + rejected, {
         "spo/chosen": chosen.detach(),
         "spo/rejected": rejected.detach(),
@@ -164,13 +167,17 @@ def balance_at(
     return low + (high - low) * share
 
 
-def _preference_sum(logps: Tensor, mask: Tensor, beta: float, weighted: bool) -> Tensor:
-    """sum over mask of phi(p) [1 - sigm(beta log p)]."""
+def _preference_sum(
+    logps: Tensor, mask: Tensor, beta: float, weighted: bool, detached: bool
+) -> Tensor:
+    """sum over mask of phi(p) [1 - sigm(beta log p)], or of that as a weight of -+log p."""
     assert logps.shape == mask.shape, f"logps {tuple(logps.shape)} for {tuple(mask.shape)}"
     logps = _masked(mask, logps)
     terms = torch.sigmoid(-beta * logps)  # = 1 - sigm(beta log p), without cancellation
     if weighted:
         terms = terms * uncertainty_weight(logps)
+    if detached:
+        terms = terms.detach() * (-logps if beta > 0 else logps)
     return (terms * mask).sum()
 
 

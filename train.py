@@ -224,7 +224,11 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                 sync(run)
 
             read = totals["tokens"] + totals["expert_tokens"] + totals["prompt_tokens"]
-            metrics = {**rollout_metrics(groups, method.alignment), **stats, **sampling}
+            metrics = {
+                **rollout_metrics(groups, "lcs" if method.alignment == "lcs" else "positional"),
+                **stats,
+                **sampling,
+            }
             metrics |= {**norms, **method.schedule(step)}
             metrics |= {"grad_norm": grad_norm, "learning_rate": lr, "skipped": skipped}
             last = step + 1 == method.max_steps
@@ -346,6 +350,7 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
             seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
             place=place,
             num_thoughts=len(data.no_thoughts(run.tokenizer)),
+            tokenizer=run.tokenizer,
         )
         groups.append(group)
     samples = run.engine.generate(
@@ -377,12 +382,14 @@ def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
 def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     """The denominators of a step, over all micro-batches and ranks, and two lengths in tokens."""
     rollouts = [s.token_ids for x in batch if isinstance(x, Group) for s in x.samples]
-    experts = [x.target for x in batch if not isinstance(x, Group) or x.with_expert]
+    experts = [x for x in batch if not isinstance(x, Group) or x.with_expert]
+    longest = {"answer": run.tag_length}  # of what Eq. 19 keeps
     sums = all_sum(
         {
             "tokens": sum(map(len, rollouts)),
             "responses": len(rollouts),
-            "expert_tokens": sum(map(len, experts)),
+            "expert_tokens": sum(len(x.target) for x in experts),
+            "kept_tokens": sum(len(x.target[: longest.get(x.example.kind)]) for x in experts),
             "prompt_tokens": sum(len(x.prompt) for x in batch),
         }
     )

@@ -31,7 +31,8 @@ from tools.serving import this_commit
 RECIPE = "recipes/study.args"
 MEASURED = 256  # test examples; train.py's own evaluations are switched off
 CONSTANT = "--balance_low 0.97 --balance_high 0.97"
-ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
+STRONG = "--no_spo_phi --spo_beta 0.13"
+ARMS = {  # name -> flags
     "sft": "--algo sft",
     "dapo_star": "--algo dapo_star",
     "fg_dapo_star": "--algo fg_dapo_star",
@@ -39,13 +40,26 @@ ARMS = {  # name -> flags; the record has more, whose code was deleted after the
     "toolupt": "--algo toolupt",
     "toolupt_no_fgae": "--algo toolupt_no_fgae",
     "toolupt_no_spo": "--algo toolupt_no_spo",
+    "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt {STRONG} {CONSTANT}",
+    "the same, no FGAE": f"--algo toolupt_no_fgae {STRONG} {CONSTANT}",
+    "the same, gamma from 0.02 to 0.99": f"--algo toolupt {STRONG} --balance_high 0.99",
+    "the same, denominator: kept tokens": f"--algo toolupt {STRONG} {CONSTANT} --spo_denominator kept",
+    "denominator: kept tokens": "--algo toolupt --spo_denominator kept",
     "gamma to 0.9": "--algo toolupt --balance_high 0.9",
     "gamma 0.97": f"--algo toolupt {CONSTANT}",
     "Eq. 20": "--algo toolupt --no_spo_phi",
     "Eq. 20, beta 0.1": "--algo toolupt --no_spo_phi --spo_beta 0.1",
-    "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt --no_spo_phi --spo_beta 0.13 {CONSTANT}",
-    "the same, no FGAE": f"--algo toolupt_no_fgae --no_spo_phi --spo_beta 0.13 {CONSTANT}",
+    "phi [1 - sigm] weighs -log p": "--algo toolupt --spo_detached",
+    "[1 - sigm] weighs -log p": "--algo toolupt --no_spo_phi --spo_detached",
     "lcs": "--algo fg_dapo_star --alignment lcs",
+    "restyled": "--algo fg_dapo_star --alignment restyled",
+    "fields": "--algo fg_dapo_star --alignment fields",
+    "no process reward for tags": "--algo fg_dapo_star --no_process_tags",
+    "luffy": "--algo luffy",
+    "srft": "--algo srft",
+    "srft, graded reward": "--algo srft --graded_reward",
+    "chord": "--algo chord",
+    "chord, graded reward": "--algo chord --graded_reward",
 }
 QUESTIONS = [  # what a difference shows, the arm, the arm without it
     ("FGAE", "fg_dapo_star", "dapo_star"),
@@ -222,9 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], metavar="ARM")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--world", choices=["valid", "test"], default="valid")
-    parser.add_argument("--steps", type=int, default=40, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=60, help="updates of a run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no more runs")
     parser.add_argument("--out", type=Path, default=REPO / "bench/study.jsonl")
     parser.add_argument("--draw", action="store_true", help="run nothing")

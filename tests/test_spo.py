@@ -68,9 +68,15 @@ def sigm(z):
     return 1 / (1 + math.exp(-z))
 
 
-def slow_spo(expert, keep, rollout, advantages, beta, weighted, weights_at=None):
-    """Eqs. 20 and 22 with a plus sign. weights_at: log-probs at which phi is taken, held fixed."""
+def slow_spo(expert, keep, rollout, advantages, beta, weighted, weights_at=None, detached=False):
+    """Eqs. 20 and 22 with a plus sign. weights_at: log-probs at which phi is taken, held fixed.
+
+    detached: [1 - sigm], too, is taken there, and what it weighs is -log p or log p.
+    """
     fixed_expert, fixed_rollout = weights_at or (expert, rollout)
+
+    def preference(logp, fixed, beta):
+        return 1 - sigm(beta * (fixed if detached else logp))
 
     def phi(logp):
         p = math.exp(logp)
@@ -80,11 +86,14 @@ def slow_spo(expert, keep, rollout, advantages, beta, weighted, weights_at=None)
     for i, length in enumerate(EXPERT_LENGTHS):
         for t in range(length):
             if keep[i][t]:
-                chosen += phi(fixed_expert[i][t]) * (1 - sigm(beta * expert[i][t]))
+                term = phi(fixed_expert[i][t]) * preference(expert[i][t], fixed_expert[i][t], beta)
+                chosen += term * -expert[i][t] if detached else term
     for k, length in enumerate(LENGTHS):
         for t in range(length):
             if advantages[k][t] < 0:
-                rejected += phi(fixed_rollout[k][t]) * (1 - sigm(-beta * rollout[k][t]))
+                fixed = fixed_rollout[k][t]
+                term = phi(fixed) * preference(rollout[k][t], fixed, -beta)
+                rejected += term * rollout[k][t] if detached else term
     return chosen / sum(EXPERT_LENGTHS) + rejected / sum(LENGTHS)
 
 
@@ -185,16 +194,18 @@ def test_uncertainty_weight_at_the_ends():
 # ---- SPO, Eqs. 20, 22 ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("beta", [0.1, 1.0, 2.5])
-def test_spo_value_and_gradient_equal_slow_loop(weighted, beta):
+def test_spo_value_and_gradient_equal_slow_loop(weighted, beta, detached):
     args = batch()
-    loss, expert_gradient, gradient, _ = run(args, beta=beta, weighted=weighted)
+    form = {"weighted": weighted, "detached": detached}
+    loss, expert_gradient, gradient, _ = run(args, beta=beta, **form)
     expert, keep, rollout, advantages = (args[i].tolist() for i in (0, 2, 3, 4))
     weights_at = args[0].tolist(), args[3].tolist()
 
     def slow():
-        return slow_spo(expert, keep, rollout, advantages, beta, weighted, weights_at)
+        return slow_spo(expert, keep, rollout, advantages, beta, weighted, weights_at, detached)
 
     assert loss.item() == pytest.approx(slow(), abs=1e-13)
     expected = numeric_gradient(slow, expert)

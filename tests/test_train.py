@@ -183,23 +183,26 @@ def slow_drgrpo(batch):
     return total
 
 
-def slow_spo(batch, advantages_of, tag_length, beta=1.0, weighted=True):
-    """Eqs. 19-22 with the plus sign; Eq. 20 unless `weighted`."""
+def slow_spo(batch, advantages_of, tag_length, form="factor", kept=False):
+    """Eqs. 19-22 with beta 1 and the plus sign; form: --spo_phi; kept: expert tokens not masked."""
 
-    def term(logp, beta):
+    def term(logp, sign):
         p = math.exp(logp.item())
-        return (p * (1 - p) if weighted else 1.0) * (1 - torch.sigmoid(beta * logp))
+        preference = 1 - torch.sigmoid(sign * logp)
+        if form == "weight":
+            return p * (1 - p) * preference.item() * -sign * logp
+        return preference * (p * (1 - p) if form == "factor" else 1.0)
 
-    chosen = rejected = 0.0
+    chosen, rejected, N = 0.0, 0.0, 0
     for group in batch:
         for t, logp in enumerate(group.expert.logps):
             if group.kind == "tool_call" or t < tag_length:
-                chosen = chosen + term(logp, beta)
+                chosen, N = chosen + term(logp, 1), N + 1
         for row, advantages in zip(group.rows, advantages_of(group)):
             for logp, A in zip(row.logps, advantages):
                 if A < 0:
-                    rejected = rejected + term(logp, -beta)
-    return chosen / expert_tokens_of(batch) + rejected / tokens_of(batch)
+                    rejected = rejected + term(logp, -1)
+    return chosen / (N if kept else expert_tokens_of(batch)) + rejected / tokens_of(batch)
 
 
 def slow_sft(batch, _=None):
@@ -224,12 +227,12 @@ def slow_luffy(batch, _):
     return total / (tokens_of(batch) + expert_tokens_of(batch))
 
 
-def slow_srft(batch, _, shaping=math.inf, std=True):
+def slow_srft(batch, _, shaping=math.inf, std=True, reward=binary):
     """SRFT Eqs. 6-13, H the mean entropy of a row, detached; p in the expert's RL term, or p / (p + shaping)."""
     total, Z, Zx = 0.0, tokens_of(batch) + expert_tokens_of(batch), expert_tokens_of(batch)
     for group in batch:
         rows = [*group.rows, group.expert]
-        advantages = slow_group([binary(row) for row in rows], std)
+        advantages = slow_group([reward(row) for row in rows], std)
         for row, A in zip(rows, advantages):
             H = sum(h.item() for h in row.H) / len(row.H)
             for logp in row.logps:
@@ -244,14 +247,14 @@ def slow_srft(batch, _, shaping=math.inf, std=True):
     return total
 
 
-def slow_chord(batch, _, mu=0.1, phi=True):
-    """(1 - mu) token-mean GRPO on the binary reward + mu SFT, in CHORD-phi with weights p (1 - p)."""
+def slow_chord(batch, _, mu=0.1, phi=True, reward=binary):
+    """(1 - mu) token-mean GRPO + mu SFT, in CHORD-phi with weights p (1 - p)."""
     sft = 0.0
     for group in batch:
         for logp in group.expert.logps:
             p = math.exp(logp.item())
             sft = sft - (p * (1 - p) if phi else 1.0) * logp
-    policy = slow_surrogate(batch, lambda group: slow_sequence(group, binary))
+    policy = slow_surrogate(batch, lambda group: slow_sequence(group, reward))
     return (1 - mu) * policy + mu * sft / expert_tokens_of(batch)
 
 
@@ -276,10 +279,19 @@ SLOW = {
     "chord --no_chord_phi --chord_mu_peak 0.5 --chord_mu_decay 30": lambda b, _: slow_chord(
         b, _, mu=0.5, phi=False
     ),
+    "srft --graded_reward": lambda b, _: slow_srft(b, _, reward=lambda row: row.R),
+    "chord --graded_reward": lambda b, _: slow_chord(b, _, reward=lambda row: row.R),
     "dr_grpo": lambda b, _: slow_drgrpo(b),
-    "toolupt --no_spo_phi --spo_beta 0.13": lambda b, n: slow_mix(
-        slow_spo(b, slow_fgae, n, beta=0.13, weighted=False), slow_surrogate(b, slow_fgae)
-    ),
+    **{
+        f"toolupt {flags}": lambda b, n, own=own: slow_mix(
+            slow_spo(b, slow_fgae, n, **own), slow_surrogate(b, slow_fgae)
+        )
+        for flags, own in (
+            ("--spo_phi weight", {"form": "weight"}),
+            ("--spo_phi none", {"form": "none"}),
+            ("--spo_denominator kept", {"kept": True}),
+        )
+    },
     "toolupt --tis_cap 2": lambda b, n: slow_mix(
         slow_spo(b, slow_fgae, n), slow_surrogate(b, slow_fgae, cap=2.0)
     ),

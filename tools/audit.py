@@ -134,6 +134,7 @@ def _audit_group(
         with_expert=method.learns_from_expert,
         seed=first["seed"],
         num_thoughts=len(data.no_thoughts(tokenizer)),
+        tokenizer=tokenizer,
     )
     group.samples = [
         rollout.Sample(
