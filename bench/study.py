@@ -31,6 +31,12 @@ from tools.serving import this_commit
 RECIPE = "recipes/study.args"
 MEASURED = 256  # test examples; train.py's own evaluations are switched off
 CONSTANT = "--balance_low 0.97 --balance_high 0.97"
+STRONG = "--no_spo_phi --spo_beta 0.13"
+ITOOL = (  # 512 examples, an epoch of each stage; 77 trees an iteration
+    "--algo itool --train_fraction 0.125 --train_batch_size 16 --warmup_epochs 1 "
+    "--warmup_learning_rates 5e-4 2e-4 1e-4 --learning_rate 1e-4 --pool_fraction 0.5 "
+    "--buffer_fraction 0.3 --temperature 1.0 --self_evaluation none --save_total_limit 1"
+)
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
     "sft": "--algo sft",
     "dapo_star": "--algo dapo_star",
@@ -39,13 +45,19 @@ ARMS = {  # name -> flags; the record has more, whose code was deleted after the
     "toolupt": "--algo toolupt",
     "toolupt_no_fgae": "--algo toolupt_no_fgae",
     "toolupt_no_spo": "--algo toolupt_no_spo",
+    "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt {STRONG} {CONSTANT}",
+    "the same, no FGAE": f"--algo toolupt_no_fgae {STRONG} {CONSTANT}",
+    "the same, gamma from 0.02 to 0.99": f"--algo toolupt {STRONG} --balance_high 0.99",
     "gamma to 0.9": "--algo toolupt --balance_high 0.9",
     "gamma 0.97": f"--algo toolupt {CONSTANT}",
     "Eq. 20": "--algo toolupt --no_spo_phi",
     "Eq. 20, beta 0.1": "--algo toolupt --no_spo_phi --spo_beta 0.1",
-    "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt --no_spo_phi --spo_beta 0.13 {CONSTANT}",
-    "the same, no FGAE": f"--algo toolupt_no_fgae --no_spo_phi --spo_beta 0.13 {CONSTANT}",
     "lcs": "--algo fg_dapo_star --alignment lcs",
+    "luffy": "--algo luffy",
+    "srft": "--algo srft",
+    "chord": "--algo chord",
+    "itool, warm-up": f"{ITOOL} --stages warmup",
+    "itool": ITOOL,
 }
 QUESTIONS = [  # what a difference shows, the arm, the arm without it
     ("FGAE", "fg_dapo_star", "dapo_star"),
@@ -57,6 +69,7 @@ QUESTIONS = [  # what a difference shows, the arm, the arm without it
     ("one stage", "toolupt", "sft_dapo_star"),
     ("one stage", "Eq. 20, beta 0.13, gamma 0.97", "sft_dapo_star"),
     ("rollouts", "Eq. 20, beta 0.13, gamma 0.97", "sft"),
+    ("iTool's iterations", "itool", "itool, warm-up"),
 ]
 PARTS = {"all": "all", "ruled": "calls under the rule", "plain": "other calls", "answer": "answers"}
 LOGGED = ["tokens_matched/calls", "first_advantage/calls", "first_advantage/answers", "entropy"]
@@ -73,8 +86,9 @@ def flags(arm: str, seed: int, world: str, steps: int) -> list[str]:
     if own == "--algo sft_dapo_star":
         steps = steps // 2
         own += f" --sft_max_steps {steps}"
-    held_out = f"--eval_file toy:house-{world}"
-    return f"{own} @{RECIPE} {held_out} --seed {seed} --max_steps {steps}".split()
+    if not own.startswith(ITOOL):
+        own += f" --max_steps {steps}"
+    return f"@{RECIPE} {own} --eval_file toy:house-{world} --seed {seed}".split()
 
 
 def scores(run, world: str, seed: int) -> dict[str, list[int]]:
@@ -222,9 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], metavar="ARM")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--world", choices=["valid", "test"], default="valid")
-    parser.add_argument("--steps", type=int, default=40, help="updates of a run")
+    parser.add_argument("--steps", type=int, default=60, help="updates of a run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no more runs")
     parser.add_argument("--out", type=Path, default=REPO / "bench/study.jsonl")
     parser.add_argument("--draw", action="store_true", help="run nothing")
@@ -234,6 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     wanted = [(arm, seed, args.world) for seed in args.seeds for arm in args.arms]
     todo = [] if args.draw else [job for job in wanted if job not in done]
+    if len({ARMS[arm].startswith(ITOOL) for arm, *_ in todo}) > 1:
+        parser.error("--arms: iTool's need a process of their own, for an engine of their own")
     if todo:
         from start import init_distributed
 
