@@ -190,11 +190,11 @@ def test_a_search_cuts_no_thought_and_judges_what_follows():
     searcher.examples = {id(root): example}
     thought = f"<think>\nFirst, f. Then [{OTHER}], no.\n</think>\n\n"
     ids = [*encode(tokenizer, thought + CALL), tokenizer.eos_token_id]
-    step = searcher._cut([root], rollout.Sample(ids, [-1.0] * len(ids), "", "stop"))
+    step = searcher._cut(root, rollout.Sample(ids, [-1.0] * len(ids), "", "stop"))
     first = CALL.split(",")[1]
     assert step.text == thought + CALL[: CALL.index(first) + len(first) + 1]
     node = itool.Node(parent=root, token_ids=step.token_ids, depth=1)
-    rest = searcher._cut([root, node], step.tail)
+    rest = searcher._cut(node, step.tail)
     assert step.text + rest.text == thought + CALL  # its last fragment
     assert searcher._state(node) == (id(root), step.text.removeprefix(thought))
     whole = itool.Node(parent=root, token_ids=ids, terminal=True, reason="eos")
