@@ -16,8 +16,8 @@ top of --recipe.
    rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
    responses: N steps, the least that do. Probed are the training prompts that SFT meets last.
 3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, and one
-   learning rate for all RL methods. `sft` goes on with its own rate; `toolupt_published` is
-   single-stage, from the model as published.
+   learning rate for all RL methods. `sft` goes on with its own rate; *_published are single-stage,
+   from the model as published; *_strong have SPO as the study of readings found it strongest.
 4. Each arm's last checkpoint is measured like 1. Nothing is selected on the test rows.
 
 When --minutes are over no new work begins: arms save, leave and are measured as they are, and the
@@ -56,14 +56,25 @@ from methods import Sft
 from run import Run, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
-ARMS = {  # name -> --algo and the model that it begins with
-    "toolupt": ("toolupt", "start"),
-    "dapo_star": ("dapo_star", "start"),
-    "sft": ("sft", "start"),
-    "fg_dapo_star": ("fg_dapo_star", "start"),
-    "toolupt_published": ("toolupt", "published"),
+STRONG = "--no_spo_phi --spo_beta 0.13 --balance_low 0.97 --balance_high 0.97"  # bench/study.py
+ARMS = {  # name -> --algo, the model that it begins with, flags
+    "toolupt": ("toolupt", "start", ""),
+    "toolupt_strong": ("toolupt", "start", STRONG),
+    "dapo_star": ("dapo_star", "start", ""),
+    "sft": ("sft", "start", ""),
+    "fg_dapo_star": ("fg_dapo_star", "start", ""),
+    "toolupt_published": ("toolupt", "published", ""),
+    "toolupt_strong_published": ("toolupt", "published", STRONG),
 }
-COLOURS = dict(zip(ARMS, ("#d62728", "#bcbd22", "#1f77b4", "#17becf", "#9467bd")))
+COLOURS = {
+    "toolupt": "#d62728",
+    "toolupt_strong": "#ff7f0e",
+    "dapo_star": "#bcbd22",
+    "sft": "#1f77b4",
+    "fg_dapo_star": "#17becf",
+    "toolupt_published": "#9467bd",
+    "toolupt_strong_published": "#e377c2",
+}
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}  # SFT's arm goes on as it began
 SAMPLES = 4  # responses to a probed prompt
 BFCL_CASES = 10  # the first of each single-turn category
@@ -201,7 +212,7 @@ def work(args: argparse.Namespace, over: bool) -> list[tuple[str, list[str]]]:
 
 def arm_command(args: argparse.Namespace, arm: str) -> list[str]:
     """train.py's command line for an arm."""
-    algo, origin = ARMS[arm]
+    algo, origin, more = ARMS[arm]
     own = {"output_dir": args.output_dir / arm, "max_steps": args.max_steps}
     own |= {"resume_from_checkpoint": "latest"}
     if origin == "start":
@@ -212,7 +223,7 @@ def arm_command(args: argparse.Namespace, arm: str) -> list[str]:
         own["balance_up"] = max(1, args.max_steps // 6)
         own["balance_down"] = max(1, args.max_steps // 2 - own["balance_up"])
     flags = [str(x) for name, value in own.items() for x in (f"--{name}", value)]
-    return ["train.py", "--algo", algo, f"@{args.recipe}", *args.typed, *flags]
+    return ["train.py", "--algo", algo, f"@{args.recipe}", *args.typed, *flags, *more.split()]
 
 
 def measurements(

@@ -66,13 +66,14 @@ def test_arms_wait_for_the_start_and_for_their_turn(tmp_path):
 def test_an_arm_is_called_as_a_user_would(tmp_path):
     args = parsed("--output_dir", tmp_path, "--max_steps", 150, "--learning_rate", "3e-6")
     last = lambda words, flag: words[len(words) - 1 - words[::-1].index(flag) + 1]
-    for arm, (algo, origin) in real.ARMS.items():
+    for arm, (algo, origin, more) in real.ARMS.items():
         words = real.arm_command(args, arm)
         assert words[:4] == ["train.py", "--algo", algo, f"@{real.RECIPE}"]
         model = str(tmp_path / "start") if origin == "start" else "toy_model"
         assert last(words, "--model_name_or_path") == model
         assert last(words, "--learning_rate") == ("2e-05" if algo == "sft" else "3e-6")
         assert ("--balance_up" in words) == (algo == "toolupt")
+        assert " ".join(words).endswith(more)
 
 
 def response(step, kind, ids, target, advantages, text, total):
