@@ -67,6 +67,7 @@ import model as modeling
 import rewards
 import simpo
 from guard import check_engine
+from knobs import Count, Fraction, HeldOut, Positive, Several, knob
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row
 from metrics import Clock, evaluate
@@ -84,7 +85,6 @@ from run import (
     tokens_of,
 )
 from scoring import Reward
-from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
 COUNTS = (  # what a search counts, in searches.jsonl

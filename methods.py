@@ -29,7 +29,7 @@ import baselines
 import fgae
 import grpo
 import spo
-from start import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
+from knobs import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
 
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source

@@ -1,7 +1,6 @@
 """Before and after the loops: process group, command line, data, checks, and how a run ends.
 
     init_distributed   torchrun's process group, or one of a single rank
-    knob               a flag: a field with a default, an explanation and bounds
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
@@ -14,7 +13,6 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 
 import ctypes
 import hashlib
-import operator
 import os
 import random
 import shutil
@@ -24,13 +22,13 @@ import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -86,39 +84,6 @@ def init_distributed() -> None:
 
 
 # -------------------------------------------------------------------------------- the command line
-
-
-def knob(default: Any, text: str) -> Any:
-    """A field that is a flag: its default, and what it is, its unit and its source."""
-    about = {"help": text.replace("%", "%%")}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=about)
-    return field(default=default, metadata=about)
-
-
-def unread(default: Any) -> Any:
-    """An inherited knob that a row does not read: no flag."""
-    return field(default=default, init=False)
-
-
-OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-NotNegative = Annotated[float, ">= 0"]
-Positive = Annotated[float, "> 0"]
-Share = Annotated[float, ">= 0", "<= 1"]
-Fraction = Annotated[float, "> 0", "<= 1"]
-HeldOut = Annotated[float, ">= 0", "< 1"]
-Steps = Annotated[int, ">= 0"]
-Count = Annotated[int, ">= 1"]
-Several = Annotated[int, ">= 2"]
-
-
-def check_bounds(knobs: Any) -> None:
-    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
-    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
-        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
-        for sign, limit in map(str.split, bounds):
-            if not OPERATORS[sign](value, float(limit)):
-                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
 
 
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:

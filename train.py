@@ -49,6 +49,7 @@ import rollout
 import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
+from knobs import Count, Fraction, NotNegative, Positive, Share, Steps, check_bounds, knob
 from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
 from metrics import (
     Clock,
@@ -69,7 +70,6 @@ from run import (
     sync,
     tokens_of,
 )
-from start import Count, Fraction, HeldOut, NotNegative, Positive, Share, Steps, check_bounds, knob
 from tools import show
 
 
@@ -83,7 +83,7 @@ class Config:
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
-    eval_fraction: HeldOut = knob(0.02, "share of train_file held out without --eval_file; ours")
+    eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
@@ -132,6 +132,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.eval_file and not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
+                "between 0 and 1, or give --eval_file"
+            )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
