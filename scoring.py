@@ -3,6 +3,7 @@
     Reward(file)                .minimum, .maximum: the bounds of a total; .digest of the file
     reward.score(text, example) an outcome: .total, and .right where it is at the maximum
     reward.tally(texts, examples)   sums for evaluation
+    score(method, group, reward)    fills a group's outcomes and rewards
 
 A file of one's own (--reward_file, docs/own_reward.md) holds
 
@@ -134,6 +135,21 @@ class Reward:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == self.file]
         return f"{self.file} line {lines[-1]}" if lines else self.file
+
+
+def score(method, group, reward: Reward) -> None:
+    """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of.
+
+    method, group  a Rollouts and a Group of methods.py
+    """
+    group.bounds = reward.minimum, reward.maximum
+    group.outcomes = [reward.score(sample.text, group.example) for sample in group.samples]
+    if group.with_expert:
+        group.expert_outcome = reward.score(group.example.target, group.example)
+    group.rewards = [
+        method.reward(outcome, len(sample.token_ids), group.max_length)
+        for outcome, sample in zip(group.outcomes, group.samples)
+    ]
 
 
 def _is_number(value) -> bool:
