@@ -157,7 +157,8 @@ def gspo_loss(
     lengths = response_mask.sum(1, keepdim=True).clamp(min=1)
     log_ratios = _masked(response_mask, logps) - _masked(response_mask, old_logps.detach())
     log_ratio = (log_ratios.sum(1, keepdim=True) / lengths).clamp(max=10)
-    count, at_sampling = _denominator(num_responses, nonempty), torch.zeros_like(log_ratio)
+    count = _denominator(num_responses, nonempty)
+    at_sampling = torch.zeros_like(log_ratio)  # each response counts as one token
     return _surrogate_sum(log_ratio, at_sampling, advantages, nonempty, clip_low, clip_high, count)
 
 
@@ -245,7 +246,7 @@ def _surrogate_sum(
 
 
 def _masked(mask: Tensor, x: Tensor) -> Tensor:
-    """x, (B, 1) or (B, T), as floats with 0 outside the mask.
+    """x, (B, T), or (B, 1) where a response has one number, as floats with 0 outside the mask.
 
     `where` before any arithmetic: 0 * nan is nan, and so is its gradient.
     """

@@ -67,6 +67,7 @@ import model as modeling
 import rewards
 import simpo
 from guard import check_engine
+from knobs import Count, Fraction, HeldOut, Positive, Several, knob
 from mcts import Node, Proposal, SearchConfig
 from methods import Defaults, Row
 from metrics import Clock, evaluate
@@ -74,6 +75,8 @@ from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Run,
+    Stage,
+    add,
     all_gather,
     all_sum,
     forward,
@@ -84,7 +87,6 @@ from run import (
     tokens_of,
 )
 from scoring import Reward
-from start import Count, Fraction, HeldOut, Positive, Several, knob
 
 STAGES = ("easy", "medium", "hard")
 COUNTS = (  # what a search counts, in searches.jsonl
@@ -449,14 +451,14 @@ def stages_of(examples: list[data.Example], split: str) -> dict[str, list[data.E
     return {stage: [e for e, name in zip(examples, names) if name == stage] for stage in STAGES}
 
 
-def warmup_stages(config, method: ItoolConfig, run: Run) -> list[tuple]:
-    """The warm-up from easy to hard, or in one stage: (name, examples, steps, learning rate)."""
+def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
+    """The warm-up from easy to hard, or in one stage."""
     parts = stages_of(run.examples, method.split if method.warmup else "none")
     rates, stages = method.warmup_learning_rates[: len(parts)], []
     for (name, examples), rate in zip(parts.items(), rates, strict=True):
         steps = math.ceil(method.warmup_epochs * len(examples) / config.train_batch_size)
         run.say(f"warm-up, {name}: {len(examples)} examples, {steps} steps, learning rate {rate}")
-        stages.append((name, examples, steps, rate))
+        stages.append(Stage(name, examples, steps, rate))
     return stages
 
 
@@ -806,7 +808,7 @@ def preference_gradient(
 
     train  False: only the stats
     """
-    mine, stats = part(pairs, tokens_of, run.rank, run.world), Counter()
+    mine, stats = part(pairs, tokens_of, run.rank, run.world), {}
     with torch.set_grad_enabled(train):
         for micro in micro_batches(run.config, mine):
             logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
@@ -816,7 +818,7 @@ def preference_gradient(
                 for name in ("chosen_ref", "rejected_ref")
             ]
             loss, parts = preference_loss(run.method, sides, refs, len(pairs))
-            stats.update({"loss": loss.detach(), **parts})
+            add(stats, {"loss": loss.detach(), **parts})
             if train:
                 loss.backward()
     return all_sum(stats)

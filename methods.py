@@ -7,7 +7,9 @@ Read a row from top to bottom:
     reward        what a response earns, from its outcome (Eqs. 3-12)
     keep          whether a group is trained on: DAPO's dynamic sampling
     advantages    of a group: per response (below Eq. 2) or per token (Eqs. 13-17)
-    objective     the loss of a micro-batch and its stats, before the entropy bonus of `loss`
+    expert_in_group, divide_by_std  of the advantages per response
+    objective     the loss of a micro-batch and its stats, before the entropy bonus of `loss`; on
+                  rows masked to rollouts or experts, one term at balance 0 or 1 (term_norms)
 
 A row that is another with one thing changed inherits and overrides that thing, so neighbours differ
 by what the papers say they differ in. ToolUPT's code is not public: where its text is silent or
@@ -29,7 +31,7 @@ import baselines
 import fgae
 import grpo
 import spo
-from start import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
+from knobs import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
 
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
@@ -140,8 +142,8 @@ class Rollouts(Row):
     entropy_coef: float = knob(3e-4, "weight of the entropy bonus; ToolUPT Table 7")
     learns_from_expert: ClassVar[bool] = False
     rejects: ClassVar[bool] = False  # pushes rollout tokens away in the expert's term, too
-    expert_in_group: ClassVar[bool] = False
-    std: ClassVar[bool] = True  # divides the advantages
+    expert_in_group: ClassVar[bool] = False  # its reward counts in the group's mean and std
+    divide_by_std: ClassVar[bool] = True  # R - mean is divided by the group's std (below Eq. 2)
     alignment: ClassVar[str] = "positional"  # of the matched tokens that are logged
     keep: ClassVar[Any] = None  # every group is trained on
 
@@ -154,7 +156,7 @@ class Rollouts(Row):
         scores = list(group.rewards)
         if self.expert_in_group:  # scored like every other response
             scores.append(self.reward(group.expert_outcome, len(group.target), group.max_length))
-        own = grpo.group_advantages(torch.tensor(scores), len(scores), std=self.std)
+        own = grpo.group_advantages(torch.tensor(scores), len(scores), std=self.divide_by_std)
         return own[:, None].expand(-1, group.width)
 
     def schedule(self, step: int) -> dict[str, float]:
@@ -287,7 +289,9 @@ class DapoStar(Dapo):
 class FgDapoStar(DapoStar):
     """DAPO* with token rewards and token advantages (Eqs. 13-18)."""
 
-    alignment: Literal["positional", "lcs"] = knob("positional", "of expert tokens; fgae.py")
+    alignment: Literal["positional", "lcs"] = knob(
+        "positional", "how tokens are compared with the expert's (fgae.py)"
+    )
 
     def advantages(self, group: Group) -> Tensor:
         """Token rewards, normalised over all tokens of the group (Eqs. 13-17)."""
@@ -356,7 +360,7 @@ class Luffy(Rollouts):
 
     num_generations: Several = knob(7, "responses per prompt; with the expert a group of 8")
     learns_from_expert = expert_in_group = True
-    std = False
+    divide_by_std = False
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, Z = rows.advantages[:, 0], totals["tokens"] + totals["expert_tokens"]
@@ -378,7 +382,8 @@ class Srft(Rollouts):
     reward = Grpo.reward
 
     @property
-    def std(self) -> bool:
+    def divide_by_std(self) -> bool:
+        """As printed in the paper; hpt has R - mean."""
         return self.srft_variant == "paper"
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
@@ -507,7 +512,7 @@ class ToolUptNoSpo(ToolUpt):
 class DrGrpo(Grpo):
     """GRPO without std, over the constant denominator N * max_length (Dr.GRPO)."""
 
-    std = False
+    divide_by_std = False
 
     def objective(self, rows, logps, entropy, totals, balance) -> tuple[Tensor, Stats]:
         A, N = rows.advantages[:, 0], totals["responses"]

@@ -2,7 +2,7 @@
 
 rollout_metrics      a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
 tally, shares        those by kind of example as sums, and the metrics made of the sums
-sampling_difference  log-probs of the rollouts: trainer against engine
+engine_difference    log-probs of the rollouts: trainer against engine
 evaluate             greedy accuracy on the evaluation subset
 Clock                seconds of the parts of a step
 term_norms           gradient norms of the terms of the loss, on one micro-batch
@@ -14,7 +14,7 @@ All are over all ranks, so that every rank has the same numbers.
 import math
 import random
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ import model as modeling
 import rewards
 import scoring
 from methods import Group, Rollouts, matched_tokens, rows_of
-from run import Run, all_gather, all_max, all_sum, forward, micro_batches, part
+from run import Run, add, all_gather, all_max, all_sum, forward, micro_batches, part
 
 KINDS = {"tool_call": "calls", "answer": "answers"}  # of an example, and in a metric's name
 BY_KIND = {  # metric -> what it is per
@@ -67,8 +67,9 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         [g.advantages[k, : len(s.token_ids)] for g in groups for k, s in enumerate(g.samples)]
     )
     parts = [scoring.parts_of(outcome) for outcome in outcomes]
-    names = sorted(set(all_gather(list({name for own in parts for name in own}))))
-    per = {
+    names = sorted(set(all_gather(list({name for named in parts for name in named}))))
+    counts = {"groups": len(groups), "responses": len(samples), "tokens": len(advantages)}
+    sums = {  # what a metric is per -> metric -> sum over this rank's
         "groups": {
             "reward_std": sum(float(torch.tensor(group.rewards).std()) for group in groups),
             "frac_reward_zero_std": sum(max(g.rewards) == min(g.rewards) for g in groups),
@@ -76,7 +77,7 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
         "responses": {
             "reward": sum(sum(group.rewards) for group in groups),
             "accuracy": sum(outcome.right for outcome in outcomes),
-            **{name: sum(own.get(name, 0.0) for own in parts) for name in names},
+            **{name: sum(named.get(name, 0.0) for named in parts) for name in names},
             "completions/mean_length": len(advantages),
             "completions/clipped_ratio": sum(s.finish_reason == "length" for s in samples),
         },
@@ -87,13 +88,15 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
     }
     if any(group.num_thoughts for group in groups):  # thoughts are allowed
         thoughts = sum(sample.num_thoughts for sample in samples)
-        per["responses"]["completions/mean_thought_length"] = thoughts
-    own = {"groups": len(groups), "responses": len(samples), "tokens": len(advantages)}
-    sums = all_sum(own | {name: v for values in per.values() for name, v in values.items()})
-    metrics = {name: sums[name] / sums[count] for count, values in per.items() for name in values}
-    counts = Counter()
+        sums["responses"]["completions/mean_thought_length"] = thoughts
+    here = counts | {name: value for by_name in sums.values() for name, value in by_name.items()}
+    totals = all_sum(here)
+    metrics = {
+        name: totals[name] / totals[unit] for unit, by_name in sums.items() for name in by_name
+    }
+    tallies = {}
     for g in groups:
-        own = tally(
+        tallied = tally(
             g.example.kind,
             *reversed(g.said),
             [s.text for s in g.samples],
@@ -102,8 +105,8 @@ def rollout_metrics(groups: list[Group], alignment: str) -> dict[str, float]:
             alignment,
             g.matched,
         )
-        counts.update(own)
-    return metrics | shares(all_sum(counts))
+        add(tallies, tallied)
+    return metrics | shares(all_sum(tallies))
 
 
 def tally(
@@ -129,8 +132,8 @@ def tally(
     """
     matched = matched_tokens(responses, target, alignment) if matched is None else matched
     names = [f"{name}/{k}" for k in KINDS.values() for x in BY_KIND.items() for name in x]
-    sums = Counter(dict.fromkeys([*names, *FORMS.values()], 0))
-    own = {
+    sums = dict.fromkeys([*names, *FORMS.values()], 0)
+    found = {
         "responses": len(responses),
         "accuracy": sum(right),
         "begun": len(first),
@@ -138,25 +141,26 @@ def tally(
         "expert_tokens": len(responses) * (len(target) - (alignment == "lcs")),
         "tokens_matched": int(matched.sum()),
     }
-    sums.update({f"{name}/{KINDS[kind]}": value for name, value in own.items()})
-    for forms in map(rewards.forms, texts):
-        sums.update(FORMS[name] for name in forms)
+    add(sums, {f"{name}/{KINDS[kind]}": value for name, value in found.items()})
+    for text in texts:
+        for form in rewards.forms(text):
+            sums[FORMS[form]] += 1
     return sums
 
 
 def shares(sums: dict[str, float]) -> dict[str, float]:
     """The metrics of added-up tallies; a kind that no example has gets none."""
     found = {
-        f"{name}/{kind}": sums[f"{name}/{kind}"] / sums[f"{per}/{kind}"]
+        f"{name}/{kind}": sums[f"{name}/{kind}"] / sums[f"{unit}/{kind}"]
         for kind in KINDS.values()
-        for name, per in BY_KIND.items()
-        if sums[f"{per}/{kind}"]
+        for name, unit in BY_KIND.items()
+        if sums[f"{unit}/{kind}"]
     }
     responses = sum(sums[f"responses/{kind}"] for kind in KINDS.values())
     return found | {name: sums[name] / responses for name in FORMS.values()}
 
 
-def sampling_difference(groups: list[Group]) -> dict[str, float]:
+def engine_difference(groups: list[Group]) -> dict[str, float]:
     """|trainer - engine| in nats over the tokens of a step's rollouts: the mean and the largest."""
     apart = torch.cat(
         [
@@ -243,7 +247,7 @@ def starting_point(run: Run) -> dict[str, float]:
     ]
     names = ("tag", "tag_tokens", "body", "body_tokens")
     names = [*names, *(f"{x}/{kind}" for kind in KINDS for x in ("p", "n"))]
-    sums = Counter(dict.fromkeys(names, 0.0))
+    sums = dict.fromkeys(names, 0.0)
     with torch.no_grad():
         for micro in micro_batches(config, batch):
             logps, _, _ = forward(config, run.model, micro, config.temperature)
@@ -252,15 +256,18 @@ def starting_point(run: Run) -> dict[str, float]:
                 opening, closing = tag_tokens(run.tokenizer, one.target, kind)
                 for t, logp in enumerate(row[: len(one.target)]):
                     name = "tag" if t in opening | closing else "body"
-                    sums.update({name: logp, f"{name}_tokens": 1})
+                    add(sums, {name: logp, f"{name}_tokens": 1})
                 p = math.exp(sum(row[t] for t in opening))
-                sums.update({f"p/{kind}": p, f"n/{kind}": 1})
+                add(sums, {f"p/{kind}": p, f"n/{kind}": 1})
     sums = all_sum(sums)
-    tag, body = (sums[name] / sums[f"{name}_tokens"] for name in ("tag", "body"))
-    run.say(
-        f"before training: log-prob of a token of the expert response {tag:.2f} in its tags, "
-        f"{body:.2f} elsewhere"
-    )
+    found = {  # no tag, where the tokenizer does not decode it as it was written
+        f"start/{name}_logp": sums[name] / sums[f"{name}_tokens"]
+        for name in ("tag", "body")
+        if sums[f"{name}_tokens"]
+    }
+    where = {"start/tag_logp": "in its tags", "start/body_logp": "elsewhere"}
+    said = ", ".join(f"{value:.2f} {where[name]}" for name, value in found.items())
+    run.say(f"before training: log-prob of a token of the expert response {said}")
     for kind in KINDS:
         n = sums[f"n/{kind}"]
         if n and sums[f"p/{kind}"] / n < RARE:
@@ -270,7 +277,7 @@ def starting_point(run: Run) -> dict[str, float]:
                 "rewards teach little or nothing. Teach the tags first: a row with an SFT stage "
                 "(--algo sft_dapo_star), or --algo sft, whose checkpoint-best is then the model"
             )
-    return {"start/tag_logp": tag, "start/body_logp": body}
+    return found
 
 
 def tag_tokens(tokenizer, target: list[int], kind: str) -> tuple[set[int], set[int]]:

@@ -443,6 +443,7 @@ def save(
             for name, text in (texts or {}).items():
                 (temporary / name).write_text(text, encoding="utf-8")
         if hasattr(model, "peft_config"):
+            # _full is a collective: all ranks gather, rank 0 writes
             adapters = {n: _full(p).cpu() for n, p in model.named_parameters() if ".lora_" in n}
             if first:
                 folder = temporary / "adapter"

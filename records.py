@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import data
 import scoring
@@ -153,6 +154,13 @@ def lines_of(step: int, group: Group) -> list[dict]:
         }
         rows.append({**row, "crc32": checksum(row)})
     return rows
+
+
+def keep_logps(micro: list[Group], logps: Tensor) -> None:
+    """Store the trainer's log-probs of each group's rollouts, for rollouts.jsonl."""
+    rows = logps.detach().float().cpu().split([len(group.responses) for group in micro])
+    for group, own in zip(micro, rows):
+        group.logps = own[: len(group.samples)]
 
 
 def checksum(row: dict) -> int:

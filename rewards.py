@@ -80,12 +80,15 @@ class Outcome:
         return self.total == 4
 
 
-FORMS = (  # how a response is wrapped, right or wrong: one of the first five, any of the others
+KINDS = (  # how a response is wrapped, right or wrong: exactly one applies
     "call",  # a <tool_call> block, whether it parses or not
     "answer",
     "both",  # tags of both kinds
     "untagged call",  # JSON in a code fence or between answer tags
     "neither",
+)
+FORMS = (  # a kind, and any of the others
+    *KINDS,
     "empty answer",  # white space between the answer tags
     "repeated key",  # the first block would parse, but for a key written twice in one object
 )

@@ -7,8 +7,8 @@ sync                   weights to the engine
 part                   the one rule by which ranks share work
 
 Any record with a `prompt` (token ids) and `responses` (lists of token ids) can be batched: a Group
-of methods.py, a Demonstration, a preference pair of itool.py. Results do not depend on how ranks
-share the work: every denominator counts all ranks, and gradients are summed.
+of methods.py, a Demonstration of start.py, a preference pair of itool.py. Results do not depend on
+how ranks share the work: every denominator counts all ranks, and gradients are summed.
 """
 
 import itertools
@@ -17,9 +17,8 @@ import random
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,18 +36,13 @@ from tools import serving
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
 
 
-@dataclass(eq=False)
-class Demonstration:
-    """A prompt and its expert response: what SFT trains on and iTool takes the perplexity of."""
+class Stage(NamedTuple):
+    """A part of SFT with examples, a schedule and an optimiser state of its own."""
 
-    example: data.Example
-    prompt: list[int]  # token ids
-    target: list[int]  # token ids and EOS
-    place: int = 0  # in what it was drawn from
-
-    @property
-    def responses(self) -> list[list[int]]:
-        return [self.target]
+    name: str
+    examples: list[data.Example]
+    steps: int
+    learning_rate: float
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -71,6 +65,12 @@ def shuffled(n: int, seed: str) -> list[int]:
     order = list(range(n))
     random.Random(seed).shuffle(order)
     return order
+
+
+def add(totals: dict, parts: dict) -> None:
+    """Add `parts`, numbers or detached tensors, to the totals of the same names."""
+    for name, value in parts.items():
+        totals[name] = totals.get(name, 0.0) + value
 
 
 def all_sum(values: dict[str, float]) -> dict[str, float]:
@@ -138,15 +138,11 @@ class Run(Setup):
         size      examples over all ranks; 0: train_batch_size
         """
         examples = self.examples if examples is None else examples
-        size, n = size or self.config.train_batch_size, len(examples)
+        size = size or self.config.train_batch_size
+        n = len(examples)
         places = range(position * size, (position + 1) * size)
         batch = [(i, examples[shuffled(n, f"{self.config.seed}/{i // n}")[i % n]]) for i in places]
         return part(batch, lambda item: data.characters(item[1]), self.rank, self.world)
-
-    def demonstration(self, example: data.Example, place: int = 0) -> Demonstration:
-        """The prompt's token ids, as eval.py renders it, and those of the expert response."""
-        prompt = data.render(example, self.tokenizer)
-        return Demonstration(example, prompt, data.target_ids(example, self.tokenizer), place)
 
     # the optimiser
 
@@ -178,8 +174,8 @@ class Run(Setup):
     # stopping and saving
 
     @contextmanager
-    def progress(self, total: int, **bar):
-        """A bar of tqdm on rank 0, from where the run resumed unless `bar` says otherwise.
+    def progress(self, total: int, **options):
+        """A bar of tqdm on rank 0, from where the run resumed unless `options` say otherwise.
 
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
@@ -188,13 +184,9 @@ class Run(Setup):
             self.signal = number
 
         of_steps = {"initial": self.first_step, "desc": self.config.algo, "unit": " steps"}
-        shown = {"disable": self.rank > 0, "dynamic_ncols": True}
-        with checkpoint.on_signals(note), tqdm(total=total, **shown, **of_steps | bar) as opened:
-            yield opened
-
-    def counts(self, what: str) -> str:
-        """The name of an engine's bar, which is rank 0's and counts its own part."""
-        return "" if self.rank else what + f" (rank 0 of {self.world})" * (self.world > 1)
+        options = {"disable": self.rank > 0, "dynamic_ncols": True} | of_steps | options
+        with checkpoint.on_signals(note), tqdm(total=total, **options) as bar:
+            yield bar
 
     def stop_if_asked(self, step: int) -> None:
         """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.

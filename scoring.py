@@ -3,6 +3,7 @@
     Reward(file)                .minimum, .maximum: the bounds of a total; .digest of the file
     reward.score(text, example) an outcome: .total, and .right where it is at the maximum
     reward.tally(texts, examples)   sums for evaluation
+    score(method, group, reward)    fills a group's outcomes and rewards
 
 A file of one's own (--reward_file, docs/own_reward.md) holds
 
@@ -14,8 +15,9 @@ Whatever is wrong with it ends the run with file, line and, where there is one, 
 """
 
 import hashlib
+import importlib.util
 import math
-import runpy
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +60,18 @@ class Reward:
             raise ValueError(f"--reward_file {path}: no such file")
         self.source = path.read_bytes()
         self.digest = hashlib.sha256(self.source).hexdigest()[:16]
+        spec = importlib.util.spec_from_loader("own_reward", loader=None)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["own_reward"] = module  # where pickle looks up the file's classes
         try:
-            found = runpy.run_path(self.file, run_name="own_reward")
+            exec(compile(self.source, self.file, "exec"), vars(module))
         except SyntaxError as error:
             raise ValueError(f"{path} line {error.lineno}: {error.msg}") from None
         except (Exception, SystemExit) as error:
             raise ValueError(f"{self._line(error)}: {_named(error)}") from error
         need = "MINIMUM, MAXIMUM (numbers, the first below) and reward(response, example)"
-        bounds = [found.get("MINIMUM"), found.get("MAXIMUM")]
-        self.function = found.get("reward")
+        bounds = [getattr(module, name, None) for name in ("MINIMUM", "MAXIMUM")]
+        self.function = getattr(module, "reward", None)
         if not (callable(self.function) and all(map(_is_number, bounds)) and bounds[0] < bounds[1]):
             raise ValueError(f"{path} must hold {need}; docs/own_reward.md has an example")
         self.minimum, self.maximum = map(float, bounds)
@@ -130,6 +135,21 @@ class Reward:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == self.file]
         return f"{self.file} line {lines[-1]}" if lines else self.file
+
+
+def score(method, group, reward: Reward) -> None:
+    """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of.
+
+    method, group  a Rollouts and a Group of methods.py
+    """
+    group.bounds = reward.minimum, reward.maximum
+    group.outcomes = [reward.score(sample.text, group.example) for sample in group.samples]
+    if group.with_expert:
+        group.expert_outcome = reward.score(group.example.target, group.example)
+    group.rewards = [
+        method.reward(outcome, len(sample.token_ids), group.max_length)
+        for outcome, sample in zip(group.outcomes, group.samples)
+    ]
 
 
 def _is_number(value) -> bool:

@@ -1,7 +1,6 @@
 """Before and after the loops: process group, command line, data, checks, and how a run ends.
 
     init_distributed   torchrun's process group, or one of a single rank
-    knob               a flag: a field with a default, an explanation and bounds
     parse              flags -> the common knobs (Config of train.py) and the row that --algo names
     table              the methods, and what differs (train.py --list)
     announce           what is about to happen
@@ -14,7 +13,6 @@ Mistakes are found before anything heavy is loaded, and errors name the remedy.
 
 import ctypes
 import hashlib
-import operator
 import os
 import random
 import shutil
@@ -24,13 +22,14 @@ import time
 import traceback
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -88,39 +87,6 @@ def init_distributed() -> None:
 # -------------------------------------------------------------------------------- the command line
 
 
-def knob(default: Any, text: str) -> Any:
-    """A field that is a flag: its default, and what it is, its unit and its source."""
-    about = {"help": text.replace("%", "%%")}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=about)
-    return field(default=default, metadata=about)
-
-
-def unread(default: Any) -> Any:
-    """An inherited knob that a row does not read: no flag."""
-    return field(default=default, init=False)
-
-
-OPERATORS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-NotNegative = Annotated[float, ">= 0"]
-Positive = Annotated[float, "> 0"]
-Share = Annotated[float, ">= 0", "<= 1"]
-Fraction = Annotated[float, "> 0", "<= 1"]
-HeldOut = Annotated[float, ">= 0", "< 1"]
-Steps = Annotated[int, ">= 0"]
-Count = Annotated[int, ">= 1"]
-Several = Annotated[int, ">= 2"]
-
-
-def check_bounds(knobs: Any) -> None:
-    """ValueError naming the first knob beyond the bounds of its type, its value and the bounds."""
-    for name, hint in get_type_hints(type(knobs), include_extras=True).items():
-        bounds, value = getattr(hint, "__metadata__", ()), getattr(knobs, name)
-        for sign, limit in map(str.split, bounds):
-            if not OPERATORS[sign](value, float(limit)):
-                raise ValueError(f"--{name} {value}: must be {' and '.join(bounds)}")
-
-
 def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     """An instance of `common` and one of the row that --algo names, from the command line.
 
@@ -139,10 +105,13 @@ def parse(argv: list[str], common: type, rows: dict[str, type]) -> tuple:
     defaults = {name: value for name, (value, _) in row.defaults.items()}
     if None in defaults.values():  # it depends on other flags of the row
         own = HfArgumentParser(row, add_help=False, **PROGRAM)
-        knobs = own.parse_args_into_dataclasses(words, True, look_for_args_file=False)[0]
+        knobs, _ = own.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
         defaults |= {n: getattr(knobs, n) for n, value in defaults.items() if value is None}
     parser.set_defaults(output_dir=f"runs/{algo}", **defaults)
-    known, kept, ignored = _names(common) | _names(row), [], []
+    known = _names(common) | _names(row)
+    kept, ignored = [], []
     for flag in _flags(words):
         name = _name(flag[0])
         owners = [other for other in rows if name in _names(rows[other])]
@@ -277,6 +246,20 @@ def announce(config, method, world: int) -> str:
 # ------------------------------------------------------------------------------ data and bad input
 
 
+@dataclass(eq=False)
+class Demonstration:
+    """A prompt and its expert response: what SFT trains on and iTool takes the perplexity of."""
+
+    example: data.Example
+    prompt: list[int]  # token ids
+    target: list[int]  # token ids and EOS
+    place: int = 0  # in what it was drawn from
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.target]
+
+
 class Setup:
     """What a rank reads and, with `load`, loads before its loop; a user's mistakes are found first.
 
@@ -288,11 +271,13 @@ class Setup:
     """
 
     def __init__(self, config, method):
-        self.method, self.out = method, Path(config.output_dir)
+        self.method = method
+        self.out = Path(config.output_dir)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if changed := checkpoint.refuse_earlier_run(settings(config, method)):
             self.say(f"resuming with other settings: {', '.join(changed)}")
-        self.reward, name = scoring.Reward(config.reward_file), config.model_name_or_path
+        self.reward = scoring.Reward(config.reward_file)
+        name = config.model_name_or_path
         self.tokenizer = modeling.load_tokenizer(name, trust_remote_code=config.trust_remote_code)
         self.stop_ids = rollout.stop_ids(self.tokenizer, name)
         data.check_turn_end(self.tokenizer, self.stop_ids)
@@ -368,6 +353,15 @@ class Setup:
             config.weight_decay,
             offload=config.offload_moments,
         )
+
+    def demonstration(self, example: data.Example, place: int = 0) -> Demonstration:
+        """The prompt's token ids, as eval.py renders it, and those of the expert response."""
+        prompt = data.render(example, self.tokenizer)
+        return Demonstration(example, prompt, data.target_ids(example, self.tokenizer), place)
+
+    def counts(self, what: str) -> str:
+        """The name of an engine's bar, which is rank 0's and counts its own part."""
+        return "" if self.rank else what + f" (rank 0 of {self.world})" * (self.world > 1)
 
     def say(self, text: str) -> None:
         """Print on rank 0, if there is anything to say."""
@@ -505,8 +499,14 @@ def check_machine(config, world: int) -> None:
         )
     if config.report_to != "none" and not find_spec(config.report_to):
         raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
-    if config.quant != "none" and not find_spec("bitsandbytes"):
-        raise ImportError("--quant 4bit needs bitsandbytes: pip install bitsandbytes")
+    if config.quant != "none":
+        try:
+            import_module("bitsandbytes")
+        except Exception as error:  # noqa: BLE001 - an installed one may not fit torch or CUDA
+            raise ImportError(
+                f"--quant 4bit needs bitsandbytes ({type(error).__name__}: {error}): pip install "
+                "--upgrade bitsandbytes, or drop the flag"
+            ) from error
     if config.bf16 and not torch.cuda.is_available() and (why := no_bf16(config.quant)):
         raise ValueError(f"--bf16: {why}; drop the flag")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))

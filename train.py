@@ -32,7 +32,6 @@ import math
 import random
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,26 +39,21 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import checkpoint
 import data
 import guard
 import rollout
-import scoring
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
+from knobs import Count, Fraction, NotNegative, Positive, Share, Steps, check_bounds, knob
 from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
-from metrics import (
-    Clock,
-    evaluate,
-    rollout_metrics,
-    sampling_difference,
-    starting_point,
-    term_norms,
-)
+from metrics import Clock, engine_difference, evaluate, rollout_metrics, starting_point, term_norms
+from records import keep_logps
 from run import (
     Run,
+    Stage,
+    add,
     all_gather,
     all_sum,
     forward,
@@ -69,7 +63,7 @@ from run import (
     sync,
     tokens_of,
 )
-from start import Count, Fraction, HeldOut, NotNegative, Positive, Share, Steps, check_bounds, knob
+from scoring import score
 from tools import show
 
 
@@ -79,16 +73,20 @@ class Config:
 
     algo: str = knob("toolupt", "a row of --list")
     # model and data
-    model_name_or_path: str = knob("Qwen/Qwen2.5-7B-Instruct", "ToolUPT 4.4; also 14B, 32B, Llama")
+    model_name_or_path: str = knob(
+        "Qwen/Qwen2.5-7B-Instruct", "ToolUPT section 4.4: 7B to 32B, Llama-3.1-8B"
+    )
     trust_remote_code: bool = knob(False, "run Python code that comes with a model folder")
     train_file: list[str] = knob(["toy"], "each toy, bfcl_half or [NAME:]FILE[@ROWS]; docs/data.md")
     eval_file: list[str] = knob([], "likewise; none: toy's test world, or a split of train_file")
-    eval_fraction: HeldOut = knob(0.02, "share of train_file held out without --eval_file; ours")
+    eval_fraction: float = knob(0.02, "share of train_file held out without --eval_file; ours")
     train_fraction: Fraction = knob(1.0, "share of the training data; iTool Figures 1(b), 8, 9")
     reward_file: str = knob("", "a reward of your own (docs/own_reward.md); none: Eqs. 3-12")
     system_prompt: str = knob("", "a template of your own; none: the model's, or Figure 5")
     user_prompt: str = knob("", "likewise, of the user message; none: the model's, or Figure 6")
-    allow_thinking: bool = knob(False, "a <think> block may come first and is not judged")
+    allow_thinking: bool = knob(
+        False, "cut a <think> block before a response is judged; else prompts ask for none"
+    )
     max_prompt_length: Count = knob(8192, "tokens; longer examples are dropped; ToolUPT Table 7")
     max_completion_length: Count = knob(1024, "tokens; ToolUPT Table 7")
     output_dir: str = knob("runs/toolupt", "metrics.jsonl, rollouts.jsonl, checkpoints, pictures")
@@ -97,7 +95,9 @@ class Config:
     train_batch_size: Count = knob(256, "prompts per step over all ranks; ToolUPT Table 7")
     temperature: Positive = knob(1.0, "of the samples; ToolUPT Table 7")
     learning_rate: float = knob(1e-6, "ToolUPT Table 7")
-    lr_scheduler_type: Literal["constant", "cosine"] = knob("constant", "cosine: to 0; Table 7")
+    lr_scheduler_type: Literal["constant", "cosine"] = knob(
+        "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
+    )
     warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
     weight_decay: float = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
@@ -123,7 +123,9 @@ class Config:
     save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
     save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: Steps = knob(0, "steps between gradient norms of the loss's terms; 0: none")
+    term_norm_steps: Steps = knob(
+        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
+    )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
     max_logp_difference: NotNegative = knob(
         0.0, "mean nats between engine and trainer that stops a run; 0: 1e-3 in fp32, else 0.1"
@@ -132,6 +134,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.eval_file and not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"--eval_fraction {self.eval_fraction} leaves no validation data; hold out a share "
+                "between 0 and 1, or give --eval_file"
+            )
         if self.quant != "none" and self.lora_rank == 0:
             raise ValueError("--quant 4bit trains adapters only: give a --lora_rank, 16 in iTool")
 
@@ -166,7 +173,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
 
             # 5 loss: forward and backward, all denominators counted over the whole step
             run.engine.sleep()
-            totals, stats, norms = count_tokens(config, run, groups), Counter(), {}
+            totals, stats, norms = count_tokens(config, run, groups), {}, {}
             if config.term_norm_steps and step % config.term_norm_steps == 0:
                 with clock("term_norms"):
                     norms = term_norms(config, method, run.model, groups, totals)
@@ -176,9 +183,9 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     rows = rows_of(micro, mask)
                     loss, parts = method.loss(rows, logps, entropy, totals, step)
                     loss.backward()
-                    stats.update(parts)
+                    add(stats, parts)
                     keep_logps(micro, logps)
-                stats = all_sum(stats) | sampling_difference(groups)
+                stats = all_sum(stats) | engine_difference(groups)
             if config.log_rollouts:
                 with clock("records"):
                     run.records.log_rollouts(step + 1, groups)
@@ -212,13 +219,13 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
     if isinstance(method, ItoolConfig):
         stages = warmup_stages(config, method, run)
     else:
-        stages = [("sft", run.examples, method.max_steps, config.learning_rate)]
+        stages = [Stage("sft", run.examples, method.max_steps, config.learning_rate)]
     best = Path(config.output_dir) / "checkpoint-best"
     best_loss = min(run.records.history("eval/loss"), default=math.inf)
     end = 0  # of the stage
-    with run.progress(sum(steps for _, _, steps, _ in stages)) as bar:
-        for number, (name, examples, steps, peak) in enumerate(stages, 1):
-            begin, end = end, end + steps
+    with run.progress(sum(stage.steps for stage in stages)) as bar:
+        for number, stage in enumerate(stages, 1):
+            begin, end = end, end + stage.steps
             for step in range(max(begin, run.first_step), end):
                 run.stop_if_asked(step)
                 clock = Clock()
@@ -226,7 +233,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                     run.optimizer.state.clear()
 
                 # 1 sample a batch
-                drawn = run.batch(step - begin, examples)
+                drawn = run.batch(step - begin, stage.examples)
                 batch = [run.demonstration(example) for _, example in drawn]
 
                 # 2 loss
@@ -236,7 +243,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                     metrics = imitate(config, run, batch, totals)
 
                     # 3 optimiser step
-                    lr = learning_rate_at(config, step - begin, steps, peak)
+                    lr = learning_rate_at(config, step - begin, stage.steps, stage.learning_rate)
                     metrics |= run.optimizer_step(lr, metrics["loss"], batch)
 
                 # 4 validation
@@ -254,7 +261,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                 if metrics.get("eval/loss", math.inf) < best_loss:
                     best_loss = metrics["eval/loss"]
                     run.save_best(step + 1)
-                run.end_step(bar, step, metrics, last, stage=name)
+                run.end_step(bar, step, metrics, last, stage=stage.name)
     if best_loss == math.inf:
         raise ValueError("SFT had no finite validation loss: lower the learning rate")
     return best
@@ -270,7 +277,7 @@ def sample_groups(
 
     A row that keeps only some groups (DAPO's dynamic sampling) samples round after round until
     enough are kept; they are pooled across ranks and any surplus is dropped. A step has ten batches
-    of prompts to itself, of which it mostly skips the rest: a run has no even epochs.
+    of prompts to itself and skips those it does not need, so epochs are uneven.
     """
 
     def rewarded(batch: list) -> list[Group]:
@@ -300,20 +307,20 @@ def sample_groups(
 
 def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Group]:
     """Sample K responses for each (place, example); request seeds depend on (seed, place) only."""
-    experts = [run.demonstration(example, place) for place, example in batch]
-    groups = [
-        Group(
-            expert.example,
+    groups = []
+    for place, example in batch:
+        expert = run.demonstration(example)
+        group = Group(
+            example,
             expert.prompt,
             expert.target,
             max_length=config.max_completion_length,
             with_expert=method.learns_from_expert,
-            seed=random.Random(f"{config.seed}/{expert.place}").getrandbits(62),
-            place=expert.place,
+            seed=random.Random(f"{config.seed}/{place}").getrandbits(62),
+            place=place,
             num_thoughts=len(data.no_thoughts(run.tokenizer)),
         )
-        for expert in experts
-    ]
+        groups.append(group)
     samples = run.engine.generate(
         [group.prompt for group in groups],
         n=method.num_generations,
@@ -326,18 +333,6 @@ def roll_out(config: Config, method: Rollouts, run: Run, batch: list) -> list[Gr
         for sample in group.samples:
             guard.check_sample(run.tokenizer, run.stop_ids, sample)
     return groups
-
-
-def score(method: Rollouts, group: Group, reward: scoring.Reward) -> None:
-    """Fill a group's outcomes (Eqs. 3-12) and the rewards its advantages are made of."""
-    group.bounds = reward.minimum, reward.maximum
-    group.outcomes = [reward.score(sample.text, group.example) for sample in group.samples]
-    if group.with_expert:
-        group.expert_outcome = reward.score(group.example.target, group.example)
-    group.rewards = [
-        method.reward(outcome, len(sample.token_ids), group.max_length)
-        for outcome, sample in zip(group.outcomes, group.samples)
-    ]
 
 
 def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
@@ -354,22 +349,21 @@ def count_tokens(config: Config, run: Run, batch: list) -> dict[str, int]:
     return totals | {"max_length": config.max_completion_length, "tag_length": run.tag_length}
 
 
-def keep_logps(micro: list[Group], logps: Tensor) -> None:
-    """Store the trainer's log-probs of each group's rollouts, for rollouts.jsonl."""
-    rows = logps.detach().float().cpu().split([len(group.responses) for group in micro])
-    for group, own in zip(micro, rows):
-        group.logps = own[: len(group.samples)]
+def imitate(
+    config: Config, run: Run, batch: list, totals: dict[str, int], train: bool = True
+) -> dict[str, float]:
+    """Backward passes of a batch of demonstrations (Eq. 1); returns its loss and stats.
 
-
-def imitate(config: Config, run: Run, batch: list, totals: dict[str, int]) -> dict[str, float]:
-    """Loss of a batch of demonstrations (Eq. 1) and its stats; backward unless under no_grad."""
-    stats = Counter()
-    for micro in micro_batches(config, batch):
-        logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
-        loss, parts = Sft().loss(Rows(mask), logps, entropy, totals, step=0)
-        if torch.is_grad_enabled():
-            loss.backward()
-        stats.update(parts)
+    train  False: only the stats
+    """
+    stats = {}
+    with torch.set_grad_enabled(train):
+        for micro in micro_batches(config, batch):
+            logps, entropy, mask = forward(config, run.model, micro, temperature=1.0)
+            loss, parts = Sft().loss(Rows(mask), logps, entropy, totals, step=0)
+            add(stats, parts)
+            if train:
+                loss.backward()
     return all_sum(stats)
 
 
@@ -377,8 +371,8 @@ def validation_loss(config: Config, run: Run) -> float:
     """Token-mean loss (Eq. 1) on the evaluation subset."""
     mine = part(run.eval_examples, data.characters, run.rank, run.world)
     batch = [run.demonstration(example) for example in mine]
-    with torch.no_grad():
-        return imitate(config, run, batch, count_tokens(config, run, batch))["loss"]
+    totals = count_tokens(config, run, batch)
+    return imitate(config, run, batch, totals, train=False)["loss"]
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -424,22 +418,27 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
 def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]:
     """The one or two stages of a method, each with its settings, row and loop."""
     if isinstance(method, ItoolConfig):
-        loops = {"warmup": run_sft, "itool": run_itool}
-        if method.stages != "both":
-            return [(config, method, loops[method.stages])]
-        # Appendix B.1: LoRA in the warm-up, QLoRA after it
-        name, first, changed, last = "warmup", method, {"quant": "none"}, run_itool
-    elif isinstance(method, AfterSft):
-        name, (first, changed), last = "sft", method.first_stage(), run_rl
+        loop = run_sft if method.stages == "warmup" else run_itool
     else:
-        return [(config, method, run_sft if isinstance(method, Sft) else run_rl)]
-    resume = of_first = config.resume_from_checkpoint
-    if resume not in ("", "latest"):  # a path belongs to the stage whose folder holds it
-        in_last = Path(resume).resolve().parent == Path(config.output_dir).resolve()
-        of_first, resume = ("latest", resume) if in_last else (resume, "")
-    changed |= {"output_dir": f"{config.output_dir}/{name}", "resume_from_checkpoint": of_first}
-    last = replace(config, resume_from_checkpoint=resume), method, last
-    return [(replace(config, **changed), first, run_sft), last]
+        loop = run_sft if isinstance(method, Sft) else run_rl
+    if isinstance(method, AfterSft):
+        name = "sft"
+        row, changed = method.first_stage()
+    elif isinstance(method, ItoolConfig) and method.stages == "both":
+        name = "warmup"
+        row = method
+        changed = {"quant": "none"}  # Appendix B.1: LoRA in the warm-up, QLoRA after it
+    else:
+        return [(config, method, loop)]
+    first = replace(config, output_dir=f"{config.output_dir}/{name}", **changed)
+    last = config
+    path = config.resume_from_checkpoint
+    if path not in ("", "latest"):  # it belongs to the stage whose folder holds it
+        if Path(path).resolve().parent == Path(config.output_dir).resolve():
+            first = replace(first, resume_from_checkpoint="latest")
+        else:
+            last = replace(config, resume_from_checkpoint="")
+    return [(first, row, run_sft), (last, method, loop)]
 
 
 def parse_args(argv: list[str]) -> tuple[Config, Row]:

@@ -143,7 +143,7 @@ def check_reading(text: str, targets: list[str]) -> int:
         json.dumps(parsed.calls, allow_nan=False)
     with case("form", text):
         forms = rewards.forms(text)
-        assert forms <= {*rewards.FORMS} and len(forms & {*rewards.FORMS[:5]}) == 1
+        assert forms <= {*rewards.FORMS} and len(forms & {*rewards.KINDS}) == 1
     for target in targets:
         with case("outcome", (text, target)):
             outcome = rewards.outcome(text, target)
@@ -275,7 +275,7 @@ FORBIDDEN = {
     "torch.load", "pickle", "cPickle", "dill", "marshal", "shelve", "joblib", "subprocess", "runpy",
 }  # fmt: skip
 ALLOWED = {  # with fixed words, or what the user asks for by name
-    "scoring.py": {"runpy"},  # --reward_file
+    "scoring.py": {"exec", "compile"},  # --reward_file
     "serving.py": {"subprocess"},  # git rev-parse
 }
 

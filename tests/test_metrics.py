@@ -284,6 +284,16 @@ def test_starting_point(folder, tiny, tmp_path, capsys):  # noqa: F811
     assert ("sft_dapo_star" in said) == bool(rare)
 
 
+def test_a_tag_that_is_not_decoded_as_written_has_no_metric(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811
+    config, method = train.parse_args(frozen.flags(tiny, tmp_path))
+    run = Run(config, method)
+    run.model, _ = modeling.load(tiny)
+    monkeypatch.setattr(metrics, "tag_tokens", lambda *_: (set(), set()))
+    assert [*metrics.starting_point(run)] == ["start/body_logp"]
+    said = capsys.readouterr().out
+    assert "elsewhere" in said and "in its tags" not in said
+
+
 def test_step_0_says_it(tiny, tmp_path):  # noqa: F811
     frozen.one_step(*train.parse_args(frozen.flags(tiny, tmp_path)))
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]

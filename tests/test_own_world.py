@@ -148,6 +148,19 @@ def test_a_run_with_ones_own_reward_is_recorded_and_audited(job, tmp_path):
         audit.audit(out)
 
 
+def test_a_reward_file_may_pickle_its_own_classes(tmp_path):
+    """As those do that score in a pool of processes."""
+    text = """
+import pickle
+MINIMUM, MAXIMUM = 0, 1
+class Judge:
+    pass
+def reward(response, example):
+    return {}, float(type(pickle.loads(pickle.dumps(Judge()))) is Judge)
+"""
+    assert scoring.Reward(own_file(tmp_path, text)).score("text", EXAMPLE).right
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

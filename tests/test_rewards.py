@@ -508,7 +508,7 @@ FENCED = '```json\n{"name": "f", "params": {"a": 1}}\n```'
     ],
 )
 def test_forms_by_hand(response, kind, empty, repeated):
-    assert kind in rewards.FORMS[:5]
+    assert kind in rewards.KINDS
     more = {"empty answer": empty, "repeated key": repeated}
     assert rewards.forms(response) == {kind, *(name for name, has in more.items() if has)}
 
@@ -814,7 +814,7 @@ def check(response: str, targets=TARGETS) -> None:
     parsed = parse(response)
     assert parsed.kind in ("tool_call", "answer", "malformed")
     assert (parsed.calls is not None) == (parsed.kind == "tool_call")
-    assert len(rewards.forms(response) & {*rewards.FORMS[:5]}) == 1
+    assert len(rewards.forms(response) & {*rewards.KINDS}) == 1
     for target in targets:
         got = outcome(response, target)
         assert -3 <= got.total <= 4 and -3 <= got.correct <= 3

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -849,7 +848,8 @@ def refusal(call, *arguments) -> str:
         ("--algo sft_dapo_star --sft_max_steps 0", "--sft_max_steps"),
         ("--algo sft_dapo_star --num_generations 1", "--num_generations"),
         ("--algo sft_dapo_star --tis_cap -1", "--tis_cap"),
-        ("--eval_fraction 1", "--eval_fraction"),
+        ("--eval_fraction 0", "--eval_file"),
+        ("--eval_fraction 1", "--eval_file"),
         ("--save_steps 0", "--save_steps"),
         ("--eval_size 0", "--eval_size"),
     ],
@@ -973,12 +973,11 @@ def test_rows_without_an_expert_response_are_rejected(tiny, tmp_path):
         assert "row 5" in text and why in text
 
 
-@pytest.mark.parametrize("fraction", ["0", "0.01"])
-def test_sft_without_validation_data_is_refused(fraction, tiny, tmp_path):
+def test_sft_without_validation_data_is_refused(tiny, tmp_path):
     recipe = tmp_path / "frozen.args"
     command = [*frozen.flags(tiny, tmp_path), "--algo", "sft"]
     recipe.write_text(re.sub(r"--eval_file \S+", "", recipe.read_text()))
-    text = refusal(Run, *train.parse_args([*command, "--eval_fraction", fraction]))
+    text = refusal(Run, *train.parse_args([*command, "--eval_fraction", "0.01"]))
     assert "a part would be empty" in text and "--eval_file" in text
 
 
@@ -1530,6 +1529,19 @@ def test_a_tracker_that_is_missing_is_named_before_anything_is_loaded(monkeypatc
         start.check_machine(config, 1)
 
 
+def test_bitsandbytes_that_fails_is_named_before_anything_is_loaded(monkeypatch):
+    config, _ = train.parse_args(["--algo", "grpo", "--quant", "4bit", "--lora_rank", "16"])
+    for error in (ModuleNotFoundError("no such module"), RuntimeError("CUDA setup failed")):
+
+        def fails(name, error=error):
+            assert name == "bitsandbytes"
+            raise error
+
+        monkeypatch.setattr(start, "import_module", fails)
+        with pytest.raises(ImportError, match=f"{error}.*pip install --upgrade bitsandbytes"):
+            start.check_machine(config, 1)
+
+
 # -------------------------------------------------------------------------------------------------------- ranks
 
 
@@ -1546,8 +1558,18 @@ def test_part_deals_everything_once_by_size(world):
     assert [run_module.part([], size, rank, world) for rank in range(world)] == [[]] * world
 
 
-def test_stats_add_up():
-    stats = Counter()
-    for parts in ({"a": torch.tensor(1.5), "b": 0.25}, {"a": 2, "b": torch.tensor(0.125)}):
-        stats.update(parts)
-    assert stats == {"a": 3.5, "b": 0.375} == run_module.all_sum(stats)
+@pytest.mark.parametrize("algo", ["toolupt", "sft"])
+def test_stats_are_those_of_the_whole_step(algo, tiny, tmp_path, monkeypatch):
+    """What a step logs does not depend on how many micro-batches it is cut into."""
+    logged = []
+    for number in (1, 3):
+        cut = lambda config, batch, number=number: [batch[i::number] for i in range(number)]
+        monkeypatch.setattr(train, "micro_batches", cut)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        frozen.one_step(*train.parse_args(frozen.flags(tiny, folder, "--algo", algo)))
+        step = metrics_of(folder / "out")[-1]
+        timed = ("timing_s/", "perf/")
+        logged.append({name: v for name, v in step.items() if not name.startswith(timed)})
+    assert len(logged[0]) > 8 and logged[0]["step"] == 1
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4, abs=1e-6, nan_ok=True)
