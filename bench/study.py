@@ -32,11 +32,11 @@ RECIPE = "recipes/study.args"
 MEASURED = 256  # test examples; train.py's own evaluations are switched off
 CONSTANT = "--balance_low 0.97 --balance_high 0.97"
 STRONG = "--no_spo_phi --spo_beta 0.13"
-ITOOL = (  # 512 examples, an epoch of each stage; 77 trees an iteration
+ITOOL = (  # 512 examples, an epoch of each stage
     "--algo itool --train_fraction 0.125 --train_batch_size 16 --warmup_epochs 1 "
-    "--warmup_learning_rates 5e-4 2e-4 1e-4 --learning_rate 1e-4 --pool_fraction 0.5 "
-    "--buffer_fraction 0.3 --temperature 1.0 --self_evaluation none --save_total_limit 1"
+    "--warmup_learning_rates 5e-4 2e-4 1e-4 --learning_rate 1e-4 --temperature 1.0 --save_total_limit 1"
 )
+SEARCH = "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none"  # 76 trees an iteration
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
     "sft": "--algo sft",
     "dapo_star": "--algo dapo_star",
@@ -57,7 +57,7 @@ ARMS = {  # name -> flags; the record has more, whose code was deleted after the
     "srft": "--algo srft",
     "chord": "--algo chord",
     "itool, warm-up": f"{ITOOL} --stages warmup",
-    "itool": ITOOL,
+    "itool": f"{ITOOL} {SEARCH}",
 }
 QUESTIONS = [  # what a difference shows, the arm, the arm without it
     ("FGAE", "fg_dapo_star", "dapo_star"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,23 @@ import study
 
 def test_every_arm_makes_the_same_updates_and_is_a_command(monkeypatch):
     monkeypatch.chdir(REPO)
+    rows = {}
     for arm in study.ARMS:
-        config, method = train.parse_args(study.flags(arm, 3, "valid", 40))
-        assert method.max_steps + getattr(method, "sft_max_steps", 0) == 40, arm
+        config, method = rows[arm] = train.parse_args(study.flags(arm, 3, "valid", 60))
         assert config.seed == 3 and config.eval_file == ["toy:house-valid"]
-        assert config.train_batch_size == 8 and config.learning_rate == 3e-4
-        if arm == "toolupt":
-            assert (method.balance_up + method.balance_down) * 2 == 40
-    assert method.alignment == "lcs"
+        assert config.train_file == ["toy:house-train"]
+        if config.algo != "itool":
+            assert method.max_steps + getattr(method, "sft_max_steps", 0) == 60, arm
+            assert config.train_batch_size == 8 and config.learning_rate == 3e-4
+    method = rows["toolupt"][1]
+    assert (method.balance_up + method.balance_down) * 2 == 60
+    assert rows["lcs"][1].alignment == "lcs"
+    both, alone = rows["itool"], rows["itool, warm-up"]
+    assert both[0] == alone[0] and alone[1].stages == "warmup"
+    search = {
+        n: getattr(alone[1], n) for n in ("pool_fraction", "buffer_fraction", "self_evaluation")
+    }
+    assert replace(both[1], stages="warmup", **search) == alone[1]  # the same warm-up
 
 
 def test_an_interval_is_students():
@@ -57,7 +67,7 @@ def test_a_record_is_continued(tmp_path, monkeypatch):
     made, out = [], tmp_path / "study.jsonl"
 
     def pretend(arm, seed, world, steps, engine):
-        assert engine == (len(made) or None) and steps == 40
+        assert engine == (len(made) or None) and steps == 60
         made.append((arm, seed))
         return row(arm, seed, 20, world), len(made)
 
@@ -71,4 +81,6 @@ def test_a_record_is_continued(tmp_path, monkeypatch):
     study.main([*argv, "0", "1"])
     assert made == [("sft", 1), ("toolupt", 1)] and len(out.read_text().splitlines()) == 4
     study.main([*argv, "5", "--draw"])
+    with pytest.raises(SystemExit):  # another engine
+        study.main(["--out", str(out), "--arms", "sft", "itool", "--seeds", "5"])
     assert len(made) == 2 and json.loads(out.read_text().splitlines()[0])["arm"] == "sft"
