@@ -1,4 +1,4 @@
-"""The methods: one dataclass per row of ToolUPT's Table 1 and Figure 4, in the paper's order.
+"""The methods: one dataclass per row of ToolUPT's Table 1 and Figure 4, and Dr. GRPO.
 
 Read a row from top to bottom:
 
@@ -129,7 +129,7 @@ class Row:
         return {}
 
     def question_length(self, tokenizer: Any, max_length: int) -> int:
-        """Tokens of the longest prompt that the engine sees beside those of the data."""
+        """Tokens of the longest prompt that the method itself adds; 0: none."""
         return 0
 
 
@@ -175,7 +175,7 @@ class Rollouts(Row):
                  of a response and tag_length of "<answer>", tokens
         step     optimiser step, from 0
 
-        The bonus (Table 7) is the entropy of the rollouts alone, reduced like the policy loss
+        The bonus (Table 7) is the entropy of the rollouts alone, averaged as the policy loss is
         (LUFFY, SRFT: over rollout tokens alone). It stays outside the mix of Eq. 23, which does not
         show it.
         """
@@ -188,7 +188,7 @@ class Rollouts(Row):
         return loss, {**stats, "loss": loss.detach(), "entropy": mean}
 
     def reduced(self, entropy: Tensor, mask: Tensor, totals: dict[str, int]) -> Tensor:
-        """Mean over all tokens of the step."""
+        """Mean over the rollout tokens of the step."""
         return entropy.sum() / totals["tokens"]
 
 

@@ -8,7 +8,7 @@ Clock                seconds of the parts of a step
 term_norms           gradient norms of the terms of the loss, on one micro-batch
 starting_point       what RL starts from: log-probs of the expert's tags and of what they enclose
 
-All are over all ranks, so that every rank has the same numbers.
+All are computed over all ranks, so that every rank has the same numbers.
 """
 
 import math
@@ -205,7 +205,7 @@ def term_norms(
 
     Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. "expert" is the
     term of the expert responses, "rejected" SPO's of the rollouts, each before the balance weighs
-    it. NaN where the policy term has none: all rewards of a group are equal. Each term has a forward
+    it. NaN where the policy term has no gradient: all rewards of a group are equal. Each term has a forward
     pass of its own, since compiled layers run one backward pass per forward pass.
     """
     micro, norms = micro_batches(config, groups)[0], {}

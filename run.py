@@ -289,7 +289,7 @@ def forward(config, model, records: list, temperature: float) -> tuple[Tensor, T
 
 
 def sync(run: Run) -> None:
-    """Send the trainer's weights to the engine, one whole parameter at a time."""
+    """Stream model.full_tensors into engine.load_weights, one whole parameter at a time."""
     torch.cuda.empty_cache()  # the engine allocates outside torch's cache
     run.engine.load_weights(modeling.full_tensors(run.model))
     run.engine.wake()

@@ -426,7 +426,7 @@ def digest(examples: list[data.Example]) -> str:
 
 
 def suited(config, longest: int) -> tuple[Any, str]:
-    """The settings as this model can be trained with, and what changed, in a sentence or "".
+    """The settings, adjusted to what this model supports, and what changed, in a sentence or "".
 
     longest  tokens of the longest sequence
     ValueError for what cannot be trained, from config.json alone. guard.py sees what is not listed.

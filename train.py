@@ -11,14 +11,14 @@ run.py has what a rank does around them, records.py what it writes. One step of 
 
     1 sample a batch    prompts are a function of (seed, step)
     2 roll out          K responses per prompt from vLLM
-    3 reward            verifiable outcome in [-3, 4] (Eqs. 3-12)
+    3 reward            verifiable outcome in [-3, 4] (Eqs. 3-12); 0 or 1 in some rows
     4 advantage         per group (Eq. 2) or per token (Eqs. 13-17)
     5 loss              forward and backward over micro-batches, each prompt read once (Eqs. 18-23)
     6 optimiser step    AdamW on fp32 master weights
     7 weight sync       the new weights go to vLLM
 
 Ranks share the prompts of a step. Every denominator is counted over all micro-batches and ranks
-before the first backward pass, and gradients are summed: the result does not depend on the split.
+before the first backward pass, and gradients are summed: the split changes rounding only.
 
 Where the papers are silent:
 1. Examples that are too long are dropped and counted, never cut. A response cut at the limit is
@@ -379,7 +379,7 @@ def validation_loss(config: Config, run: Run) -> float:
 
 
 def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> Run:
-    """Run the stages of a method and return the last one; `engine` is that of an earlier run.
+    """Run the stages of a method and return the Run of the last; `engine` is that of an earlier run.
 
     A second stage starts from the best checkpoint of the first, with a fresh optimiser.
     """
