@@ -696,7 +696,9 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
     if not 0 < sampled <= len(rows):
         size = f"{len(rows)} rows; sample 1 to {len(rows)} of them"
         raise ValueError(f"{path} holds {size}, not @{wanted}")
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), sampled))
+    chosen = range(len(rows))
+    if wanted:
+        chosen = sorted(random.Random(seed).sample(chosen, wanted))
     examples, drops, layouts, lost = _convert(name, [(n, *rows[n]) for n in chosen], seed)
     if not layouts:  # no row of a known one: guess says why
         try:
@@ -713,7 +715,9 @@ def _load(name: str | None, path: str | Path | None, seed: int) -> Loaded:
     if not examples:
         form = f" as {name!r}" if name else ""
         remedy = "without a NAME the layout is guessed; docs/data.md shows what is read"
-        raise ValueError(f"no example of {path} could be read{form} ({_listing(all_drops)}); {remedy}")
+        raise ValueError(
+            f"no example of {path} could be read{form} ({_listing(all_drops)}); {remedy}"
+        )
     return Loaded(examples, all_drops, layouts, len(rows), sampled)
 
 

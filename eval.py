@@ -54,8 +54,12 @@ from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
 # flags of one benchmark
 ONLY = {
-    "categories": "bfcl", "half": "bfcl", "keep_steps": "bfcl", "api_bank": "api_bank", "file": "file"
-}  # fmt: skip
+    "categories": "bfcl",
+    "half": "bfcl",
+    "keep_steps": "bfcl",
+    "api_bank": "api_bank",
+    "file": "file",
+}
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 NEIGHBOURS = 16  # consecutive cases per rank: many share tools, which the prefix cache then holds
 # What must agree for a run to resume: otherwise one file would mix two measurements.
@@ -584,7 +588,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--bench", choices=BENCHES, default="bfcl", help="what to measure; default: bfcl")
     add("--categories", nargs="+", help=f"of BFCL: {', '.join([*bfcl.GROUPS, *bfcl.CATEGORIES])}")
     add("--limit", type=int, help="first cases of each category")
-    add("--half", type=int, metavar="SEED", help="BFCL: live cases outside bfcl_half's training half")
+    add(
+        "--half",
+        type=int,
+        metavar="SEED",
+        help="BFCL: live cases outside bfcl_half's training half",
+    )
     add("--api_bank", metavar="DIR", help="folder of level-1-api.json and level-2-api.json")
     add("--file", help="data of --bench file")
     add("--format", choices=("toolupt", "python"), default="toolupt", help="of prompt and calls")
@@ -600,7 +609,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="of the samples; default: 0, greedy")
     add("--seed", type=int, default=0, help="of the samples, and of the rows of --file; default: 0")
     add("--max_tokens", type=int, default=1024, help="of a response; ToolUPT Table 7")
-    add("--max_model_len", type=int, default=32768, help="prompt and response; at most the model's own limit")
+    add(
+        "--max_model_len",
+        type=int,
+        default=32768,
+        help="prompt and response; at most the model's own limit",
+    )
     add("--output_dir", help="default: runs/eval/MODEL-BENCH")
     add("--engine", choices=("vllm", "transformers"), default="vllm", help="what samples")
     add("--batch", type=int, default=512, help="cases played at a time, per rank")

@@ -845,8 +845,8 @@ def preference_loss(
 
 def add_references(run: Run, pairs: list[PreferencePair]) -> None:
     """Fill chosen_ref and rejected_ref: summed log-probs before the iteration's first update."""
-    place = {id(pair): i for i, pair in enumerate(pairs)}  # micro-batches are in an order of their own
-    refs = []
+    # micro-batches are in an order of their own
+    place, refs = {id(pair): i for i, pair in enumerate(pairs)}, []
     mine = part(pairs, tokens_of, run.rank, run.world)
     with torch.no_grad():
         for micro in micro_batches(run.config, mine):

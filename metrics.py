@@ -2,7 +2,7 @@
 
 rollout_metrics      a step's rollouts: rewards, lengths, forms, matched tokens, first advantages
 tally, shares        those by kind of example as sums, and the metrics made of the sums
-engine_difference    log-probs of the rollouts: trainer against engine
+logp_difference      log-probs of the rollouts: trainer against engine
 evaluate             greedy accuracy on the evaluation subset
 Clock                seconds of the parts of a step
 term_norms           gradient norms of the terms of the loss, on one micro-batch
@@ -160,7 +160,7 @@ def shares(sums: dict[str, float]) -> dict[str, float]:
     return found | {name: sums[name] / responses for name in FORMS.values()}
 
 
-def engine_difference(groups: list[Group]) -> dict[str, float]:
+def logp_difference(groups: list[Group]) -> dict[str, float]:
     """|trainer - engine| in nats over the tokens of a step's rollouts: the mean and the largest."""
     apart = torch.cat(
         [
@@ -205,8 +205,8 @@ def term_norms(
 
     Of each rank's first micro-batch, before --max_grad_norm; no gradient is left. "expert" is the
     term of the expert responses, "rejected" SPO's of the rollouts, each before the balance weighs
-    it. NaN where the policy term has no gradient: all rewards of a group are equal. Each term has a forward
-    pass of its own, since compiled layers run one backward pass per forward pass.
+    it. NaN where the policy term has no gradient: all rewards of a group are equal. Each term has a
+    forward pass of its own, since compiled layers run one backward pass per forward pass.
     """
     micro, norms = micro_batches(config, groups)[0], {}
     parts = {"policy": (False, 0.0)}  # of the expert's tokens or the rollouts', at which balance

@@ -157,7 +157,7 @@ def lines_of(step: int, group: Group) -> list[dict]:
 
 
 def keep_logps(micro: list[Group], logps: Tensor) -> None:
-    """Store the trainer's log-probs of each group's rollouts, for rollouts.jsonl."""
+    """Store the trainer's log-probs of each group's rollouts, for rollouts.jsonl and metrics."""
     rows = logps.detach().float().cpu().split([len(group.responses) for group in micro])
     for group, own in zip(micro, rows):
         group.logps = own[: len(group.samples)]

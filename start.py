@@ -263,7 +263,7 @@ class Demonstration:
 class Setup:
     """What a rank reads and, with `load`, loads before its loop; a user's mistakes are found first.
 
-    config     the settings, as this model can be trained with
+    config     the settings, adjusted to what this model supports
     longest    tokens of the longest sequence
     gpu_share  of vLLM
     prompts    templates of the user's own

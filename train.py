@@ -48,7 +48,7 @@ import start
 from itool import ItoolConfig, run_itool, warmup_stages
 from knobs import Count, Fraction, NotNegative, Positive, Share, Steps, check_bounds, knob
 from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
-from metrics import Clock, engine_difference, evaluate, rollout_metrics, starting_point, term_norms
+from metrics import Clock, evaluate, logp_difference, rollout_metrics, starting_point, term_norms
 from records import keep_logps
 from run import (
     Run,
@@ -185,7 +185,7 @@ def run_rl(config: Config, method: Rollouts, run: Run) -> None:
                     loss.backward()
                     add(stats, parts)
                     keep_logps(micro, logps)
-                stats = all_sum(stats) | engine_difference(groups)
+                stats = all_sum(stats) | logp_difference(groups)
             if config.log_rollouts:
                 with clock("records"):
                     run.records.log_rollouts(step + 1, groups)
@@ -379,7 +379,7 @@ def validation_loss(config: Config, run: Run) -> float:
 
 
 def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> Run:
-    """Run the stages of a method and return the Run of the last; `engine` is that of an earlier run.
+    """Run the stages of a method and return the last Run; `engine` is that of an earlier one.
 
     A second stage starts from the best checkpoint of the first, with a fresh optimiser.
     """

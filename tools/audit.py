@@ -51,11 +51,12 @@ def audit(out: Path) -> str:
             raise ValueError(f"{file} ends inside a group: {len(lines)} of {K} lines")
         rows = [row for _, row in lines]
         try:
-            again = _again(config, method, rows, tokenizer, reward, examples)
+            example = _example(rows[0], examples)
+            again = _again(config, method, rows, example, tokenizer, reward)
+            target = data.target_ids(example, tokenizer)
             for (number, row), values in zip(lines, again):
                 _compare(f"{file} line {number}", row, "recomputed", values)
                 text = rollout.text_of(tokenizer, row["token_ids"], row["finish_reason"])
-                target = data.target_ids(_example(row, examples), tokenizer)
                 read = {"text": text, "target_ids": target}
                 _compare(f"{file} line {number}", row, "by the tokenizer", read)
                 seen[row["step"]].append((row["reward"], len(row["token_ids"])))
@@ -121,12 +122,17 @@ def _example(row: dict, examples: dict[tuple[str, str], data.Example]) -> data.E
 
 
 def _again(
-    config: Config, method: Rollouts, rows: list[dict], tokenizer, reward: Reward, examples: dict
+    config: Config,
+    method: Rollouts,
+    rows: list[dict],
+    example: data.Example,
+    tokenizer,
+    reward: Reward,
 ) -> list[dict]:
     """The lines of a group, from their token ids, texts and log-probs."""
     first = rows[0]
     group = Group(
-        _example(first, examples),
+        example,
         [],
         first["target_ids"],
         max_length=config.max_completion_length,
