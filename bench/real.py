@@ -14,7 +14,7 @@ top of --recipe.
    first token has a probability of about 1e-9, so that all rewards of a group are equal and RL has
    nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
    rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
-   responses: N steps, the least that do. Probed are the training prompts that SFT meets last.
+   responses: N steps, the least that do (of every --probe_every). Probed are the training prompts that SFT meets last.
 3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, and one
    learning rate for all RL methods. `sft` goes on with its own rate; *_published are single-stage,
    from the model as published; *_strong have SPO as the study of readings found it strongest.
@@ -95,13 +95,14 @@ def common_start(args: argparse.Namespace) -> None:
     probed = [example for _, example in run.batch(0, size=len(run.examples))][-args.probe :]
     rows = open(args.output_dir / "start.jsonl", "w")  # noqa: SIM115 - open to the end
     for step in range(args.start_steps + 1):
-        sync(run)
-        row = {"step": step, **sampled(run, probed)}
-        records.write(rows, row)
-        print(row, flush=True)
-        if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
-            break
-        run.engine.sleep()
+        if step % args.probe_every == 0 or step == args.start_steps:
+            sync(run)
+            row = {"step": step, **sampled(run, probed)}
+            records.write(rows, row)
+            print(row, flush=True)
+            if min(row["calls"], row["all"]) >= args.start_share or step == args.start_steps:
+                break
+            run.engine.sleep()
         batch = [run.demonstration(example) for _, example in run.batch(step)]
         totals = train.count_tokens(config, run, batch)
         stats = train.imitate(config, run, batch, totals)
@@ -325,7 +326,7 @@ def collect(args: argparse.Namespace) -> None:
         "seed": config.seed,
         "data": {name: checksum(name) for name in (*config.train_file, *config.eval_file)},
         "start": {
-            "rule": f"the least N at which {share}",
+            "rule": f"the least N, of every {args.probe_every}, at which {share}",
             "probe": f"{args.probe} training prompts, {SAMPLES} samples each, temperature 1",
             "learning_rate": args.sft_learning_rate,
             "steps": read(out / "start.jsonl"),
@@ -538,6 +539,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--start_share", type=float, default=0.1, help="of samples right, at which the start ends")
     add("--start_steps", type=int, default=60, help="of SFT at most")
     add("--probe", type=int, default=64, help="training prompts that are sampled")
+    add("--probe_every", type=int, default=1, help="steps of SFT between two samplings")
     add("--bfcl", nargs="*", default=["single_turn"], help="categories or groups; none: no BFCL")
     add("--commit", default="", help="for the record, where there is no git")
     add("--note", nargs="+", default=[], help="sentences for the record")
