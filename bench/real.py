@@ -3,7 +3,7 @@
     python bench/real.py --minutes 60             the run of RECIPE; goes on where it stopped
     python bench/real.py --engine transformers --model_name_or_path DIR --max_steps 40 --jobs 1
     python bench/real.py --status                 where it is, from another terminal
-    python bench/real.py --collect bench          the record so far: real.json, real.png
+    python bench/real.py --collect bench/real.json  the record so far, and its picture real.png
     python bench/real.py --draw bench/real.json   picture and README's table of a record
 
 Flags that are not listed under --help go to train.py, which every arm calls as a user would, on
@@ -14,7 +14,8 @@ top of --recipe.
    first token has a probability of about 1e-9, so that all rewards of a group are equal and RL has
    nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
    rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
-   responses: N steps, the least that do (of every --probe_every). Probed are the training prompts that SFT meets last.
+   responses: N steps, the least that do (of every --probe_every). Probed are the training prompts
+   that SFT meets last.
 3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, and one
    learning rate for all RL methods. `sft` goes on with its own rate; *_published are single-stage,
    from the model as published; *_strong have SPO as the study of readings found it strongest.
@@ -306,8 +307,7 @@ def status(args: argparse.Namespace) -> str:
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Write real.json and real.png into the folder --collect."""
-    args.collect.mkdir(parents=True, exist_ok=True)
+    """Write the record --collect and its picture."""
     out, config = args.output_dir, shared(args)
     events = read(out / "events.jsonl")
     runs = [arm for arm in args.arms if len(read(out / arm / "metrics.jsonl")) > 1]
@@ -335,11 +335,11 @@ def collect(args: argparse.Namespace) -> None:
         "evaluations": {name: found for name in models if (found := evaluation(args, name))},
         "examples": responses(args, models),
     }
-    path = args.collect / "real.json"
     numbers = lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]"
     text = json.dumps(record, indent=1, ensure_ascii=False)
-    path.write_text(re.sub(r"\[\s+([-\d.,\seEnul]*?)\s+\]", numbers, text) + "\n")
-    print(draw(path))
+    args.collect.parent.mkdir(parents=True, exist_ok=True)
+    args.collect.write_text(re.sub(r"\[\s+([-\d.,\seEnul]*?)\s+\]", numbers, text) + "\n")
+    print(draw(args.collect))
 
 
 def hours(events: list[dict]) -> float:
@@ -545,7 +545,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--note", nargs="+", default=[], help="sentences for the record")
     add("--only_start", action="store_true", help=argparse.SUPPRESS)
     add("--status", action="store_true", help="say where the run is")
-    add("--collect", type=Path, metavar="FOLDER", help="write the record of the run as it is")
+    add("--collect", type=Path, metavar="RECORD", help="write the record of the run as it is")
     add("--draw", type=Path, metavar="RECORD", help="picture and table of a record")
     args, args.typed = parser.parse_known_args(argv)
     args.argv, args.output_dir = argv, args.output_dir.absolute()
