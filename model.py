@@ -379,10 +379,14 @@ class HostAdamW(torch.optim.AdamW):
                 moment.data = self._host[key].copy_(moment, non_blocking=True)
 
     def _pinned(self, moment):
-        """Host memory cut from blocks: torch rounds each pinned tensor up to a power of two."""
+        """Host memory cut from blocks of 1 GiB or more.
+
+        torch rounds whatever it pins up to a power of two bytes, so that a block takes all of it.
+        """
         n = moment.numel()
         if n > self._block.numel():
-            self._block = torch.empty(max(n, 2**26), dtype=moment.dtype, pin_memory=True)
+            size = 1 << (max(n, 2**28) - 1).bit_length()
+            self._block = torch.empty(size, dtype=moment.dtype, pin_memory=True)
         room, self._block = self._block[:n], self._block[n:]
         return room.view(moment.shape)
 

@@ -85,7 +85,7 @@ from packing import capped_attention
 LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 ATTENTION = "rollout"  # our name in transformers' AttentionInterface
 HIDDEN, REFRESH = 2.0, 1.0  # seconds before a bar shows; between two of its refreshes
-PREFILL_TOKENS = 8192  # prompt tokens that the transformers engine reads at a time
+PREFILL_TOKENS = 8192  # prompt tokens read at a time (by vLLM: on a GPU)
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,8 @@ def make_engine(
     }
     if parallel:
         options["distributed_executor_backend"] = "external_launcher"
+        # the ranks of one model wait for each other as long as all others do (start.PATIENCE)
+        options["distributed_timeout_seconds"] = options["cpu_distributed_timeout_seconds"] = 86_400
     if on_cpu:
         options["block_size"] = cpu_block
         options["enable_chunked_prefill"] = False
@@ -259,6 +261,12 @@ def make_engine(
     else:
         options["gpu_memory_utilization"] = gpu_memory_utilization
         options["enable_sleep_mode"] = True
+        # what tools/plan.py counts; vLLM's own choice depends on the card
+        options["max_num_batched_tokens"] = max(PREFILL_TOKENS, max_num_seqs)
+        allocator = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+        if any("expandable_segments:True" in os.environ.get(name, "") for name in allocator):
+            # it cannot share such memory between GPUs (vllm-project/vllm#42609)
+            options["disable_custom_all_reduce"] = True
     return VLLMEngine(model_path, options)
 
 

@@ -69,7 +69,11 @@ def init_distributed() -> None:
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     backend, own_store = "gloo", {}
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            print(f"error: {cards} GPUs are visible: --nproc_per_node={cards}", file=sys.stderr)
+            sys.exit(2)
+        torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     if "TORCHELASTIC_RESTART_COUNT" in os.environ and os.environ["GROUP_WORLD_SIZE"] == "1":
         # torchrun keeps one store across restarts: without a prefix, ranks would find the addresses
@@ -327,7 +331,7 @@ class Setup:
             max_num_seqs=config.max_num_seqs,
             gpu_memory_utilization=self.gpu_share,
             tensor_parallel_size=config.vllm_tensor_parallel_size,
-            dtype="bfloat16" if config.bf16 else "auto",
+            dtype="bfloat16" if config.bf16 or torch.cuda.is_available() else "auto",
             logprobs_mode=self.method.logprobs_mode,
             seed=config.seed,
             trust_remote_code=config.trust_remote_code,

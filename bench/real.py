@@ -44,6 +44,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import common
+import torch
 from common import REPO, data
 from paper import Process
 
@@ -137,6 +138,12 @@ def sampled(run: Run, examples: list) -> dict:
 
 def drive(args: argparse.Namespace) -> None:
     """Start what can start, `jobs` arms and two measurements at a time, until all is done."""
+    alone = shared(args).engine == "vllm" and torch.cuda.is_available()
+    if alone and args.jobs > 1:
+        raise ValueError(
+            f"--jobs {args.jobs}: vLLM takes all that is free of a GPU, so that one run at a time "
+            "fits: --jobs 1, or --engine transformers"
+        )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(args.output_dir)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -164,6 +171,8 @@ def drive(args: argparse.Namespace) -> None:
             for name, argv in wanted:
                 arms = sum(name in ARMS for name in running)
                 measured = sum(name.startswith("eval/") for name in running)
+                if alone and running:
+                    break
                 soon = time.time() < last_start + args.stagger
                 if name in ARMS and (arms >= args.jobs or soon):
                     continue
@@ -531,7 +540,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--recipe", default=RECIPE, help="flags of train.py for all arms")
     add("--output_dir", type=Path, default=Path("runs/real"))
     add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="in this order")
-    add("--jobs", type=int, default=3, help="arms side by side")
+    add("--jobs", type=int, default=1, help="arms side by side (vLLM on a GPU: 1)")
     add("--stagger", type=float, default=5.0, help="seconds between the starts of two arms")
     add("--minutes", type=float, default=1e6, help="then nothing new begins; arms save and leave")
     add("--max_steps", type=int, default=150, help="updates of an arm")

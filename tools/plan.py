@@ -14,7 +14,8 @@ Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or t
                 also the root's bf16 gradient, and the largest unit's in bf16 and fp32 before it is reduced. 4-bit: one
                 matrix in bf16
     activations tokens of a row * (2 h * layers + 4 (4 h + 2 q + 2 kv + 4 inner))   layer inputs, and one layer computed
-                                   again with its gradients (activation checkpointing)
+                                   again with its gradients (activation checkpointing); 4-bit: 4 (5 h + q + inner) more,
+                                   the adapters' inputs in fp32
     logits      4 * 4 * 512 * V    a chunk of the LM head, its softmax, their product, a gradient
     vLLM        2 N / t + working + KV cache    bf16 weights over t GPUs, the activations of 8,192 prompt tokens and logits
                 of --max_num_seqs, and what `resident` and `kept` leave; in the update it sleeps, but for its CUDA
@@ -22,7 +23,8 @@ Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or t
     kept        CUDA graphs 1 GB at 256 sequences, 0.4 at least; CUDA, NCCL and fragments 6 GB, 2 on one GPU
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
 
-Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments. Disk: --save_total_limit
+Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments (10 T / W, as pinned blocks
+are not filled to the end). Disk: --save_total_limit
 + 1 checkpoints of 4 N + 12 T, with adapters 4 A more.
 
 Seconds of a step, with the rates that the flags state:
@@ -71,7 +73,7 @@ CASES = (  # model, machine, flags, name
     ("qwen2.5-7b", (1, 80, 1), f"{SHORT} --lora_rank 16", "LoRA"),
 )
 CHUNK = 512  # packing.response_logps
-PREFILL = 8192  # vLLM's max_num_batched_tokens
+PREFILL = 8192  # rollout.PREFILL_TOKENS
 GB, GIB = 1e9, 2**30
 NF4 = 0.5 + 0.127 / 8  # bytes per weight, doubly quantised constants included
 
@@ -136,6 +138,8 @@ def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Names
     per_token = 2 * s["h"] * s["layers"] + 4 * (
         4 * s["h"] + 2 * s["q"] + 2 * s["kv"] + 4 * s["inner"]
     )
+    # adapters on 4-bit weights are not gathered in bf16: each keeps an fp32 copy of its input
+    per_token += 4 * (5 * s["h"] + s["q"] + s["inner"]) * quantised
     activations = max(args.max_tokens_per_row, longest) * per_token
     logits = 4 * 4 * CHUNK * s["V"]
     graphs = 0.4 + 0.6 * min(1, args.max_num_seqs / 256)
@@ -158,7 +162,7 @@ def plan(s: dict, gpus: int, gpu_memory: float, nodes: int, args: argparse.Names
         "vllm_weights": 2 * N / t, "vllm_working": working / t, "kv_tokens": kv_tokens, "kv_token": kv_token,
         "concurrent": min(args.max_num_seqs, int(kv_tokens * args.num_generations / mean)),
         "utilization": math.floor(100 * room / max(1, memory)) / 100,
-        "host": gpus * (3 * GB + 8 * trained * args.offload_moments) + 5 * GB,
+        "host": gpus * (3 * GB + max(10 * trained, GIB) * args.offload_moments) + 5 * GB,
         "disk": (args.save_total_limit + 1) * (4 * N + 12 * (A or N) + 4 * A),
         "fits": peak + kept <= memory and kv_tokens >= longest,
     }  # fmt: skip
