@@ -313,6 +313,32 @@ def compare_adapters(rank, world, folder, expected, quant):
     assert all(torch.equal(adapters[name], expected[name]) for name in expected)
 
 
+def test_a_quantised_run_goes_on_from_its_checkpoint(folders, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    on_ranks(2, compare_resumed, folders / "llama", tmp_path / "state")
+
+
+def compare_resumed(rank, world, folder, state):
+    def start():
+        network, _ = library.load(folder, lora_rank=3, seed=7, quant="4bit")
+        return network, library.optimizer(network, 1e-2)
+
+    def step(network, optimizer):
+        backward(network, MICRO_BATCHES)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole_run, resumed = start(), start()
+    step(*whole_run)
+    checkpoint.save_state(*whole_run, state)
+    step(*whole_run)
+    checkpoint.load_state(*resumed, state)
+    step(*resumed)
+    ends = [[p for p in run[0].parameters() if p.requires_grad] for run in (whole_run, resumed)]
+    assert len(ends[0]) > 2
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_weights_under_other_names_are_read_by_transformers(folders, tmp_path, capsys):
     plain(folders / "qwen2").model.save_pretrained(tmp_path)  # no prefix "model."
     tokenizer().save_pretrained(tmp_path)
