@@ -242,8 +242,7 @@ def measurements(
 ) -> list[tuple[str, list[str]]]:
     """eval.py's command lines for what of a model is not measured yet."""
     config, found = shared(args), []
-    longest = config.max_prompt_length + 512
-    benches = {"file": f"--file {config.eval_file[0]} --max_model_len {longest}"}
+    benches = {"file": f"--file {config.eval_file[0]} --max_model_len 4096"}
     if args.bfcl and find_spec("bfcl_eval"):
         cases = f"--categories {' '.join(args.bfcl)} --limit {BFCL_CASES}"
         benches["bfcl"] = f"{cases} --max_model_len 8192"
@@ -252,6 +251,7 @@ def measurements(
         if not (out / "report.md").exists():
             flags = f"--engine {config.engine} --max_num_seqs 64 --max_tokens 512 {flags}".split()
             own = ["--bench", bench, "--output_dir", str(out)]
+            own += ["--dtype", "bfloat16"] * config.bf16
             found.append((f"eval/{name}-{bench}", ["eval.py", str(model), *flags, *own]))
     return found
 
