@@ -289,15 +289,14 @@ def forward(config, model, records: list, temperature: float) -> tuple[Tensor, T
 
 
 def sync(run: Run) -> None:
-    """Stream model.full_tensors into engine.load_weights, one whole parameter at a time."""
+    """Stream the weights, gathered and with adapters merged, into the engine, one at a time."""
     torch.cuda.empty_cache()  # the engine allocates outside torch's cache
-    run.engine.load_weights(modeling.full_tensors(run.model))
+    run.engine.load_weights(modeling.full_tensors(run.model))  # also drops cached prefixes
     run.engine.wake()
 
 
 def learning_rate_at(config, step: int, steps: int, peak: float) -> float:
-    """Linear warm-up from 0, then constant or a half cosine to 0, over the `steps` of a stage."""
-    # a single step must not have rate 0
+    """Linear warm-up from 0 (none for a single step), then constant or a half cosine to 0."""
     warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     if step < warmup:
         return peak * step / warmup
