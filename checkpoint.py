@@ -38,7 +38,8 @@ import model as modeling
 MUST_AGREE = (  # between a run and its resumption, or records and audit would mix two runs
     *("algo", "stages", "seed", "eval_fraction", "train_batch_size", "num_generations"),
     *("max_prompt_length", "max_completion_length", "generation_batches", "alignment", "overlong"),
-    *("lora_rank", "split", "preference", "train_fraction", "allow_thinking"),
+    *("lora_rank", "split", "preference", "train_fraction", "allow_thinking", "srft_variant"),
+    *("warmup", "warmup_epochs", "preference_epochs"),  # where stages and iterations begin
 )
 STATE_FILE_BYTES = 2**30  # of whole tensors per file of checkpoint-STEP-state: bounds memory
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # adapters without their base
@@ -164,6 +165,34 @@ def _tensors(model, weights: dict, moments: dict) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------- the output folder
 
 
+def continued(out: Path, where: str) -> Path | None:
+    """The folder of the run that a start into `out` goes on with; None: it begins anew.
+
+    where  --resume_from_checkpoint. A run without a checkpoint counts if iTool has searched in it.
+    """
+    folder = out if where in ("", "latest") else Path(where).parent
+    begun = saved_steps(folder) or any(data.read_jsonl(folder / "searches.jsonl", growing=True))
+    return folder if where and begun else None
+
+
+def of_stages(where: str, out: Path, first: str) -> tuple[str, str]:
+    """--resume_from_checkpoint of both stages of a run into `out`, the first in its folder `first`.
+
+    ValueError for a checkpoint that neither stage can go on from.
+    """
+    if where in ("", "latest"):
+        return where, where
+    folder = Path(where).resolve().parent
+    if folder == out.resolve():
+        return "latest", where
+    if folder.name == first:
+        return where, ""
+    raise ValueError(
+        f"--resume_from_checkpoint {where}: give a checkpoint in --output_dir {out}, or one of the "
+        f"first stage, in a folder {first}"
+    )
+
+
 def refuse_earlier_run(settings: dict) -> list[str]:
     """ValueError if a start would overwrite, or mix with, a run that it does not resume.
 
@@ -187,9 +216,9 @@ def refuse_earlier_run(settings: dict) -> list[str]:
             f"--output_dir {out} holds a run's checkpoints of steps {steps}: resume it with "
             "--resume_from_checkpoint latest; to start over take another folder, or delete this one"
         )
-    if not steps:
+    if not (folder := continued(out, where)):
         return []
-    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {})
+    earlier = next(data.read_jsonl(folder / "metrics.jsonl", growing=True), {})
     changed = {
         name: f"--{name} {earlier[name]} -> {value}"
         for name, value in settings.items()
@@ -197,21 +226,22 @@ def refuse_earlier_run(settings: dict) -> list[str]:
     }
     if wrong := [text for name, text in changed.items() if name in MUST_AGREE]:
         raise ValueError(
-            f"--output_dir {out} holds a run with other settings ({', '.join(wrong)}): resume it "
+            f"{folder} holds a run with other settings ({', '.join(wrong)}): resume it "
             "with its own, or take another folder"
         )
     return list(changed.values())
 
 
-def refuse_changed(out: Path, digests: dict[str, str]) -> None:
-    """ValueError where the run in `out` that is resumed has read other data, reward or prompts.
+def refuse_changed(out: Path, where: str, digests: dict[str, str]) -> None:
+    """ValueError where the run that is `continued` has read other data, reward or prompts.
 
     digests  flag -> what was read, as in the first line of metrics.jsonl; of --model_name_or_path
              what its chat template and tokenizer make of a prompt
     """
-    steps = saved_steps(out)
-    earlier = next(data.read_jsonl(out / "metrics.jsonl", growing=True), {}).get("digests")
-    if not steps or not earlier:
+    if not (folder := continued(out, where)):
+        return
+    earlier = next(data.read_jsonl(folder / "metrics.jsonl", growing=True), {}).get("digests")
+    if not earlier:
         return
     changed = [
         f"--{name}: {earlier.get(name, 'none')} -> {digests.get(name, 'none')}"
@@ -220,9 +250,9 @@ def refuse_changed(out: Path, digests: dict[str, str]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"what the run in --output_dir {out} reads has changed since its start "
-            f"({'; '.join(changed)}): put it back to resume. To go on with the new one, start in "
-            f"another --output_dir with --model_name_or_path {out}/checkpoint-{steps[-1]}"
+            f"what the run in {folder} reads has changed since its start ({'; '.join(changed)}): "
+            "put it back to resume. To go on with the new one, start in another --output_dir with "
+            f"a checkpoint of {folder} as --model_name_or_path"
         )
 
 

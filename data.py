@@ -33,6 +33,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -206,7 +207,7 @@ def load(name: str | None, path: str | Path | None = None, *, seed: int = 0) -> 
     if loaded.drops:
         count = f"{len(loaded.examples)} examples"
         listing = _listing(loaded.drops)
-        print(f"data: {name or path}: {count}; left out: {listing}", file=sys.stderr)
+        _say(f"data: {name or path}: {count}; left out: {listing}")
     return loaded.examples
 
 
@@ -338,6 +339,13 @@ def target_ids(example: Example, tokenizer) -> list[int]:
     return [*no_thoughts(tokenizer), *ids, *turn_end(tokenizer)]
 
 
+def special_tokens(tokenizer) -> dict[int, str]:
+    """Return the special tokens by id, those too that no field of the tokenizer names (Llama 3.1)."""
+    added = tokenizer.added_tokens_decoder
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    return named | {i: str(token) for i, token in added.items() if token.special}
+
+
 def turn_end(tokenizer) -> list[int]:
     """Return the ids with which the chat template closes an assistant turn.
 
@@ -351,8 +359,7 @@ def turn_end(tokenizer) -> list[int]:
     chat = [{"role": role, "content": text} for role, text in turns]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
     between = text.partition("Turn-2")[2].partition("Turn-3")[0]
-    added = tokenizer.added_tokens_decoder
-    special = {*tokenizer.all_special_ids, *(i for i in added if added[i].special)}
+    special = special_tokens(tokenizer)
     ids = tokenizer(between, add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
     ends = {eos} if eos in ids else special
@@ -526,7 +533,7 @@ def split(
         remedy = "add data, raise --eval_fraction, or give a file of its own (--eval_file)"
         raise ValueError(f"cannot split {sizes} at {fraction}: a part would be empty; {remedy}")
     if len(first) < 0.9 * room:
-        print(f"data: split: {len(first)} of {room} examples; groups are large", file=sys.stderr)
+        _say(f"data: split: {len(first)} of {room} examples; groups are large")
     parts = [], []
     for index, example in enumerate(examples):
         parts[index not in first].append(example)
@@ -982,6 +989,12 @@ def _row(example: Example) -> str:
     return example.id.rpartition("/")[0] if example.id.count("/") > 1 else example.id
 
 
+def _say(text: str) -> None:
+    """A line on stderr, once however many ranks read the data."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Path, list]]:
     """Return (file, rows) of a data file, or of those of a folder, and say what was passed over there."""
     path = Path(path)
@@ -996,7 +1009,7 @@ def _read_files(path: str | Path, expected: str | None = None) -> list[tuple[Pat
         passed = [str(file.relative_to(path)) for file in inside if file not in read]
         more = f" and {len(passed) - 8} more" if len(passed) > 8 else ""
         if passed:
-            print(f"data: {path}: passed over {', '.join(passed[:8])}{more}", file=sys.stderr)
+            _say(f"data: {path}: passed over {', '.join(passed[:8])}{more}")
     else:
         rows = _read(path)
         if type(rows) is not list:

@@ -457,7 +457,13 @@ def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    return settings | _data_read(options.bench, cases.values()), rows, cases
+    now = _data_read(options.bench, cases.values())
+    if now["data"] not in (None, settings.get("data", now["data"])):
+        raise ValueError(
+            f"the examples that {out} answered have changed since (hash {settings['data']} -> "
+            f"{now['data']}): rescore with the data of the run"
+        )
+    return settings | {"rescored_with": now["bfcl_eval"]}, rows, cases
 
 
 def rescore(out: Path, settings: dict, rows: list[dict], cases: dict[str, Case]) -> Path:
@@ -515,7 +521,7 @@ def _open(out, settings, sizes):
     path = out / "settings.json"
     old = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
     settings = json.loads(json.dumps(settings))
-    differ = [name for name in SAME if name in old and old[name] != settings[name]]
+    differ = [n for n in SAME if n in old and n in settings and old[n] != settings[n]]
     if differ:
         parts = ", ".join(f"{name} {old[name]} -> {settings[name]}" for name in differ)
         raise ValueError(

@@ -141,7 +141,7 @@ def check_engine(config, difference: float, step: int) -> None:
     """
     exact = config.quant == "none" and not _in_bf16(config)
     limit = config.max_logp_difference or (1e-3 if exact else 0.1)
-    if difference > limit:
+    if not difference <= limit:  # NaN, too
         raise ValueError(
             f"step {step}: the engine's log-probs of its own tokens differ from the trainer's by "
             f"{difference:.3f} nats on average (limit {limit}): it has other weights, another "

@@ -18,8 +18,8 @@ the child it belongs to; this is exact, since given the child's tokens it is a d
 
 Departures from the paper, and choices where it is silent (mcts.py has the search's own):
  1. An example is one assistant turn, trained in ToolUPT's JSON form: calls are counted per turn,
-    and characters are those of the tools as our prompt shows them. Where the printed definitions of
-    difficulty overlap, hard wins, then easy; medium is the rest. Three epochs per stage.
+    and characters are those of the tools' JSON list. Where the printed definitions of difficulty
+    overlap, hard wins, then easy; medium is the rest. Three epochs per stage.
  2. `split="even"` makes three equal parts by rank, as the word "evenly" asks; the printed criteria
     do not give equal parts. Base SFT, one stage, has the first rate. All of them train on the part
     that is not held out, where the paper has "the entire gold labeled dataset" for base SFT.
@@ -54,6 +54,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +62,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import checkpoint
 import data
 import mcts
 import model as modeling
@@ -75,7 +77,6 @@ from records import write
 from rollout import Engine, Sample, derived_seed, num_thoughts, without_thoughts
 from run import (
     Run,
-    Stage,
     add,
     all_gather,
     all_sum,
@@ -87,6 +88,7 @@ from run import (
     tokens_of,
 )
 from scoring import Reward
+from start import Stage
 
 STAGES = ("easy", "medium", "hard")
 COUNTS = (  # what a search counts, in searches.jsonl
@@ -202,6 +204,7 @@ class ItoolConfig(Row):
             why |= dict.fromkeys(of("warmup", "warmup_epochs"), "--stages itool has no warm-up")
         if self.stages == "warmup":
             why |= dict.fromkeys(of("iterations", "orpo_lam"), "--stages warmup has no iterations")
+            why["learning_rate"] = "it is the iterations'; the warm-up has --warmup_learning_rates"
         if not self.mcts:
             unread = [*of("mcts_depth", "mcts_discount"), *of("self_evaluation", "min_q")]
             why |= dict.fromkeys(unread, "--no_mcts has no tree search")
@@ -258,16 +261,23 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     end = 0  # optimiser steps up to the end of the iteration
     for iteration in range(1, method.iterations + 1):
         if iteration not in searches:
+            if run.first_step > end:
+                raise ValueError(
+                    f"--resume_from_checkpoint {config.resume_from_checkpoint}: the search of "
+                    f"iteration {iteration}, before that step, is not in {run.out}; resume in the "
+                    "run's own folder, or start anew with the checkpoint as --model_name_or_path"
+                )
             clock = Clock()
-            # 1 replay buffer
-            buffer, summary = replay_buffer(run, pool, end, clock)
-            # 2 search
-            rows, counts = grow_trees(run, buffer, iteration, end, clock)
-            # 3 pairs
-            pairs, found = collect_pairs(run, rows, end, clock)
-            summary |= counts | found | clock.metrics() | {"iteration": iteration, "step": end}
-            summary |= {"pool": len(pool), "trees": len(buffer)}
-            log_search(run, summary, pairs)
+            with checkpoint.on_signals(run.note):  # what was searched is written first
+                # 1 replay buffer
+                buffer, summary = replay_buffer(run, pool, end, clock)
+                # 2 search
+                rows, counts = grow_trees(run, buffer, iteration, end, clock)
+                # 3 pairs
+                pairs, found = collect_pairs(run, rows, end, clock)
+                summary |= counts | found | clock.metrics() | {"iteration": iteration, "step": end}
+                summary |= {"pool": len(pool), "trees": len(buffer)}
+                log_search(run, summary, pairs)
             searches[iteration] = summary, pairs
         summary, pairs = searches[iteration]
         run.say(describe(summary))
@@ -306,11 +316,10 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
                         sync(run)
                     with clock("evaluate"):
                         metrics |= evaluate(config, run)
-                    if metrics["eval/accuracy"] > best_accuracy:
-                        best_accuracy = metrics["eval/accuracy"]
-                        run.save_best(step + 1)
                 metrics |= clock.metrics()
-                run.end_step(bar, step, metrics, last)
+                if better := metrics.get("eval/accuracy", -math.inf) > best_accuracy:
+                    best_accuracy = metrics["eval/accuracy"]
+                run.end_step(bar, step, metrics, last, better)
         if first < end:
             accuracy = metrics["eval/accuracy"]
             run.say(f"after iteration {iteration}: {accuracy:.1%} right on held-out examples")
@@ -339,8 +348,8 @@ def replay_buffer(
     chosen = [pool[i] for i in data.select_complex(values, strata, method.buffer_fraction)]
     means = {}
     for name, kind in (("perplexity/calls", True), ("perplexity/answers", False)):
-        own = [value for value, is_call in zip(values, calls) if is_call is kind]
-        means[name] = sum(own) / max(1, len(own))
+        if own := [value for value, is_call in zip(values, calls) if is_call is kind]:
+            means[name] = sum(own) / len(own)
     return chosen, means
 
 
@@ -403,7 +412,8 @@ def grow_trees(
         dropped += drops
     stats = count_over_ranks(searcher.stats)
     counts = {name: stats[name] for name in COUNTS} | {"dropped": count_over_ranks(dropped)}
-    counts |= {name: stats[name] / max(1, stats[f"{name} of"]) for name in DIVERSITY}
+    some = [name for name in DIVERSITY if stats[f"{name} of"]]
+    counts |= {name: stats[name] / stats[f"{name} of"] for name in some}
     return rows, counts | {"option_mass": stats["option_mass"] / max(1, stats["evaluations"])}
 
 
@@ -420,6 +430,7 @@ def collect_pairs(
         check_engine(run.config, apart, step)
     held_out = [pair for pair in pairs if pair.row["held_out"]]
     counts = {"pairs": len(pairs) - len(held_out), "held_out": len(held_out)}
+    counts["trees_with_pairs"] = len({row["tree"] for row in rows})
     counts["sampling/sampling_logp_difference/mean"] = apart
     return pairs, counts | held_out_metrics(run, held_out)
 
@@ -490,8 +501,11 @@ def _gradable(target: str) -> bool:
 
 
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
-    """Perplexity of each expert response (Eq. 4) under the weights after `step` steps."""
-    size, found = run.config.train_batch_size, []
+    """Perplexity of each expert response (Eq. 4), behind the empty block of thoughts if it has one.
+
+    step  optimiser steps whose weights these are
+    """
+    size, found, unsaid = run.config.train_batch_size, [], len(data.no_thoughts(run.tokenizer))
     with (
         run.progress(len(examples), initial=0, desc="perplexity", unit=" examples") as bar,
         torch.no_grad(),
@@ -503,7 +517,7 @@ def perplexities(run: Run, examples: list[data.Example], step: int) -> list[floa
             batch = [run.demonstration(example, place) for place, example in mine]
             for micro in micro_batches(run.config, batch):
                 logps, _, mask = forward(run.config, run.model, micro, temperature=1.0)
-                values = simpo.perplexity(logps, mask).tolist()
+                values = simpo.perplexity(logps[:, unsaid:], mask[:, unsaid:]).tolist()
                 found += [(one.place, value) for one, value in zip(micro, values)]
             bar.update(len(chunk))
     return [value for _, value in sorted(all_gather(found))]
@@ -529,6 +543,9 @@ class Searcher:
 
     def __post_init__(self) -> None:
         self.stop_ids = set(self.engine.stop_ids)
+        special = data.special_tokens(self.tokenizer)
+        self.special = {i for i, text in special.items() if text not in data.TAGS}
+        self.anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         self.pieces: dict[int, str] = {}  # token id -> text
         self.stats: Counter = Counter()
 
@@ -620,7 +637,8 @@ class Searcher:
         whole = n == len(pieces)
         rest = None if whole else Sample(ids[n:], logps[n:], "", sample.finish_reason)
         reason = {"stop": "eos"}.get(sample.finish_reason, "length") if whole else None
-        return Proposal(self._text(ids[:n]), ids[:n], logps[:n], whole, reason, rest)
+        text = self._text(ids[:n], behind=bool(response))
+        return Proposal(text, ids[:n], logps[:n], whole, reason, rest)
 
     def _grade(self, states: list[tuple[int, str]]) -> None:
         """Self-evaluate the states that are not in the cache yet, in one call."""
@@ -661,15 +679,17 @@ class Searcher:
         text = self._text(node.response_ids)
         return id(node.path[0]), without_thoughts(self.tokenizer, text)
 
-    def _text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int], behind: bool = False) -> str:
+        """Text of tokens; `behind` others, with the blank that SentencePiece drops at a start."""
         body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        return self.tokenizer.decode(body, clean_up_tokenization_spaces=False)
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return decode(self.anchor + body)[len(decode(self.anchor)) :] if behind else decode(body)
 
     def _piece(self, token: int) -> str:
-        """Text of one token, "" for special tokens: they belong to no fragment."""
+        """Text of one token, "" for special and stop tokens: they belong to no fragment."""
         if token not in self.pieces:
-            special = token in self.tokenizer.all_special_ids
-            self.pieces[token] = "" if special else self.tokenizer.decode([token])
+            special = token in self.special
+            self.pieces[token] = "" if special else self._text([token], behind=True)
         return self.pieces[token]
 
     def _request_seed(self, path: list[Node]) -> int:
@@ -678,7 +698,7 @@ class Searcher:
 
 def question(tokenizer, order: str, target: str, response: str) -> list[int]:
     """Table 10's prompt as token ids, up to the option's letter; order "paper" or "cache"."""
-    for token in tokenizer.all_special_tokens:  # a response must not open a turn here
+    for token in data.special_tokens(tokenizer).values():  # a response must not open a turn here
         response = response.replace(token, "")
     user = mcts.EVAL_PROMPT["user"]
     if order == "cache":
@@ -908,11 +928,11 @@ def read_searches(run: Run) -> dict[int, tuple[dict, list[PreferencePair]]]:
     """
     resumes = run.first_step > 0 or run.config.resume_from_checkpoint == "latest"
     step = run.first_step if resumes else -1
-    found = list(data.read_jsonl(run.out / "searches.jsonl", growing=True))
-    rows = list(data.read_jsonl(run.out / "pairs.jsonl", growing=True))
+    read = [[*data.read_jsonl(run.out / f"{x}.jsonl", growing=True)] for x in ("searches", "pairs")]
+    dist.broadcast_object_list(read)  # a network file system may show ranks different files
+    found, rows = read
     searches = {row["iteration"]: row for row in found if row["step"] <= step}
     rows = [row for row in rows if row["iteration"] in searches]
-    dist.barrier()  # all have read
     if run.rank == 0:
         for row in found:  # trees of dropped searches
             if row["iteration"] not in searches:

@@ -32,7 +32,7 @@ Positive = Annotated[float, "> 0"]
 Share = Annotated[float, ">= 0", "<= 1"]
 Fraction = Annotated[float, "> 0", "<= 1"]
 HeldOut = Annotated[float, ">= 0", "< 1"]
-Steps = Annotated[int, ">= 0"]
+Natural = Annotated[int, ">= 0"]
 Count = Annotated[int, ">= 1"]
 Several = Annotated[int, ">= 2"]
 

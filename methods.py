@@ -31,7 +31,7 @@ import baselines
 import fgae
 import grpo
 import spo
-from knobs import Count, NotNegative, Positive, Several, Share, Steps, check_bounds, knob, unread
+from knobs import Count, Natural, NotNegative, Positive, Several, Share, check_bounds, knob, unread
 
 Stats = dict[str, Tensor]
 Defaults = dict[str, tuple[Any, str]]  # knob -> value, source
@@ -377,7 +377,7 @@ class Srft(Rollouts):
 
     num_generations: Several = knob(7, "responses per prompt, as in LUFFY; SRFT's own run: 8")
     srft_variant: Literal["paper", "hpt"] = knob("paper", "hpt: SRFT's public re-implementation")
-    srft_shaped: bool = knob(False, "p/(p+0.1) for p in the expert's RL term, as in public codes")
+    srft_shaped: bool = knob(False, "p/(p+0.1) in the expert's RL term, as public codes (and hpt)")
     learns_from_expert = expert_in_group = True
     reward = Grpo.reward
 
@@ -411,8 +411,8 @@ class Chord(Rollouts):
     chord_phi: bool = knob(True, "--no_chord_phi: CHORD-mu, plain SFT; needs a decaying mu")
     chord_mu: Share = knob(0.1, "weight mu of the SFT term; with a schedule, its final value")
     chord_mu_peak: Share = knob(0.1, "its highest value; CHORD-mu on tool use: 0.9, down to 0.05")
-    chord_mu_warmup: Steps = knob(0, "steps from 0 to the peak")
-    chord_mu_decay: Steps = knob(0, "steps of the cosine to --chord_mu; theirs: 30")
+    chord_mu_warmup: Natural = knob(0, "steps from 0 to the peak")
+    chord_mu_decay: Natural = knob(0, "steps of the cosine to --chord_mu; theirs: 30")
     learns_from_expert = True
     reward = Grpo.reward
 
@@ -423,6 +423,10 @@ class Chord(Rollouts):
                 f"--chord_mu_peak {self.chord_mu_peak} is below --chord_mu {self.chord_mu}, where "
                 "the schedule ends: raise the peak, or drop the schedule"
             )
+
+    def flags_without_effect(self) -> dict[str, str]:
+        why = {"chord_mu_peak": "--chord_mu is constant; give a --chord_mu_decay"}
+        return {} if self.chord_mu_warmup + self.chord_mu_decay else why
 
     def schedule(self, step: int) -> dict[str, float]:
         steps = {"warmup": self.chord_mu_warmup, "decay": self.chord_mu_decay}

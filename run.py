@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,6 @@ from start import Interrupted, Setup
 from tools import serving
 
 SKIPPED_STEPS = 3  # steps in a row without a finite loss and gradient before the run stops
-
-
-class Stage(NamedTuple):
-    """A part of SFT with examples, a schedule and an optimiser state of its own."""
-
-    name: str
-    examples: list[data.Example]
-    steps: int
-    learning_rate: float
 
 
 # ------------------------------------------------------------------------------------------- ranks
@@ -179,14 +170,14 @@ class Run(Setup):
 
         Meanwhile SIGTERM and Ctrl-C wait for the next `stop_if_asked`.
         """
-
-        def note(number, frame):
-            self.signal = number
-
         of_steps = {"initial": self.first_step, "desc": self.config.algo, "unit": " steps"}
         options = {"disable": self.rank > 0, "dynamic_ncols": True} | of_steps | options
-        with checkpoint.on_signals(note), tqdm(total=total, **options) as bar:
+        with checkpoint.on_signals(self.note), tqdm(total=total, **options) as bar:
             yield bar
+
+    def note(self, number: int, frame: Any) -> None:
+        """Handle a signal: `stop_if_asked` reads it."""
+        self.signal = number
 
     def stop_if_asked(self, step: int) -> None:
         """If any rank was asked to stop, save after `step` steps and raise Interrupted on all.
@@ -218,13 +209,16 @@ class Run(Setup):
 
     # records
 
-    def end_step(self, bar, step: int, metrics: dict, last: bool, **shown) -> None:
+    def end_step(self, bar, step: int, metrics: dict, last: bool, best=False, **shown) -> None:
         """Log a step, move the bar, and save if --save_steps says so or the step is the last.
 
         last   of its loop, stage or iteration
+        best   so far: it is saved as such, too, before the checkpoint from which a run resumes
         shown  what else the bar shows
         """
         self.records.log(step, metrics)
+        if best:
+            self.save_best(step + 1)
         names = ("reward", "accuracy", "eval/accuracy", "loss")
         bar.set_postfix(shown | {n: f"{metrics[n]:.3f}" for n in names if n in metrics})
         bar.update()

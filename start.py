@@ -29,7 +29,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -250,6 +250,15 @@ def announce(config, method, world: int) -> str:
 # ------------------------------------------------------------------------------ data and bad input
 
 
+class Stage(NamedTuple):
+    """A part of SFT with examples, a schedule and an optimiser state of its own."""
+
+    name: str
+    examples: list[data.Example]
+    steps: int
+    learning_rate: float
+
+
 @dataclass(eq=False)
 class Demonstration:
     """A prompt and its expert response: what SFT trains on and iTool takes the perplexity of."""
@@ -308,7 +317,7 @@ class Setup:
         if self.reward.file:
             self.digests["reward_file"] = self.reward.digest
             self.say(self.reward.try_on(self.examples[:TRIED]))
-        checkpoint.refuse_changed(self.out, self.digests)
+        checkpoint.refuse_changed(self.out, config.resume_from_checkpoint, self.digests)
         method.check_examples(self.examples, config)
         # saved with every checkpoint
         serving.add_tool_template(

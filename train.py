@@ -46,13 +46,12 @@ import guard
 import rollout
 import start
 from itool import ItoolConfig, run_itool, warmup_stages
-from knobs import Count, Fraction, NotNegative, Positive, Share, Steps, check_bounds, knob
+from knobs import Count, Fraction, Natural, NotNegative, Positive, Share, check_bounds, knob
 from methods import METHODS, AfterSft, Group, Rollouts, Row, Rows, Sft, rows_of
 from metrics import Clock, evaluate, logp_difference, rollout_metrics, starting_point, term_norms
 from records import keep_logps
 from run import (
     Run,
-    Stage,
     add,
     all_gather,
     all_sum,
@@ -99,32 +98,32 @@ class Config:
         "constant", "of the rate after its warm-up; cosine: it falls to 0; ToolUPT Table 7"
     )
     warmup_ratio: Share = knob(0.0, "share of the steps in which the rate rises; veRL's default")
-    weight_decay: float = knob(0.01, "of matrices only; veRL's default")
+    weight_decay: NotNegative = knob(0.01, "of matrices only; veRL's default")
     adam_beta2: float = knob(0.999, "veRL's default for actors")
-    max_grad_norm: float = knob(1.0, "veRL's default")
+    max_grad_norm: Positive = knob(1.0, "veRL's default; 1e9: none")
     # adapters
-    lora_rank: int = knob(0, "0: all weights are trained; iTool Appendix B.1: 16")
-    lora_alpha: int = knob(32, "adapters are scaled by alpha / rank; iTool Appendix B.1")
+    lora_rank: Natural = knob(0, "0: all weights are trained; iTool Appendix B.1: 16")
+    lora_alpha: Count = knob(32, "adapters are scaled by alpha / rank; iTool Appendix B.1")
     quant: Literal["none", "4bit"] = knob("none", "4bit: frozen weights in NF4 (QLoRA)")
     # machine
     engine: Literal["vllm", "transformers"] = knob("vllm", "what samples")
     bf16: bool = knob(False, "compute in bfloat16 on a CPU, too, if it has avx512_bf16 or AMX")
-    vllm_gpu_memory_utilization: float = knob(0.0, "vLLM's share of a GPU; 0: what is free")
-    vllm_tensor_parallel_size: int = knob(1, "GPUs that one vLLM model spans")
+    vllm_gpu_memory_utilization: Share = knob(0.0, "vLLM's share of a GPU; 0: what is free")
+    vllm_tensor_parallel_size: Count = knob(1, "GPUs that one vLLM model spans")
     offload_moments: bool = knob(False, "keep AdamW's moments in host memory between steps")
-    max_num_seqs: int = knob(256, "responses that the engine decodes at a time, per rank")
+    max_num_seqs: Count = knob(256, "responses that the engine decodes at a time, per rank")
     max_tokens_per_row: Count = knob(16384, "budget of a micro-batch; a prompt counts once")
     share_prefix: bool = knob(True, "--no_share_prefix: the naive padded computation, to compare")
     gradient_checkpointing: bool = knob(True, "recompute layers in the backward pass")
     torch_compile: bool = knob(False, "compile layers: minutes at the start, then faster steps")
     # records
-    eval_steps: int = knob(50, "steps between greedy evaluations; 0: only before and after")
+    eval_steps: Natural = knob(50, "steps between greedy evaluations; 0: only before and after")
     eval_size: Count = knob(512, "examples of eval_file, a fixed subset")
     save_steps: Count = knob(100, "steps between checkpoints; the last step is always saved")
-    save_total_limit: int = knob(2, "checkpoints to keep; 0: all")
+    save_total_limit: Natural = knob(2, "checkpoints to keep; 0: all")
     resume_from_checkpoint: str = knob("", "latest, or RUN/checkpoint-STEP")
-    term_norm_steps: Steps = knob(
-        0, "steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
+    term_norm_steps: Natural = knob(
+        0, "RL: steps between gradient norms of the loss's terms, of one micro-batch; 0: none"
     )
     log_rollouts: bool = knob(True, "write every response with its advantages to rollouts.jsonl")
     max_logp_difference: NotNegative = knob(
@@ -219,7 +218,7 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
     if isinstance(method, ItoolConfig):
         stages = warmup_stages(config, method, run)
     else:
-        stages = [Stage("sft", run.examples, method.max_steps, config.learning_rate)]
+        stages = [start.Stage("sft", run.examples, method.max_steps, config.learning_rate)]
     best = Path(config.output_dir) / "checkpoint-best"
     best_loss = min(run.records.history("eval/loss"), default=math.inf)
     end = 0  # of the stage
@@ -258,12 +257,12 @@ def run_sft(config: Config, method: Row, run: Run) -> Path:
                         run.engine.sleep()
                         metrics["eval/loss"] = validation_loss(config, run)
                 metrics |= clock.metrics(totals["expert_tokens"] + totals["prompt_tokens"])
-                if metrics.get("eval/loss", math.inf) < best_loss:
+                if better := metrics.get("eval/loss", math.inf) < best_loss:
                     best_loss = metrics["eval/loss"]
-                    run.save_best(step + 1)
-                run.end_step(bar, step, metrics, last, stage=stage.name)
+                run.end_step(bar, step, metrics, last, better, stage=stage.name)
     if best_loss == math.inf:
-        raise ValueError("SFT had no finite validation loss: lower the learning rate")
+        why = f"SFT had no finite validation loss after step {run.first_step}"
+        raise ValueError(f"{why}: lower its learning rate, or resume from an earlier step")
     return best
 
 
@@ -410,6 +409,8 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
             n, accuracy = len(run.eval_examples), before["eval/accuracy"]
             run.say(f"before training: {accuracy:.1%} right on {n} held-out examples")
         best, engine = loop(run.config, row, run), run.engine
+        if loop is not stages[-1][2]:  # asked to stop in the last step of the first stage
+            run.stop_if_asked(run.saved)
         run.close()
         earlier = len(run.records.history("step"))  # a line for each step, and for step 0
     return run
@@ -430,14 +431,9 @@ def stages_of(config: Config, method: Row) -> list[tuple[Config, Row, Callable]]
         changed = {"quant": "none"}  # Appendix B.1: LoRA in the warm-up, QLoRA after it
     else:
         return [(config, method, loop)]
-    first = replace(config, output_dir=f"{config.output_dir}/{name}", **changed)
-    last = config
-    path = config.resume_from_checkpoint
-    if path not in ("", "latest"):  # it belongs to the stage whose folder holds it
-        if Path(path).resolve().parent == Path(config.output_dir).resolve():
-            first = replace(first, resume_from_checkpoint="latest")
-        else:
-            last = replace(config, resume_from_checkpoint="")
+    own = checkpoint.of_stages(config.resume_from_checkpoint, Path(config.output_dir), name)
+    first, last = (replace(config, resume_from_checkpoint=path) for path in own)
+    first = replace(first, output_dir=f"{config.output_dir}/{name}", **changed)
     return [(first, row, run_sft), (last, method, loop)]
 
 

@@ -40,9 +40,9 @@ LABELS = {
 }  # in the order of the papers' tables
 SAMPLES = 1000  # of the bootstrap
 # Entries of settings.json, other than the model, that a figure depends on.
-SETTINGS = ("bfcl_eval", "file", "api_bank", "data", "half", "prompt", "format", "keep_steps")
-SETTINGS += ("temperature", "max_tokens", "max_model_len", "stop_token_ids", "engine", "dtype")
-SETTINGS += ("versions", "allow_thinking")
+SETTINGS = ("bfcl_eval", "rescored_with", "file", "api_bank", "data", "half", "prompt", "format")
+SETTINGS += ("keep_steps", "temperature", "max_tokens", "max_model_len", "stop_token_ids")
+SETTINGS += ("engine", "dtype", "versions", "allow_thinking")
 
 
 def file_columns(counts: dict) -> dict:
@@ -287,6 +287,8 @@ def _provenance(settings):
         lines += [
             f"- bfcl-eval {settings['bfcl_eval']}; earlier turns' tool steps {steps} the prompt"
         ]
+        if settings.get("rescored_with", settings["bfcl_eval"]) != settings["bfcl_eval"]:
+            lines += [f"- judged again with bfcl-eval {settings['rescored_with']}"]
     if settings["half"] is not None:
         lines += [f"- BFCL-half: live cases outside the training half of seed {settings['half']}"]
     return lines

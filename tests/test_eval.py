@@ -1298,6 +1298,21 @@ def test_later_errors_keep_their_traceback(tmp_path, monkeypatch, own):
         evaluation.main(argv)
 
 
+def test_rescore_keeps_what_the_run_read(tmp_path, monkeypatch, own, capsys):
+    """Another version of the data may judge again; it is written beside the run's own."""
+    file, script = own
+    out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)
+    settings = json.loads((out / "settings.json").read_text())
+    evaluation.main(["--rescore", str(out)])
+    assert json.loads((out / "settings.json").read_text()) == settings | {"rescored_with": None}
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    rows[0]["target"], rows[0]["kind"] = "<answer>\nAnother.\n</answer>", "answer"
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        evaluation.main(["--rescore", str(out)])
+    assert f"the examples that {out} answered have changed since" in capsys.readouterr().err
+
+
 def test_rescore_reads_the_responses_only(tmp_path, monkeypatch, own):
     file, script = own
     out, _ = run(tmp_path, monkeypatch, script, bench="file", file=file)

@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_whole_runs import launch, needs_vllm, rows_of, weights_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import itool
@@ -262,6 +263,41 @@ def test_an_empty_answer_is_not_right(tokenizer):
 def test_a_sampled_control_token_opens_no_turn_in_the_question(tokenizer):
     clean = itool.question(tokenizer, "paper", "T", "ab")
     assert itool.question(tokenizer, "paper", "T", f"a{tokenizer.eos_token}b") == clean
+
+
+def test_special_tokens_that_no_field_names_belong_to_no_fragment(tokenizer):
+    """Llama 3.1's <|eom_id|> and <|start_header_id|> are special in tokenizer.json only."""
+    named = AutoTokenizer.from_pretrained(frozen.TOY)
+    named.backend_tokenizer.add_special_tokens(["<|turn|>"])
+    own = AutoTokenizer.from_pretrained(frozen.TOY)
+    own._tokenizer = named.backend_tokenizer
+    token = own.convert_tokens_to_ids("<|turn|>")
+    assert token not in own.all_special_ids and data.special_tokens(own)[token] == "<|turn|>"
+    searcher = itool.Searcher(Scripted(own, [[5]], TEXTS), own)
+    assert searcher._piece(token) == "" != searcher._piece(own.convert_tokens_to_ids("a"))
+    clean = itool.question(own, "paper", "T", "ab")
+    assert itool.question(own, "paper", "T", "a<|turn|>b") == clean
+
+
+def test_blanks_that_sentencepiece_drops_at_a_start_are_kept_within_a_response():
+    """Mistral's and Phi-3's decoder: without them prose would be one fragment, and steps run together."""
+    words = "<s> </s> _a a _It _is _hot . _Take _water".replace("_", "\u2581").split()
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>")
+    backend = Tokenizer(model)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    engine = SimpleNamespace(stop_ids=[1])
+    searcher = itool.Searcher(engine, own, self_evaluation="none")
+    searcher.anchor = [2]
+    ids = [4, 5, 6, 7, 8, 9, 7, 1]
+    pieces = [searcher._piece(i) for i in ids]
+    assert pieces == [" It", " is", " hot", ".", " Take", " water", ".", ""]
+    first = mcts.first_fragment([], pieces)
+    assert ids[:first] == [4, 5, 6, 7]
+    texts = searcher._text(ids[:first]), searcher._text(ids[first:], behind=True)
+    assert "".join(texts) == own.decode(ids[:-1]) == "It is hot. Take water."
 
 
 def test_without_self_evaluation_c_is_zero_and_nobody_is_asked(tokenizer):

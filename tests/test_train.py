@@ -851,6 +851,11 @@ def refusal(call, *arguments) -> str:
         ("--eval_fraction 0", "--eval_file"),
         ("--eval_fraction 1", "--eval_file"),
         ("--save_steps 0", "--save_steps"),
+        ("--save_total_limit -1", "--save_total_limit"),
+        ("--max_grad_norm 0", "--max_grad_norm"),
+        ("--lora_rank -1", "--lora_rank"),
+        ("--algo chord --chord_mu_peak 0.9", "--chord_mu is constant; give a --chord_mu_decay"),
+        ("--algo itool --stages warmup --learning_rate 1e-4", "--warmup_learning_rates"),
         ("--eval_size 0", "--eval_size"),
     ],
 )
@@ -1292,6 +1297,8 @@ def test_rl_starts_at_the_best_sft_checkpoint_with_a_fresh_optimiser(tiny, tmp_p
     assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
     assert [row["eval/loss"] for row in rows] == [*losses.values()]
     assert all(0 <= row["eval/accuracy"] <= 1 for row in [before, *rows])
+    card = (tmp_path / "out/sft/checkpoint-best/README.md").read_text()
+    assert "- Step 2 of 4" in card and f"| after | {rows[1]['eval/accuracy']:.1%} |" in card
 
 
 def weights_of_file(folder) -> dict:
@@ -1511,6 +1518,45 @@ def test_a_run_is_resumed_with_its_own_settings_only(finished, tmp_path):
     misspelt = {**knobs, "resume_from_checkpoint": f"{out}/chekpoint-2"}
     text = refusal(checkpoint.refuse_earlier_run, misspelt)
     assert f"{out}/chekpoint-2-state" in text and "steps [2]" in text
+
+    branch = {
+        **knobs,
+        "output_dir": f"{tmp_path}/new",
+        "resume_from_checkpoint": f"{out}/checkpoint-2",
+    }
+    assert checkpoint.refuse_earlier_run({**branch, "learning_rate": 1.0})
+    text = refusal(checkpoint.refuse_earlier_run, {**branch, "seed": 5})
+    assert f"{out} holds a run with other settings (--seed {first['seed']} -> 5)" in text
+    read = first["digests"]
+    checkpoint.refuse_changed(tmp_path / "new", branch["resume_from_checkpoint"], read)
+    checkpoint.refuse_changed(tmp_path / "new", "", {**read, "train_file": "another"})
+    changed = {**read, "train_file": "another"}
+    text = refusal(checkpoint.refuse_changed, tmp_path / "new", f"{out}/checkpoint-2", changed)
+    assert f"what the run in {out} reads has changed" in text and "-> another" in text
+
+
+def test_a_search_without_a_checkpoint_is_a_run_too(finished, tmp_path):
+    """iTool's first search may take hours, and is reused: by the run that made it only."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(finished / "metrics.jsonl", out)
+    knobs = {**metrics_of(out)[0], "output_dir": str(out), "resume_from_checkpoint": "latest"}
+    other = {**knobs, "seed": knobs["seed"] + 1}
+    assert checkpoint.refuse_earlier_run(other) == []
+    (out / "searches.jsonl").write_text('{"iteration": 1, "step": 0}\n')
+    assert "--seed" in refusal(checkpoint.refuse_earlier_run, other)
+    assert checkpoint.refuse_earlier_run({**other, "resume_from_checkpoint": ""}) == []  # anew
+
+
+def test_a_checkpoint_goes_to_the_stage_that_wrote_it(tmp_path):
+    out = tmp_path / "out"
+    of = lambda path: checkpoint.of_stages(str(path), out, "sft")
+    assert of("") == ("", "") and of("latest") == ("latest", "latest")
+    assert of(out / "checkpoint-7") == ("latest", f"{out}/checkpoint-7")
+    for folder in (out, tmp_path / "earlier"):
+        assert of(folder / "sft/checkpoint-7") == (f"{folder}/sft/checkpoint-7", "")
+    text = refusal(checkpoint.of_stages, f"{tmp_path}/earlier/checkpoint-7", out, "sft")
+    assert f"give a checkpoint in --output_dir {out}, or one of the first stage" in text
 
 
 def test_audit_finds_a_missing_line(finished, tmp_path):

@@ -99,14 +99,16 @@ def check_same_run(out: Path, reference: Path, step: int) -> None:
 
 @pytest.mark.parametrize("ranks", [0, 2])  # 0: without torchrun
 def test_two_stages_interrupted_in_each_and_between_equal_one_go(ranks, command, start, tmp_path):
-    """SFT with its cosine schedule, then RL: SIGTERM within SFT, right at its end and within RL."""
+    """SFT with its cosine schedule, then RL: SIGTERM within SFT, in its last step, behind it and within RL."""
     flags = (
         "--algo sft_fg_dapo_star --sft_max_steps 4 --eval_steps 2 --sft_learning_rate 0.01".split()
     )
     finished(start(command("whole", *flags), ranks=ranks))
     argv, flag = command("parts", *flags), tmp_path / "flag"
-    for stage, call, code in (("sft loss", 3, 143), ("sync", 3, -15), ("loss", 2, 143)):
-        job = start(argv, ranks=ranks, fault=Fault(stage, 0, call, "SIGTERM", f"{flag} {stage}"))
+    faults = ("sft loss", 3, 143), ("sync", 2, 143), ("sync", 2, -15), ("loss", 2, 143)
+    for stage, call, code in faults:
+        once = f"{flag} {stage} {code}"
+        job = start(argv, ranks=ranks, fault=Fault(stage, 0, call, "SIGTERM", once))
         expected = 1 if ranks else code  # torchrun's own
         assert job.wait() == expected, job.text()[
             -3000:

@@ -202,7 +202,8 @@ def curves(stages: dict[str, list[dict]]) -> dict:
         others.setdefault(name.rpartition("/")[0] or name, {})[name] = name
     config, *lines = [*stages.values()][-1]
     last = lines[-1]["step"] if lines else "none"
-    of = f" of {config['max_steps']}" if "max_steps" in config else ""
+    longer = lines and lines[-1]["step"] > config.get("max_steps", 0)  # raised when it was resumed
+    of = f" of {config['max_steps']}" if "max_steps" in config and not longer else ""
     stage = f" of {marks[-1]['name']}" if marks else ""
     note = f"Up to step {last}{of}{stage}. Step 0 is the evaluation before training. "
     if len(kept) < len(rows):
