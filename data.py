@@ -50,6 +50,7 @@ from tasks.converters import (
     CONVERTERS,
     Conversation,
     Drop,
+    Repeated,
     bare,
     guess,
     holds_call,
@@ -920,6 +921,8 @@ def _own(row, place: str) -> Example:
     """Return the Example that `write_jsonl` wrote; ValueError with its place if it is none."""
     remedy = "docs/data.md shows rows; data.write_jsonl writes them"
     try:
+        if isinstance(row, Repeated):
+            raise ValueError("a key is written twice")
         if type(row) is not dict:
             raise ValueError(f"{str(row)[:80]!r} is not an object")
         if not row.get("target"):

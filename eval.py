@@ -444,7 +444,7 @@ def _answer_rest(options, cases, settings):
 
 def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
     """The settings, rows and cases of a run."""
-    settings = json.loads((out / "settings.json").read_text())
+    settings = scores.settings_of(out)
     options = argparse.Namespace(**settings)
     _merge(out)
     rows = list(data.read_jsonl(out / "results.jsonl", growing=True))
@@ -463,7 +463,7 @@ def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
             f"the examples that {out} answered have changed since (hash {settings['data']} -> "
             f"{now['data']}): rescore with the data of the run"
         )
-    return settings | {"rescored_with": now["bfcl_eval"]}, rows, cases
+    return settings | {"judged_with": now["judged_with"]}, rows, cases
 
 
 def rescore(out: Path, settings: dict, rows: list[dict], cases: dict[str, Case]) -> Path:
@@ -508,11 +508,12 @@ def describe(options: argparse.Namespace, cases: list[Case]) -> dict:
 
 
 def _data_read(bench, cases):
-    """bfcl-eval's version, or a hash of the examples that were read."""
+    """bfcl-eval's version, of data and judge; or a hash of the examples that were read."""
     if bench == "bfcl":
-        return {"bfcl_eval": bfcl.package().version, "data": None}
-    digests = "".join(case.digest for case in cases)
-    return {"bfcl_eval": None, "data": hashlib.sha256(digests.encode()).hexdigest()[:16]}
+        version = bfcl.package().version
+        return {"bfcl_eval": version, "judged_with": version, "data": None}
+    digests = hashlib.sha256("".join(case.digest for case in cases).encode()).hexdigest()
+    return {"bfcl_eval": None, "judged_with": None, "data": digests[:16]}
 
 
 def _open(out, settings, sizes):
@@ -521,7 +522,7 @@ def _open(out, settings, sizes):
     path = out / "settings.json"
     old = json.loads(path.read_text()) if path.exists() else {"sizes": {}}
     settings = json.loads(json.dumps(settings))
-    differ = [n for n in SAME if n in old and n in settings and old[n] != settings[n]]
+    differ = [name for name in SAME if name in old and old[name] != settings[name]]
     if differ:
         parts = ", ".join(f"{name} {old[name]} -> {settings[name]}" for name in differ)
         raise ValueError(

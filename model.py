@@ -120,7 +120,7 @@ def load(
         base.gradient_checkpointing_enable({"use_reentrant": False})
     model = _with_lora(base, lora_rank, lora_alpha) if lora_rank > 0 else base
     if torch_compile:
-        for layer in base.get_decoder().layers:
+        for layer in _layers(base):
             layer.forward = torch.compile(layer.forward)  # FSDP2's hooks stay outside
     if dist.is_initialized():
         model = shard(model, compute_dtype=compute_dtype)
@@ -258,7 +258,7 @@ def shard(
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     own = [] if embedding.weight is head.weight else [embedding]
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for module in (*own, *base.get_decoder().layers, model):
+    for module in (*own, *_layers(base), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # sum, not mean
         module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
@@ -657,10 +657,22 @@ def _tensors(model_name_or_path: str, device: str = "cpu") -> dict[str, Callable
     return readers
 
 
+def _layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers; ValueError for a family that keeps them under another name."""
+    layers = getattr(base.get_decoder(), "layers", None)
+    if layers is None:
+        family = base.config.model_type
+        raise ValueError(
+            f"models of type {family} are not supported: their decoder has no `layers`"
+        )
+    return layers
+
+
 def _plain_config(base: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of the merged model, without quantisation."""
+    """The configuration of the merged model as it is saved: fp32, without quantisation."""
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
+    config.dtype = torch.float32
     return config
 
 

@@ -61,6 +61,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 
 import numpy
 import torch
@@ -143,7 +144,9 @@ def stop_ids(tokenizer, model_path: str) -> list[int]:
     """
     try:
         listed = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:  # the file is optional
+    except OSError as error:  # the file is optional
+        if (file := Path(model_path) / "generation_config.json").exists():
+            raise ValueError(f"{file} cannot be read: correct or delete it ({error})") from error
         config = PreTrainedConfig.get_config_dict(model_path)[0]
         listed = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     listed = [listed] if isinstance(listed, int) else listed or []
@@ -566,6 +569,7 @@ class TransformersEngine(Engine):
             rows = self._rows_for([prompts[i] for i in batch], [1] * len(batch))
             for i, row in zip(batch, self._logits(rows, rows.columns).softmax(-1)[:, ids].tolist()):
                 probs[i] = row
+            del rows  # its cache, before a larger one
         return probs
 
     def _batches(self, prompts, limits):

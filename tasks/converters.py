@@ -89,7 +89,7 @@ def chat(row) -> Conversation:
     system = [text for role, text, _ in said if role == "system"]
     if any(role == "system" for role, *_ in said[len(system) :]):
         raise Drop("a system turn in mid-conversation")
-    policy = [] if listed is not None else [_text(row.get("system"), "system"), *system]
+    policy = [_text(row.get("system"), "system"), *(system if listed is None else [])]
     return Conversation(tools, _turns(said, tools), "\n\n".join(filter(None, policy)))
 
 
@@ -290,13 +290,14 @@ def _calls(raw, tools: list[dict]) -> list[dict]:
 # Calls in the markup of other models. <tool_call> blocks are not among them: they are read.
 _MARKUP = re.compile(
     r"""<[|/]?(?:functions?[ _-]?calls?|tool[ _-]?(?:calls|use)|function=|invoke\b|｜tool)
-    | <\|(?:tool_call|python_tag)\|> | \[TOOL_CALLS\] | functools\[ | ✿FUNCTION✿ | ```tool
+    | <\|(?:tool_call|python)_?(?:start|tag)?\|> | <toolcall> | \[TOOL_CALLS\] | functools\[ | ✿FUNCTION✿ | ```tool
     | <tool_code> | <start_function_call> | \bto=functions\.
     | ^[ ]*Action[ ]*:.*\n\s*Action[ ]Input[ ]*:
     | ["'](?:name|function)["']\s*:\s*["'][^"']*["']\s*,\s*["'](?:arguments|parameters|params)["']\s*:
     | \{\s*["'](?:arguments|parameters|params)["']\s*:\s*[{"']""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
+_BARE = re.compile(r"([\w.-]+)\(\s*\w+\s*=")
 _NAMED = re.compile(r"""["'](?:name|function|tool|tool_name|action)["']\s*:\s*["']([^"']*)["']""")
 
 
@@ -305,7 +306,8 @@ def looks_like_call(text: str, names: list[str] = ()) -> bool:
 
     names  declared tool names: {"name": "f"} and f(a=1) are calls only of these
     """
-    if _MARKUP.search(text) or any(name in names for name in _NAMED.findall(text)):
+    named = _NAMED.findall(text) + _BARE.findall(text)
+    if _MARKUP.search(text) or any(name in names for name in named):
         return True
     start = re.sub(r"\A\s*```\w*\s", "", text).lstrip("`[( \n").removeprefix("print(")
     return any(start.startswith(f"{name}(") for name in names)
@@ -409,7 +411,7 @@ def _schema(spec) -> dict:
     out = {k: v for k, v in spec.items() if k != "required" or isinstance(v, list)}
     if isinstance(spec.get("type"), str):
         kind = _json_type(spec["type"])
-        out = {**kind, **out, "type": kind["type"]}
+        out |= {k: v for k, v in kind.items() if k == "type" or k not in out}  # in its place
     if isinstance(out.get("properties"), dict):
         inner = out["properties"].items()
         out["properties"] = {name: _schema(spec) for name, spec in inner if spec is not None}
@@ -483,7 +485,8 @@ def _without_blocks(message) -> list:
     content = message.get("content") if isinstance(message, dict) else None
     blocks = content if isinstance(content, list) else []
     kinds = [block.get("type") if isinstance(block, dict) else None for block in blocks]
-    if not {"tool_use", "tool_result"} & set(map(str, kinds)):
+    thoughts = {"thinking", "redacted_thinking"}
+    if not {"tool_use", "tool_result", *thoughts} & set(map(str, kinds)):
         return [message]
     found, calls, rest = [], [], []
     for kind, block in zip(kinds, blocks, strict=True):
@@ -492,9 +495,10 @@ def _without_blocks(message) -> list:
         elif kind == "tool_result":
             reply = {"tool_call_id": block.get("tool_use_id"), "content": block.get("content")}
             found.append({"role": "tool", **reply})
-        elif kind not in ("thinking", "redacted_thinking"):
+        elif kind not in thoughts:
             rest.append(block)
-    if calls or rest:
+    if calls or rest or not found:
+        calls = calls or message.get("tool_calls")
         found.append({**message, "content": rest or None, "tool_calls": calls})
     return found
 
@@ -518,21 +522,23 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
     python  calls are "[Name(k=v, ...)]"; else JSON, in the message or in <tool_call> blocks
     """
     names = [tool["name"] for tool in tools]
-    turns, ids, places, asked, answered = [], [], [], 0, 0
+    turns, ids, places, asked, answered, told = [], [], [], 0, 0, []
     for role, text, message in said:
         if role == "observation":
             responses, text = _blocks(text, "tool_response")
             reply = message.get("tool_call_id")
             place = ids.index(reply) if reply in ids else len(ids)
             answered += len(responses) or reply in ids
-            if answered > asked or (ids and reply and reply not in ids):
+            told.append(reply if reply in ids else None)
+            twice = reply in ids and told.count(reply) > ids.count(reply)
+            if answered > asked or twice or (ids and reply and reply not in ids):
                 raise Drop("responses do not match the calls")
             index = bisect(places, place)
             places.insert(index, place)
             text = "\n".join([*responses, text]).strip()
             turns.insert(len(turns) - len(places) + 1 + index, (role, text))
         elif role != "system":
-            if answered not in (0, asked):
+            if answered not in (0, asked) or (not answered and len(told) not in (0, 1, asked)):
                 raise Drop("responses do not match the calls")
             calls, raw = [], []
             if role == "assistant":
@@ -549,18 +555,20 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
             if text or not calls:
                 turns.append((role, text))
             if calls:
-                turns.append(("think" if calls[0]["name"] == "think" else "call", calls))
+                thoughts = {call["name"] == "think" for call in calls}
+                if len(thoughts) > 1:
+                    raise Drop("think beside another call")
+                turns.append(("think" if True in thoughts else "call", calls))
             ids = [call.get("id") for call in raw]
-            ids, places, asked, answered = ids if all(ids) else [], [], len(calls), 0
+            ids, places, asked, answered, told = ids if all(ids) else [], [], len(calls), 0, []
     return turns
 
 
 def _json_calls(text: str, message: dict) -> tuple[list, str]:
     """Return the raw calls in the fields or the text of an assistant's turn, and the other text."""
     blocks, text = _blocks(text, "tool_call")
-    raw = [_decode(block) for block in blocks]
-    for key in ("tool_calls", "function_call"):
-        calls = _decode(message.get(key) or "[]")
+    raw, fields = [], [message.get(key) or "[]" for key in ("tool_calls", "function_call")]
+    for calls in map(_decode, [*blocks, *fields]):
         raw += calls if isinstance(calls, list) else [calls]
     return raw, text
 
@@ -569,7 +577,7 @@ def _listed(said: list[tuple]) -> str | None:
     """Return what the system turn of a chat holds between <tools> tags; None without such tags."""
     system = next((text for role, text, _ in said if role == "system"), "")
     _, tag, listed = system.rpartition("<tools>")
-    return listed.rpartition("</tools>")[0] if tag else None
+    return listed.rpartition("</tools>")[0] if "</tools>" in listed else None
 
 
 def _spoken(text: str) -> str:

@@ -40,7 +40,7 @@ LABELS = {
 }  # in the order of the papers' tables
 SAMPLES = 1000  # of the bootstrap
 # Entries of settings.json, other than the model, that a figure depends on.
-SETTINGS = ("bfcl_eval", "rescored_with", "file", "api_bank", "data", "half", "prompt", "format")
+SETTINGS = ("bfcl_eval", "judged_with", "file", "api_bank", "data", "half", "prompt", "format")
 SETTINGS += ("keep_steps", "temperature", "max_tokens", "max_model_len", "stop_token_ids")
 SETTINGS += ("engine", "dtype", "versions", "allow_thinking")
 
@@ -95,14 +95,19 @@ def compare(outs: list[Path]) -> str:
         raise ValueError(f"different benchmarks: {', '.join(s['bench'] for s in settings)}")
     common = set.intersection(*({row["id"] for row in rows} for rows in results))
     if not common:
-        raise ValueError("the runs have no case in common")
+        raise ValueError(
+            "the runs have no case in common; one that was interrupted has its rows in "
+            "results.part*.jsonl: start it again, or --rescore it"
+        )
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
     for name in SETTINGS:
-        if len({str(s.get(name) or None) for s in settings}) > 1:
+        given = [s.get(name) for s in settings]
+        if len({None if x in (None, "") or x is False else str(x) for x in given}) > 1:
             lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
     targets = [{row["id"]: row.get("target") for row in rows} for rows in results]
-    other = sorted(i for i in common if any(t[i] != targets[0][i] for t in targets))
+    # an over-long prompt has none
+    other = sorted(i for i in common if len({t[i] for t in targets} - {None}) > 1)
     if other:
         raise ValueError(f"{len(other)} common cases have different targets, {other[0]} for one")
     results = [[row for row in rows if row["id"] in common] for rows in results]
@@ -287,8 +292,8 @@ def _provenance(settings):
         lines += [
             f"- bfcl-eval {settings['bfcl_eval']}; earlier turns' tool steps {steps} the prompt"
         ]
-        if settings.get("rescored_with", settings["bfcl_eval"]) != settings["bfcl_eval"]:
-            lines += [f"- judged again with bfcl-eval {settings['rescored_with']}"]
+        if settings.get("judged_with", settings["bfcl_eval"]) != settings["bfcl_eval"]:
+            lines += [f"- judged again with bfcl-eval {settings['judged_with']}"]
     if settings["half"] is not None:
         lines += [f"- BFCL-half: live cases outside the training half of seed {settings['half']}"]
     return lines
@@ -316,8 +321,9 @@ def _notes(rows, settings):
         lines += [f"- {raised} cases count as wrong because BFCL's checker itself raised an error."]
     if settings["bench"] == "file" and settings["format"] == "toolupt":
         pairs = [(row["turns"][0][0], row["target"]) for row in rows if not row["over_long"]]
-        mean = sum(rewards.outcome(*pair).total for pair in pairs) / (len(pairs) or float("nan"))
-        lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12)"]
+        totals = [rewards.outcome(*pair).total for pair in pairs] + [-3] * (len(rows) - len(pairs))
+        mean = sum(totals) / (len(totals) or float("nan"))
+        lines += [f"- mean outcome reward {mean:.3f} in [-3, 4] (Eq. 12; over-long prompts: -3)"]
     wrong, long, cut, quit = _faults(rows)
     lines += [
         f"- {len(rows)} cases: {wrong} with a malformed response, {long} with an over-long prompt"
@@ -330,7 +336,14 @@ def _notes(rows, settings):
 def _read(out):
     """The rows and the settings of a run."""
     rows = list(read_jsonl(out / "results.jsonl", growing=True))
-    return rows, json.loads((out / "settings.json").read_text())
+    return rows, settings_of(out)
+
+
+def settings_of(out: Path) -> dict:
+    """What an evaluation wrote of itself; ValueError where none wrote into this folder."""
+    if not (path := out / "settings.json").exists():
+        raise ValueError(f"{out} holds no evaluation: give an --output_dir of eval.py")
+    return json.loads(path.read_text())
 
 
 def _table(columns, rows):

@@ -447,12 +447,13 @@ def test_anthropic_blocks_are_read_as_calls_and_results():
         {"type": "tool_result", "tool_use_id": "Oslo", "content": "rain"},
     ]
     thought = {"type": "thinking", "thinking": "Two cities.", "signature": "x"}
+    hidden = {"type": "redacted_thinking", "data": "x"}
     looking, more = [{"type": "text", "text": text} for text in ("Let me look.", "And Bonn?")]
     row = openai_row(
         ("user", "q"),
         ("assistant", [thought, looking, *use]),
         ("user", [*results, more]),
-        ("assistant", [{"type": "text", "text": "Which Bonn?"}]),
+        ("assistant", [thought, hidden, {"type": "text", "text": "Which Bonn?"}]),
     )
     row["tools"] = [{"name": "weather", "description": "w", "input_schema": WEATHER["parameters"]}]
     row["system"] = "Be brief."
@@ -469,6 +470,48 @@ def test_anthropic_blocks_are_read_as_calls_and_results():
     use[0]["name"] = "undeclared"
     assert reason("openai", row) == "undeclared tool name"
     assert converters.holds_call(row)
+
+
+def test_results_without_ids_are_one_for_all_calls_or_one_for_each():
+    asked = called({"city": "Oslo"})
+    del asked["tool_calls"][0]["id"]
+    asked["tool_calls"] *= 3
+    rows = [
+        openai_row(("user", "q"), asked, *[("tool", "rain")] * n, ("user", "So?"))
+        for n in range(1, 5)
+    ]
+    found = []
+    for row in rows:
+        try:
+            CONVERTERS["openai"](row)
+            found.append("")
+        except Drop as drop:
+            found.append(str(drop))
+    assert found == ["", "responses do not match the calls", "", "responses do not match the calls"]
+
+
+def test_a_result_twice_for_one_call_and_none_for_the_other():
+    asked = called({"city": "Oslo"})
+    asked["tool_calls"] = [asked["tool_calls"][0] | {"id": city} for city in ("Oslo", "Rome")]
+    reply = {"role": "tool", "content": "rain", "tool_call_id": "Oslo"}
+    row = openai_row(("user", "q"), asked, reply, reply)
+    assert reason("openai", row) == "responses do not match the calls"
+
+
+def test_a_list_of_calls_in_one_block_is_parallel_calls():
+    calls = [{"name": "weather", "arguments": {"city": city}} for city in ("Oslo", "Rome")]
+    row = openai_row(("user", "q"), ("assistant", f"<tool_call>{json.dumps(calls)}</tool_call>"))
+    _, (role, read) = CONVERTERS["openai"](row).turns
+    assert role == "call" and [call["params"]["city"] for call in read] == ["Oslo", "Rome"]
+
+
+def test_a_thought_beside_a_call_is_no_decision():
+    think = {"name": "think", "arguments": {"thought": "t"}}
+    calls = [think, {"name": "weather", "arguments": {"city": "Oslo"}}]
+    for order in (calls, calls[::-1]):
+        row = sharegpt_row(("human", "q"), ("function_call", json.dumps(order)))
+        row["tools"] = json.dumps([WEATHER, {"name": "think", "description": "", "parameters": {}}])
+        assert reason("sharegpt", row) == "think beside another call"
 
 
 def test_openai_results_stand_in_the_order_of_their_calls():
@@ -581,6 +624,12 @@ UNREAD_CALLS = [
     '<tool_code>\nweather(city="Oslo")\n</tool_code>',
     "<start_function_call>call:weather{city:Oslo}<end_function_call>",
     '<|channel|>commentary to=functions.weather <|message|>{"city": "Oslo"}<|call|>',
+    '<|tool_call_start|>[weather(city="Oslo")]<|tool_call_end|>',
+    '<|python_start|>[weather(city="Oslo")]<|python_end|>',
+    '<TOOLCALL>[weather(city="Oslo")]</TOOLCALL>',
+    'Let me check.\n[weather(city="Oslo")]',
+    'Let me check.\n```python\nweather( city="Oslo")\n```',
+    'Action: weather(city="Oslo")',
 ]  # fmt: skip
 
 
@@ -615,6 +664,7 @@ def test_a_call_in_other_markup_is_dropped_with_what_follows_and_never_an_answer
         "```python\nprint(7)\n```",
         "[1] Rain. [2](http://a.b)",
         "The function is f(x) = 2x, its arguments are real.",
+        "Ask weather() for it, or f(x=1).",
     ],
 )
 def test_prose_is_an_answer(text):

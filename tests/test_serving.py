@@ -74,7 +74,10 @@ def toy_tokenizer(template=None):
 
 
 def tool(name):
-    properties = {"city": {"type": "string", "description": "Ünï <b>"}, "n": {"type": "integer"}}
+    city = {"type": "string", "description": "Ünï <b>"}
+    if name == "g":  # pydantic's order
+        city = dict(sorted(city.items()))
+    properties = {"city": city, "n": {"type": "integer"}}
     schema = {"type": "object", "properties": properties, "required": ["city"]}
     return {"name": name, "description": f"What {name} does", "parameters": schema}
 
@@ -241,7 +244,19 @@ EMPTY = {"type": "object", "properties": {}, "required": []}
 
 
 @pytest.mark.parametrize(
-    "roles", ["user call", "user call user", "user tool", "user call tool user tool"]
+    "roles",
+    [
+        "user call",
+        "user call user",
+        "user tool",
+        "user call tool user tool",
+        "user calls tool user",
+        "user calls tool",
+        "user call tool tool",
+        "user calls first other",
+        "user function",
+        "user old",
+    ],
 )
 def test_calls_and_results_that_do_not_match_are_errors(roles):
     tokenizer = toy_tokenizer()
@@ -250,9 +265,29 @@ def test_calls_and_results_that_do_not_match_are_errors(roles):
         "user": {"role": "user", "content": "hello"},
         "tool": {"role": "tool", "content": "done"},
         "call": {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        "first": {"role": "tool", "tool_call_id": "1", "content": "done"},
+        "other": {"role": "tool", "tool_call_id": "9", "content": "done"},
+        "function": {"role": "function", "name": "f", "content": "done"},
+        "old": {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
     }
-    with pytest.raises(Exception, match="a tool call without a result|without a tool call before"):
+    two = [{"id": i, "function": {"name": "f", "arguments": {}}} for i in "12"]
+    made["calls"] = {"role": "assistant", "tool_calls": two}
+    wrong = "call without a result|without a tool call before|no call before it has|roles are"
+    with pytest.raises(Exception, match=wrong):
         tokenizer.apply_chat_template([made[r] for r in roles.split()], tools=[tool("f")])
+
+
+def test_results_stand_in_the_order_of_their_calls():
+    tokenizer = toy_tokenizer()
+    serving.add_tool_template(tokenizer)
+    calls = [{"id": i, "function": {"name": "f", "arguments": {}}} for i in "12"]
+    asked = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]
+    told = [{"role": "tool", "tool_call_id": i, "content": f"result {i}"} for i in "12"]
+    texts = [
+        tokenizer.apply_chat_template([*asked, *results], tools=[tool("f")], tokenize=False)
+        for results in (told, told[::-1])
+    ]
+    assert texts[0] == texts[1] and "observation: result 1\nresult 2" in texts[0]
 
 
 def test_the_system_prompt_that_a_run_trained_with():

@@ -74,6 +74,7 @@ CASES = (  # model, machine, flags, name
 )
 CHUNK = 512  # packing.response_logps
 PREFILL = 8192  # rollout.PREFILL_TOKENS
+CACHE = 2**32  # bytes of the transformers engine's KV cache on a GPU (rollout.make_engine)
 GB, GIB = 1e9, 2**30
 NF4 = 0.5 + 0.127 / 8  # bytes per weight, doubly quantised constants included
 
@@ -255,14 +256,20 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
         f"{p['states'] / GB:.1f} GB weights, gradients and moments + {p['gathered'] / GB:.1f} GB gathered "
         f"+ {p['logits'] / GB:.1f} GB logits + {p['kept'] / GB:.1f} GB CUDA and graphs"
     )
-    least = p["update_peak"] - p["activations"] + p["kept"]
+    engine = 0.0
+    if getattr(config, "engine", "vllm") == "transformers":  # it does not sleep
+        engine = 2 * p["parameters"] + CACHE
+        parts += f" + {engine / GB:.1f} GB weights and KV cache of --engine transformers"
+    least = p["update_peak"] - p["activations"] + p["kept"] + engine
     if least > card:
         raise ValueError(
             f"the GPU is too small for an update: {parts} = {least / GB:.1f} GB of {card / GB:.1f} GB; use more GPUs, "
             "--offload_moments, --lora_rank 16 (with --quant 4bit) or a smaller model"
         )
     share, text = config.vllm_gpu_memory_utilization, "vLLM's share of the GPU is as given"
-    if not share:
+    if engine:
+        text = f"the engine keeps {engine / GB:.1f} GB of the GPU: weights and KV cache"
+    elif not share:
         longest = (
             (args.max_prompt_length + args.max_completion_length)
             * p["kv_token"]
@@ -270,7 +277,7 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
         )
         held = p["resident"] + p["kept"]
         share, text = engine_memory_share(card, held, p["vllm_weights"], p["vllm_working"], longest)
-    if p["update_peak"] + p["kept"] > card:
+    if p["update_peak"] + p["kept"] + engine > card:
         text += (
             f"\nThe longest rows may not fit into an update: {parts} + {p['activations'] / GB:.1f} GB activations of "
             f"{card / GB:.1f} GB; if so, lower --max_tokens_per_row or --max_prompt_length"

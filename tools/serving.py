@@ -44,11 +44,11 @@ PREAMBLE = """\
 {%- for part in content -%}{{- ("" if loop.first else "\\n") ~ part["text"] -}}{%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
-{%- set chat = namespace(policy=[], history=[], query="", steps=[], call=none, seen=none) -%}
+{%- set chat = namespace(policy=[], history=[], query="", steps=[], call=none, ids=[], told=[]) -%}
 {%- for message in messages -%}
 {%- set content = text_of(message["content"]) | trim -%}
 {%- if chat.call and message["role"] != "tool" -%}
-{{- raise_exception("a tool call without a result: send a message with role tool after it") -}}
+{{- raise_exception("a tool call without a result: send a message with role tool for each call") -}}
 {%- endif -%}
 {%- if message["role"] in ("system", "developer") -%}
 {%- set chat.policy = chat.policy + [content] -%}
@@ -56,23 +56,35 @@ PREAMBLE = """\
 {%- if chat.query -%}{%- set chat.history = chat.history + ["user: " ~ chat.query] -%}{%- endif -%}
 {%- set chat.query = content -%}
 {%- elif message["role"] == "tool" -%}
-{%- if chat.call -%}
-{%- set chat.steps = chat.steps + [[chat.call, content]] -%}
-{%- elif chat.seen == "tool" -%}
-{%- set last = chat.steps[-1] -%}
-{%- set chat.steps = chat.steps[:-1] + [[last[0], last[1] ~ "\\n" ~ content]] -%}
-{%- else -%}
+{%- if not chat.call -%}
 {{- raise_exception("a message with role tool without a tool call before it") -}}
 {%- endif -%}
+{%- set id = message["tool_call_id"] or none -%}
+{%- if id and chat.ids | select | list and id not in chat.ids -%}
+{{- raise_exception("a message with role tool whose tool_call_id no call before it has") -}}
+{%- endif -%}
+{%- set place = chat.ids.index(id) if id and id in chat.ids else chat.told | length -%}
+{%- set chat.told = chat.told + [[place, content]] -%}
+{%- if chat.told | length == chat.ids | length -%}
+{%- set result = chat.told | sort(attribute="0") | map(attribute="1") | join("\\n") -%}
+{%- set chat.steps = chat.steps + [[chat.call, result]] -%}
 {%- set chat.call = none -%}
+{%- endif -%}
+{%- elif message["role"] != "assistant" or message["function_call"] -%}
+{{- raise_exception("roles are system, developer, user, assistant and tool; calls are tool_calls") -}}
 {%- elif message["tool_calls"] -%}
 {%- set calls = namespace(texts=[]) -%}
+{%- set chat.ids = [] -%}
+{%- set chat.told = [] -%}
 {%- for call in message["tool_calls"] -%}
 {%- set call = call["function"] or call -%}
 {%- set params = call["arguments"] or "{}" -%}
 {%- set params = params if params is string else params | tojson -%}
 {%- set name = call["name"] | tojson -%}
 {%- set calls.texts = calls.texts + ['{"name": ' ~ name ~ ', "params": ' ~ params ~ '}'] -%}
+{%- endfor -%}
+{%- for call in message["tool_calls"] -%}
+{%- set chat.ids = chat.ids + [call["id"] or none] -%}
 {%- endfor -%}
 {%- set chat.call = calls.texts | join(", ") -%}
 {%- if calls.texts | length > 1 -%}{%- set chat.call = "[" ~ chat.call ~ "]" -%}{%- endif -%}
@@ -81,10 +93,9 @@ PREAMBLE = """\
 {%- set chat.history = chat.history + ["assistant: " ~ content] -%}
 {%- set chat.query = "" -%}
 {%- endif -%}
-{%- set chat.seen = message["role"] -%}
 {%- endfor -%}
 {%- if chat.call -%}
-{{- raise_exception("a tool call without a result: send a message with role tool after it") -}}
+{{- raise_exception("a tool call without a result: send a message with role tool for each call") -}}
 {%- endif -%}
 {%- set listed = namespace(tools=[], steps=[]) -%}
 {%- for tool in tools or [] -%}

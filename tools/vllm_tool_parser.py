@@ -143,9 +143,8 @@ class ToolUPTParser(ToolParser):
         self.reader = Reader(self.opening)
 
     def adjust_request(self, request):
-        """Have the tags decoded where the tokenizer counts them among its special tokens."""
-        if set(TAGS) & set(getattr(self.model_tokenizer, "all_special_tokens", ())):
-            request.skip_special_tokens = False
+        """Have the tags decoded: a tokenizer may count them among its special tokens."""
+        request.skip_special_tokens = False
         return super().adjust_request(request)
 
     def extract_tool_calls(self, model_output, request) -> ExtractedToolCallInformation:
