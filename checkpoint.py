@@ -249,10 +249,11 @@ def refuse_changed(out: Path, where: str, digests: dict[str, str]) -> None:
         if earlier.get(name) != digests.get(name)
     ]
     if changed:
+        steps = saved_steps(folder)
+        model = f" with --model_name_or_path {folder}/checkpoint-{steps[-1]}" if steps else ""
         raise ValueError(
             f"what the run in {folder} reads has changed since its start ({'; '.join(changed)}): "
-            "put it back to resume. To go on with the new one, start in another --output_dir with "
-            f"a checkpoint of {folder} as --model_name_or_path"
+            f"put it back to resume. To use the new one, start in another --output_dir{model}"
         )
 
 

@@ -476,6 +476,9 @@ def draw(path: Path) -> str:
             matched = [y and 100 * y for y in rollouts["tokens_matched/calls"]]
             axes[3].plot(steps, smooth(matched), **style)
     titles = (f"test calls right, of {calls}", f"test answers right, of {answers}")
+    sizes = [arm["config"]["eval_size"] for arm in record["arms"].values()]
+    if start_scores and sizes and min(sizes) < calls + answers:
+        titles = tuple(f"{what} right, in {min(sizes)} test rows" for what in ("calls", "answers"))
     titles += (
         "reward of rollouts, mean of ten updates",
         "expert tokens matched, mean of ten updates",

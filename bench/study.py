@@ -34,9 +34,11 @@ CONSTANT = "--balance_low 0.97 --balance_high 0.97"
 STRONG = "--no_spo_phi --spo_beta 0.13"
 ITOOL = (  # 512 examples, an epoch of each stage
     "--algo itool --train_fraction 0.125 --train_batch_size 16 --warmup_epochs 1 "
-    "--warmup_learning_rates 5e-4 2e-4 1e-4 --learning_rate 1e-3 --temperature 1.0 --save_total_limit 1"
+    "--warmup_learning_rates 5e-4 2e-4 1e-4 --temperature 1.0 --save_total_limit 1"
 )
-SEARCH = "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none"  # 76 trees an iteration
+SEARCH = (  # 76 trees an iteration
+    "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none --learning_rate 1e-3"
+)
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
     "sft": "--algo sft",
     "dapo_star": "--algo dapo_star",
