@@ -178,7 +178,7 @@ def continued(out: Path, where: str) -> Path | None:
 def of_stages(where: str, out: Path, first: str) -> tuple[str, str]:
     """--resume_from_checkpoint of both stages of a run into `out`, the first in its folder `first`.
 
-    ValueError for a checkpoint that neither stage can go on from.
+    ValueError for a checkpoint that is in neither stage's folder.
     """
     if where in ("", "latest"):
         return where, where
@@ -188,8 +188,8 @@ def of_stages(where: str, out: Path, first: str) -> tuple[str, str]:
     if folder.name == first:
         return where, ""
     raise ValueError(
-        f"--resume_from_checkpoint {where}: give a checkpoint in --output_dir {out}, or one of the "
-        f"first stage, in a folder {first}"
+        f"--resume_from_checkpoint {where}: give a checkpoint in --output_dir {out}, or one of a "
+        f"first stage, in a folder named {first}; to start from its model, --model_name_or_path"
     )
 
 

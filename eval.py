@@ -75,6 +75,7 @@ class Case:
     talk: Callable[[dict], Generator[data.Example, str, None]]  # fills the row with the responses
     score: Callable[[dict], dict]  # row -> correct, error_type, error, error_class, ...
     digest: str = ""  # of the example as it was read, whatever --format makes of it
+    target: str = ""  # the expert's response, of examples
 
 
 # --- the loop ---
@@ -271,7 +272,8 @@ def file_cases(options: argparse.Namespace) -> list[Case]:
 def example_case(example: data.Example, form: str = "toolupt") -> Case:
     """A case for --bench file and for evaluations during training; its row has the target."""
     score = partial(_file_score, example.target, form)
-    return Case(example.id, example.kind, partial(_single, example), score)
+    talk = partial(_single, example)
+    return Case(example.id, example.kind, talk, score, target=example.target)
 
 
 BENCHES = {"bfcl": bfcl_cases, "api_bank": api_bank_cases, "file": file_cases}
@@ -457,13 +459,16 @@ def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    now = _data_read(options.bench, cases.values())
-    if now["data"] not in (None, settings.get("data", now["data"])):
+    moved = [
+        row["id"] for row in rows if row.get("target", "") not in ("", cases[row["id"]].target)
+    ]
+    if moved and options.bench == "file":
         raise ValueError(
-            f"the examples that {out} answered have changed since (hash {settings['data']} -> "
-            f"{now['data']}): rescore with the data of the run"
+            f"{len(moved)} targets of {out} are others in the data now, {moved[0]} for one: "
+            "rescore with the data of the run"
         )
-    return settings | {"judged_with": now["judged_with"]}, rows, cases
+    now = _data_read(options.bench, cases.values())["judged_with"]
+    return settings | {"judged_with": now}, rows, cases
 
 
 def rescore(out: Path, settings: dict, rows: list[dict], cases: dict[str, Case]) -> Path:

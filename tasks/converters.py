@@ -89,8 +89,9 @@ def chat(row) -> Conversation:
     system = [text for role, text, _ in said if role == "system"]
     if any(role == "system" for role, *_ in said[len(system) :]):
         raise Drop("a system turn in mid-conversation")
-    policy = [_text(row.get("system"), "system"), *(system if listed is None else [])]
-    return Conversation(tools, _turns(said, tools), "\n\n".join(filter(None, policy)))
+    policy = [_text(row.get("system"), "system"), *system]
+    policy = [text for text in policy if text and "</tools>" not in text]
+    return Conversation(tools, _turns(said, tools), "\n\n".join(policy))
 
 
 def hermes(row) -> Conversation:
@@ -297,7 +298,9 @@ _MARKUP = re.compile(
     | \{\s*["'](?:arguments|parameters|params)["']\s*:\s*[{"']""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-_BARE = re.compile(r"([\w.-]+)\(\s*\w+\s*=")
+_BARE = re.compile(  # where a call begins, not in mid-sentence
+    r"^[ \t]*(?:Action[ ]*:[ ]*)?\[?([\w.-]+)\(\s*\w+\s*=(?!=|\s*\.\.\.)", re.MULTILINE
+)
 _NAMED = re.compile(r"""["'](?:name|function|tool|tool_name|action)["']\s*:\s*["']([^"']*)["']""")
 
 
@@ -538,7 +541,8 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
             text = "\n".join([*responses, text]).strip()
             turns.insert(len(turns) - len(places) + 1 + index, (role, text))
         elif role != "system":
-            if answered not in (0, asked) or (not answered and len(told) not in (0, 1, asked)):
+            some = answered or (len(told) if asked > 1 and len(told) > 1 else 0)
+            if some not in (0, asked):
                 raise Drop("responses do not match the calls")
             calls, raw = [], []
             if role == "assistant":

@@ -102,7 +102,10 @@ def compare(outs: list[Path]) -> str:
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
     for name in SETTINGS:
-        given = [s.get(name) for s in settings]
+        given = [
+            s.get("bfcl_eval" if name == "judged_with" and name not in s else name)
+            for s in settings
+        ]
         if len({None if x in (None, "") or x is False else str(x) for x in given}) > 1:
             lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
     targets = [  # an over-long prompt has none

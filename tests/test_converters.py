@@ -488,6 +488,17 @@ def test_results_without_ids_are_one_for_all_calls_or_one_for_each():
         except Drop as drop:
             found.append(str(drop))
     assert found == ["", "responses do not match the calls", "", "responses do not match the calls"]
+    halves = openai_row(("user", "q"), called({}), *[("tool", "rain")] * 2, ("user", "So?"))
+    assert [role for role, _ in CONVERTERS["openai"](halves).turns].count("observation") == 2
+
+
+def test_a_tool_list_in_a_system_field_is_no_policy():
+    listed = f"Call <tools>{json.dumps([WEATHER])}</tools> so."
+    row = {"messages": [{"role": "system", "content": listed}, {"role": "user", "content": "q"}]}
+    assert CONVERTERS["openai"]({**row, "system": listed}).policy == ""
+    assert CONVERTERS["openai"]({**row, "system": "Be brief."}).policy == "Be brief."
+    row["messages"][0]["content"] = "Put them in <tools> tags."
+    assert CONVERTERS["openai"](row).policy == "Put them in <tools> tags."
 
 
 def test_a_result_twice_for_one_call_and_none_for_the_other():
@@ -665,6 +676,8 @@ def test_a_call_in_other_markup_is_dropped_with_what_follows_and_never_an_answer
         "[1] Rain. [2](http://a.b)",
         "The function is f(x) = 2x, its arguments are real.",
         "Ask weather() for it, or f(x=1).",
+        "I would call weather(city=...) or weather(city='Oslo') once you tell me where.",
+        "a" * 100_000,
     ],
 )
 def test_prose_is_an_answer(text):

@@ -1310,7 +1310,7 @@ def test_rescore_keeps_what_the_run_read(tmp_path, monkeypatch, own, capsys):
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit):
         evaluation.main(["--rescore", str(out)])
-    assert f"the examples that {out} answered have changed since" in capsys.readouterr().err
+    assert f"1 targets of {out} are others in the data now" in capsys.readouterr().err
 
 
 def test_rescore_reads_the_responses_only(tmp_path, monkeypatch, own):

@@ -254,6 +254,7 @@ EMPTY = {"type": "object", "properties": {}, "required": []}
         "user calls tool",
         "user call tool tool",
         "user calls first other",
+        "user calls first first",
         "user function",
         "user old",
     ],
@@ -272,7 +273,7 @@ def test_calls_and_results_that_do_not_match_are_errors(roles):
     }
     two = [{"id": i, "function": {"name": "f", "arguments": {}}} for i in "12"]
     made["calls"] = {"role": "assistant", "tool_calls": two}
-    wrong = "call without a result|without a tool call before|no call before it has|roles are"
+    wrong = "call without a result|without a tool call before|no call before it has|roles are|two messages"
     with pytest.raises(Exception, match=wrong):
         tokenizer.apply_chat_template([made[r] for r in roles.split()], tools=[tool("f")])
 

@@ -1556,7 +1556,7 @@ def test_a_checkpoint_goes_to_the_stage_that_wrote_it(tmp_path):
     for folder in (out, tmp_path / "earlier"):
         assert of(folder / "sft/checkpoint-7") == (f"{folder}/sft/checkpoint-7", "")
     text = refusal(checkpoint.of_stages, f"{tmp_path}/earlier/checkpoint-7", out, "sft")
-    assert f"give a checkpoint in --output_dir {out}, or one of the first stage" in text
+    assert f"give a checkpoint in --output_dir {out}, or one of a first stage" in text
 
 
 def test_audit_finds_a_missing_line(finished, tmp_path):

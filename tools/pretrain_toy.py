@@ -310,6 +310,8 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=4, help="tool lists per optimiser step")
     parser.add_argument("--out", type=Path, default=Path("toy_model"))
     args = parser.parse_args()
+    if min(args.minutes, args.habit_minutes) <= 0:
+        parser.error("--minutes and --habit_minutes: each stage needs some time")
     tokenizer = train_tokenizer()
     model = new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")

@@ -64,6 +64,10 @@ PREAMBLE = """\
 {{- raise_exception("a message with role tool whose tool_call_id no call before it has") -}}
 {%- endif -%}
 {%- set place = chat.ids.index(id) if id and id in chat.ids else chat.told | length -%}
+{%- set before = chat.told | map(attribute="0") | select("equalto", place) | list -%}
+{%- if id and before | length >= chat.ids | select("equalto", id) | list | length > 0 -%}
+{{- raise_exception("two messages with role tool for one tool_call_id") -}}
+{%- endif -%}
 {%- set chat.told = chat.told + [[place, content]] -%}
 {%- if chat.told | length == chat.ids | length -%}
 {%- set result = chat.told | sort(attribute="0") | map(attribute="1") | join("\\n") -%}
@@ -77,14 +81,12 @@ PREAMBLE = """\
 {%- set chat.ids = [] -%}
 {%- set chat.told = [] -%}
 {%- for call in message["tool_calls"] -%}
+{%- set chat.ids = chat.ids + [call["id"] or none] -%}
 {%- set call = call["function"] or call -%}
 {%- set params = call["arguments"] or "{}" -%}
 {%- set params = params if params is string else params | tojson -%}
 {%- set name = call["name"] | tojson -%}
 {%- set calls.texts = calls.texts + ['{"name": ' ~ name ~ ', "params": ' ~ params ~ '}'] -%}
-{%- endfor -%}
-{%- for call in message["tool_calls"] -%}
-{%- set chat.ids = chat.ids + [call["id"] or none] -%}
 {%- endfor -%}
 {%- set chat.call = calls.texts | join(", ") -%}
 {%- if calls.texts | length > 1 -%}{%- set chat.call = "[" ~ chat.call ~ "]" -%}{%- endif -%}
