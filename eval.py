@@ -459,10 +459,12 @@ def recorded(out: Path) -> tuple[dict, list[dict], dict[str, Case]]:
             f"{len(gone)} cases of {out} are not in the data any more, {gone[0]} for one: "
             "rescore with the data (for BFCL the version of bfcl-eval) of the run"
         )
-    moved = [
-        row["id"] for row in rows if row.get("target", "") not in ("", cases[row["id"]].target)
-    ]
-    if moved and options.bench == "file":
+    moved = []
+    for row in rows:
+        target = cases[row["id"]].target  # "" but for --bench file
+        if target and row.get("target", target) != target:
+            moved.append(row["id"])
+    if moved:
         raise ValueError(
             f"{len(moved)} targets of {out} are others in the data now, {moved[0]} for one: "
             "rescore with the data of the run"

@@ -58,7 +58,7 @@ from methods import Sft
 from run import Run, sync
 
 RECIPE = "recipes/qwen2.5-coder-0.5b.args"
-STRONG = "--no_spo_phi --spo_beta 0.13 --balance_low 0.97 --balance_high 0.97"  # bench/study.py
+STRONG = "@recipes/strong-spo.args"
 ARMS = {  # name -> --algo, the model that it begins with, flags
     "toolupt": ("toolupt", "start", ""),
     "toolupt_strong": ("toolupt", "start", STRONG),

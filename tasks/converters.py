@@ -541,8 +541,8 @@ def _turns(said: list[tuple], tools: list[dict], python: bool = False) -> list[t
             text = "\n".join([*responses, text]).strip()
             turns.insert(len(turns) - len(places) + 1 + index, (role, text))
         elif role != "system":
-            some = answered or (len(told) if asked > 1 and len(told) > 1 else 0)
-            if some not in (0, asked):
+            plain = 0 if answered else len(told)  # without ids: one for all calls, or one for each
+            if answered not in (0, asked) or (asked > 1 and plain not in (0, 1, asked)):
                 raise Drop("responses do not match the calls")
             calls, raw = [], []
             if role == "assistant":

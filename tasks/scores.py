@@ -102,12 +102,9 @@ def compare(outs: list[Path]) -> str:
     lines = [f"{len(common)} common cases"]
     lines += [f"  {out}: {len(rows)} cases" for out, rows in zip(outs, results)]
     for name in SETTINGS:
-        given = [
-            s.get("bfcl_eval" if name == "judged_with" and name not in s else name)
-            for s in settings
-        ]
+        given = [s.get(name) for s in settings]
         if len({None if x in (None, "") or x is False else str(x) for x in given}) > 1:
-            lines += [f"WARNING: {name} differs: " + ", ".join(str(s.get(name)) for s in settings)]
+            lines += [f"WARNING: {name} differs: " + ", ".join(map(str, given))]
     targets = [  # an over-long prompt has none
         {row["id"]: row.get("target") for row in rows if not row["over_long"]} for rows in results
     ]
@@ -296,7 +293,7 @@ def _provenance(settings):
         lines += [
             f"- bfcl-eval {settings['bfcl_eval']}; earlier turns' tool steps {steps} the prompt"
         ]
-        if settings.get("judged_with", settings["bfcl_eval"]) != settings["bfcl_eval"]:
+        if settings["judged_with"] != settings["bfcl_eval"]:
             lines += [f"- judged again with bfcl-eval {settings['judged_with']}"]
     if settings["half"] is not None:
         lines += [f"- BFCL-half: live cases outside the training half of seed {settings['half']}"]
@@ -347,7 +344,8 @@ def settings_of(out: Path) -> dict:
     """What an evaluation wrote of itself; ValueError where none wrote into this folder."""
     if not (path := out / "settings.json").exists():
         raise ValueError(f"{out} holds no evaluation: give an --output_dir of eval.py")
-    return json.loads(path.read_text())
+    settings = json.loads(path.read_text())
+    return {"judged_with": settings.get("bfcl_eval"), **settings}  # older ones do not say it
 
 
 def _table(columns, rows):

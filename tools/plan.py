@@ -23,9 +23,8 @@ Bytes per GPU. N parameters, W GPUs in all, T of the parameters trained: N, or t
     kept        CUDA graphs 1 GB at 256 sequences, 0.4 at least; CUDA, NCCL and fragments 6 GB, 2 on one GPU
     KV cache    4 * layers * kv    bytes per token over t GPUs; a group's prompt is there once (prefix caching)
 
-Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments (10 T / W, as pinned blocks
-are not filled to the end). Disk: --save_total_limit
-+ 1 checkpoints of 4 N + 12 T, with adapters 4 A more.
+Bytes per node: host memory 3 GB per process, 5 GB for the file being saved, offloaded moments (10 T / W, since pinned
+blocks are not filled to the end). Disk: --save_total_limit + 1 checkpoints of 4 N + 12 T, with adapters 4 A more.
 
 Seconds of a step, with the rates that the flags state:
 
