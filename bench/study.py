@@ -5,8 +5,8 @@
     python bench/study.py --draw                  OUT.png and OUT.md of the record alone
 
 World: the toy world's house level (tasks/toy.py). A seed draws training data, test examples and samples; arms of a
-seed share the first two and are compared seed by seed. Every arm makes --steps updates of 8 prompts (sft_dapo_star:
-half of them SFT). Readings are chosen on toy:house-valid; toy:house-test has other tools and values.
+seed share the first two and are compared seed by seed. Every arm makes --steps updates of 8 prompts (two-stage
+rows: half of them SFT). Readings are chosen on toy:house-valid; toy:house-test has other tools and values.
 
 Each line of OUT.jsonl is a run: the flags with which `python train.py` repeats it, commit, hash of the data, and how
 many of the first MEASURED test examples are right after the last update: calls to which the house rule applies
@@ -26,6 +26,7 @@ from statistics import mean, median, stdev
 import common
 from common import REPO, data
 
+from methods import METHODS
 from tools.serving import this_commit
 
 RECIPE = "recipes/study.args"
@@ -39,25 +40,18 @@ ITOOL = (  # 512 examples, an epoch of each stage
 SEARCH = (  # 76 trees an iteration
     "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none --learning_rate 1e-3"
 )
+ROWS = [row for row in METHODS if row not in ("dr_grpo", "itool")]  # of Table 1 and Figure 4
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
-    "sft": "--algo sft",
-    "dapo_star": "--algo dapo_star",
-    "fg_dapo_star": "--algo fg_dapo_star",
-    "sft_dapo_star": "--algo sft_dapo_star",
-    "toolupt": "--algo toolupt",
-    "toolupt_no_fgae": "--algo toolupt_no_fgae",
-    "toolupt_no_spo": "--algo toolupt_no_spo",
+    **{row: f"--algo {row}" for row in ROWS},
     "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt {STRONG} {CONSTANT}",
     "the same, no FGAE": f"--algo toolupt_no_fgae {STRONG} {CONSTANT}",
     "the same, gamma from 0.02 to 0.99": f"--algo toolupt {STRONG} --balance_high 0.99",
+    "the same, gamma from 0.9 to 0.99": f"--algo toolupt {STRONG} --balance_low 0.9 --balance_high 0.99",
     "gamma to 0.9": "--algo toolupt --balance_high 0.9",
     "gamma 0.97": f"--algo toolupt {CONSTANT}",
     "Eq. 20": "--algo toolupt --no_spo_phi",
     "Eq. 20, beta 0.1": "--algo toolupt --no_spo_phi --spo_beta 0.1",
     "lcs": "--algo fg_dapo_star --alignment lcs",
-    "luffy": "--algo luffy",
-    "srft": "--algo srft",
-    "chord": "--algo chord",
     "itool, warm-up": f"{ITOOL} --stages warmup",
     "itool": f"{ITOOL} {SEARCH}",
 }
@@ -85,7 +79,7 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # of 2, 
 def flags(arm: str, seed: int, world: str, steps: int) -> list[str]:
     """What follows `python train.py`, --output_dir apart."""
     own = ARMS[arm]
-    if own == "--algo sft_dapo_star":
+    if own.startswith("--algo sft_"):
         steps = steps // 2
         own += f" --sft_max_steps {steps}"
     if not own.startswith(ITOOL):
