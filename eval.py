@@ -48,7 +48,7 @@ import model as modeling
 import rewards
 import rollout
 from run import all_max, part
-from start import init_distributed
+from start import end, init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
@@ -396,6 +396,7 @@ def evaluate(options: argparse.Namespace) -> Path:
 
 def _prepare(options):
     """Load cases and open the folder, which find a user's mistakes; cases and settings."""
+    modeling.check_gpu()
     if WORLD > 1:
         init_distributed()
     cases = BENCHES[options.bench](options)
@@ -687,3 +688,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    end()

@@ -121,6 +121,7 @@ class ItoolConfig(Row):
         "save_total_limit": (0, "iTool Figures 5 and 7: each stage and iteration is evaluated"),
     }
     logprobs_mode: ClassVar[str] = "raw_logprobs"  # Eq. 5 wants p(a|s) at temperature 1
+    keeps_best: ClassVar[bool] = True
 
     stages: Literal["both", "warmup", "itool"] = knob(
         "both", "the warm-up of section 3.1, then the iterations of 3.2; or one of them"

@@ -116,6 +116,7 @@ class Row:
 
     defaults: ClassVar[Defaults] = {}  # of common knobs
     logprobs_mode: ClassVar[str] = "processed_logprobs"  # of the engine
+    keeps_best: ClassVar[bool] = False  # in checkpoint-best
 
     def check(self, config: Any) -> None:
         """ValueError if these knobs are invalid or contradict the common ones."""
@@ -200,6 +201,7 @@ class Sft(Row):
     """Imitates the expert responses (Eq. 1) and keeps the checkpoint of lowest validation loss."""
 
     max_steps: Count = knob(3000, "optimiser steps; ToolUPT Table 7")
+    keeps_best = True
     defaults: ClassVar[Defaults] = {
         "learning_rate": (1e-5, "ToolUPT Table 7"),
         "lr_scheduler_type": ("cosine", "ToolUPT Table 7"),

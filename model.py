@@ -110,7 +110,7 @@ def load(
     base = skeleton(model_name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
     generation_config = _generation_config(model_name_or_path, base)
     reader = _reader(model_name_or_path)
-    whole = "--quant 4bit" if quantised else _obstacle(base, reader)
+    whole = "--quant 4bit" if quantised else read_whole(base, reader)
     if whole:
         if _is_first():
             print(f"{model_name_or_path}: each rank reads all the weights ({whole})", flush=True)
@@ -524,8 +524,9 @@ def _reader(model_name_or_path: str | Path) -> HuggingFaceStorageReader:
     return reader
 
 
-def _obstacle(base: PreTrainedModel, reader: HuggingFaceStorageReader) -> str:
-    """Why the files cannot be read slice by slice into the model; "" where they can."""
+def read_whole(base: PreTrainedModel, reader: HuggingFaceStorageReader | None = None) -> str:
+    """Why each rank reads all of a skeleton's weights instead of its slices; "" where it need not."""
+    reader = reader or _reader(base.name_or_path)
     weights, on_disk = _weights(base), reader.read_metadata().state_dict_metadata
     if getattr(base.config, "quantization_config", None):
         return "they are quantised"
@@ -718,19 +719,18 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def check_checkpoints(path: Path, base: PreTrainedModel, count: int, *, lora_rank: int = 0) -> None:
-    """ValueError on all ranks if `count` checkpoints do not fit beside `path`.
+def checkpoint_bytes(base: PreTrainedModel, lora_rank: int = 0) -> tuple[int, int]:
+    """Bytes of a saved model, and of what is beside it in a checkpoint.
 
     base  from `skeleton`; adapters are added to it
 
-    A checkpoint is the merged model, 4 bytes per parameter, and 12 (weight and two moments) per
-    trained one for resuming; adapters are saved once more in peft's format.
+    The merged model takes 4 bytes per parameter; resuming takes 12 (weight and two moments) per
+    trained one; adapters are saved once more in peft's format.
     """
     size = sum(tensor.nbytes for tensor in _shapes(base).values())
     model = _with_lora(base, lora_rank, 1) if lora_rank > 0 else base
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size += (16 if lora_rank > 0 else 12) * trained
-    check_disk(path, count * size, f"{count} checkpoints of {size / 1e9:.1f} GB")
+    return size, (16 if lora_rank > 0 else 12) * trained
 
 
 @contextmanager

@@ -303,7 +303,7 @@ class Setup:
         self.longest = longest(config, method, self.tokenizer)
         self.config, changed = suited(config, self.longest)
         self.say(changed)
-        self.gpu_share, arithmetic = check_room(self.config, method, self.out)
+        self.gpu_share, arithmetic, _ = check_room(self.config, method)
         self.say(arithmetic)
         self.prompts = data.read_prompts(name, config.system_prompt, config.user_prompt)
         if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
@@ -510,6 +510,11 @@ def check_machine(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if world % config.vllm_tensor_parallel_size:
+        raise ValueError(
+            f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} does not divide the "
+            f"{world} ranks: start with torchrun and a multiple of it"
+        )
     if config.report_to != "none" and not find_spec(config.report_to):
         raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
     if config.quant != "none":
@@ -535,16 +540,40 @@ def no_bf16(quant: str = "none") -> str:
     return "with --quant 4bit a CPU computes in float32" if quant != "none" else ""
 
 
-def check_room(config, method, out: Path) -> tuple[float, str]:
-    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk is too small."""
+def check_stages(stages: list[tuple]) -> None:
+    """ValueError if a stage would mix with another run, or if memory or disk is too small for it.
+
+    stages  (settings, row, loop) each: a mistake in the second must not cost the hours of the first
+    """
+    needed, parts = 0, []
+    for config, method, _ in stages:
+        checkpoint.refuse_earlier_run(settings(config, method))
+        base = check_room(config, method)[2]
+        model, state = modeling.checkpoint_bytes(base, config.lora_rank)
+        there = len(checkpoint.saved_steps(Path(config.output_dir)))
+        count = max(1, checkpoints(config, method) - there)
+        needed += count * (model + state) + method.keeps_best * model
+        parts.append(f"{count} checkpoints of {(model + state) / 1e9:.1f} GB")
+        parts += [f"checkpoint-best of {model / 1e9:.1f} GB"] * method.keeps_best
+    modeling.check_disk(Path(stages[-1][0].output_dir) / "checkpoint", needed, " + ".join(parts))
+
+
+def checkpoints(config, method) -> int:
+    """How many a stage has on its disk at most; of iTool without a limit at least."""
+    if config.save_total_limit:
+        return config.save_total_limit + 1  # an older one goes when a new one is complete
+    ends = getattr(method, "iterations", 0)  # iTool saves at the end of each
+    return ends or -(-method.max_steps // config.save_steps)
+
+
+def check_room(config, method) -> tuple[float, str, torch.nn.Module]:
+    """vLLM's share of a GPU, the arithmetic and the model's skeleton; ValueError without room."""
     skeleton = modeling.skeleton(
         config.model_name_or_path, trust_remote_code=config.trust_remote_code
     )
     knobs = SimpleNamespace(**{"num_generations": 1, **settings(config, method)})
-    room = plan.check_room(knobs, skeleton)
-    count = max(1, config.save_total_limit + 1 - len(checkpoint.saved_steps(out)))
-    modeling.check_checkpoints(out / "checkpoint", skeleton, count, lora_rank=config.lora_rank)
-    return room
+    whole = config.quant == "none" and bool(modeling.read_whole(skeleton))
+    return *plan.check_room(knobs, skeleton, whole), skeleton
 
 
 def longest(config, method, tokenizer) -> int:

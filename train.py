@@ -386,8 +386,7 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     if dist.get_rank() == 0:
         print(start.announce(config, method, dist.get_world_size()), flush=True)
     stages = stages_of(config, method)
-    for own, row, _ in stages:  # a mistake in the second must not cost the hours of the first
-        checkpoint.refuse_earlier_run(start.settings(own, row))
+    start.check_stages(stages)
     best, earlier = None, 0
     for own, row, loop in stages:
         run = None  # free its model and moments before the next ones are loaded

@@ -31,10 +31,17 @@ def steps() -> dict[str, dict]:
 
 
 def gpu_rows() -> tuple[list[dict], list[dict]]:
-    """The rows of bench/gpu.py's files, the largest model first, and the machines."""
+    """The rows of bench/gpu.py's files, the largest model first, and the machines.
+
+    MFU is given against the higher of the two matmul rates, those before and after the rows.
+    """
     files = [json.loads(path.read_text()) for path in sorted(common.BENCH.glob("gpu-*.json"))]
     files = [file for file in files if not file["settings"].get("check")]
-    rows = [row for file in files for row in file["rows"] if "seconds" in row]
+    rows = []
+    for file in files:
+        before, highest = file["matmul_tflops"][0], max(file["matmul_tflops"])
+        own = [row for row in file["rows"] if "seconds" in row]
+        rows += [row | {"mfu": row["mfu"] * before / highest} for row in own]
     for row in rows:
         switches = [name for name in ("compile", "fused_norm") if row.get(name)]
         row["label"] = ", ".join([row["way"], *switches]).replace("_", " ")

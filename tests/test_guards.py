@@ -3,6 +3,7 @@
 import random
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 
 import frozen
 import pytest
@@ -23,6 +24,9 @@ import train
 from run import Run, sync
 from tools import serving
 
+needs_4bit = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 needs_bf16 = pytest.mark.skipif(bool(start.no_bf16()), reason=start.no_bf16())
 
 
@@ -47,7 +51,7 @@ VARIANTS = [
     "--algo grpo --gradient_checkpointing",
     "--algo toolupt --lora_rank 4",
     "--algo sft --torch_compile",
-    "--algo grpo --lora_rank 4 --quant 4bit",
+    pytest.param("--algo grpo --lora_rank 4 --quant 4bit", marks=needs_4bit),
     pytest.param("--algo grpo --bf16", marks=needs_bf16),
 ]
 

@@ -537,23 +537,24 @@ def leave_free(monkeypatch, size):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_room_for_checkpoints_is_what_they_take(folders, tmp_path, monkeypatch, lora_rank):
+def test_a_checkpoint_takes_what_is_counted(folders, tmp_path, monkeypatch, lora_rank):
     base = library.skeleton(folders / "qwen2")
     matrix = 61 * 32 + 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48)
     model = matrix + 2 * (32 + 2 * 16) + 5 * 32  # biases of q, k, v; norms
     inputs_and_outputs = 32 + 32 + 2 * (32 + 16) + 32 + 32 + 3 * (32 + 48)
     trained = 2 * 2 * inputs_and_outputs if lora_rank else model
-    size = 4 * model + (16 if lora_rank else 12) * trained
-    leave_free(monkeypatch, int(1.05 * 3 * size) + 1)
-    library.check_checkpoints(tmp_path / "run", base, 3, lora_rank=lora_rank)
-    base = library.skeleton(folders / "qwen2")
-    leave_free(monkeypatch, int(1.05 * 3 * size) - 1)
-    with pytest.raises(ValueError, match="3 checkpoints of 0.0 GB and .*--save_total_limit"):
-        library.check_checkpoints(tmp_path / "run", base, 3, lora_rank=lora_rank)
+    beside = (16 if lora_rank else 12) * trained
+    assert library.checkpoint_bytes(base, lora_rank) == (4 * model, beside)
+    leave_free(monkeypatch, int(1.05 * 4 * model) + 1)
+    library.check_disk(tmp_path / "run", 4 * model)
+    leave_free(monkeypatch, int(1.05 * 4 * model) - 1)
+    with pytest.raises(ValueError, match="a model and 5 % of slack .*--save_total_limit"):
+        library.check_disk(tmp_path / "run", 4 * model, "a model")
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_an_error(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # `make test-gpu`, too
     library.check_gpu(tmp_path)
     (tmp_path / "nvidia0").touch()
 

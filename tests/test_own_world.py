@@ -447,10 +447,8 @@ class Unlimited:
 
     def arm(self) -> None:
         import model
-        import start
 
         model.check_disk = lambda *_, **__: None
-        start.modeling.check_checkpoints = lambda *_, **__: None
 
 
 # ---- thoughts ----

@@ -220,15 +220,17 @@ CONFIG = {
 }  # fmt: skip
 
 
-def room(model, world, card, host, here=None, **changes):
-    config = SimpleNamespace(**CONFIG | changes)
-    return plan.room(config, plan.shape_of(model), world, here or world, card * 2**30, host * 1e9)
+def room(model, world, card, host, here=None, whole=False, **changes):
+    config, shape = SimpleNamespace(**CONFIG | changes), plan.shape_of(model)
+    return plan.room(config, shape, world, here or world, card * 2**30, host * 1e9, whole)
 
 
 def test_room_of_a_gpu():
     share, text = room("qwen2.5-7b", 8, 80, 500)
     assert share == 0.79 and "\n" not in text  # (85.9 - 6.55 - 12 * 7.6 / 8) / 85.9
     assert room("qwen2.5-7b", 8, 80, 500, vllm_gpu_memory_utilization=0.4)[0] == 0.4
+    share, text = room("qwen2.5-7b", 8, 80, 500, vllm_gpu_memory_utilization=0.85)
+    assert share == 0.85 and "\nMore than the 0.79 that are free" in text
     _, text = room("qwen2.5-7b", 8, 80, 500, max_tokens_per_row=100_000)
     assert "may not fit" in text and "--max_tokens_per_row" in text
 
@@ -237,8 +239,14 @@ def test_room_of_a_gpu():
     (("qwen2.5-7b", 1, 24, 64), {}, "too small for an update: 121.8 GB weights.*of 25.8 GB"),
     (("qwen2.5-7b", 1, 24, 64), {"lora_rank": 16}, "too small for sampling.*--quant 4bit"),
     (("qwen2.5-32b", 8, 80, 500), {}, "too small for sampling.*55.7 GB are held.*65.5 GB weights"),
+    # 15.2 GB of weights in 0.15 of 85.9 GB
+    (("qwen2.5-7b", 8, 80, 500), {"vllm_gpu_memory_utilization": 0.15},
+     "0.15 of 85.9 GB.*15.2 GB weights.*Use a larger --vllm_gpu_memory_utilization"),
     (("qwen2.5-32b", 8, 80, 200), {"offload_moments": True, "vllm_tensor_parallel_size": 2},
      "too little host memory.*make 356.6 GB, 200.0 GB"),
+    (("qwen2.5-7b", 8, 80, 200), {"whole": True},  # 8 x 4 x 7.6 = 243.7
+     "too little host memory.*make 29.0 GB, all weights read by each process 243.7 GB, 200.0 GB"),
+    (("qwen2.5-7b", 8, 80, 150), {"engine": "transformers"}, "by each process 121.8 GB, 150.0 GB"),
     (("qwen2.5-7b", 2, 0, 64), {}, "too large for this machine: 2 x .60.9 GB weights.*64.0 GB"),
 ])  # fmt: skip
 def test_what_is_too_small_is_refused_in_a_line(arguments, changes, message):

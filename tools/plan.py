@@ -185,7 +185,7 @@ def _gathered(s: dict, frozen: bool, quantised: bool) -> float:
 
 
 def engine_memory_share(
-    card: float, held: float, weights: float, working: float, longest: float
+    card: float, held: float, weights: float, working: float, longest: float, share: float = 0.0
 ) -> tuple[float, str]:
     """Share of a GPU's memory for vLLM, and its arithmetic in a line; ValueError where the model does not fit into it.
 
@@ -194,8 +194,10 @@ def engine_memory_share(
     weights  of the model in vLLM, on this GPU
     working  of vLLM's activations and logits
     longest  of the KV cache of one longest sequence, on this GPU
+    share    --vllm_gpu_memory_utilization; 0: all that is free
     """
-    share = max(0, min(95, math.floor(100 * (card - held) / card))) / 100
+    free = max(0, min(95, math.floor(100 * (card - held) / card))) / 100
+    given, share = share > 0, share or free
     cache = share * card - weights - working
     text = (
         f"vLLM's share of the GPU: {share:.2f} of {card / GB:.1f} GB, for {held / GB:.1f} GB are held by the trainer, "
@@ -205,17 +207,21 @@ def engine_memory_share(
     if cache < longest:
         raise ValueError(
             f"the GPU is too small for sampling. {text}; the longest sequence needs {longest / GB:.2f} GB of cache. Use "
-            "more GPUs, a larger --vllm_tensor_parallel_size, --offload_moments, --lora_rank 16 (with --quant 4bit), "
+            + "a larger --vllm_gpu_memory_utilization, " * (share < free)
+            + "more GPUs, a larger --vllm_tensor_parallel_size, --offload_moments, --lora_rank 16 (with --quant 4bit), "
             "a shorter --max_prompt_length or a smaller model"
         )
+    if given and share > free:
+        text += f"\nMore than the {free:.2f} that are free by this count: vLLM may find no memory"
     return share, text
 
 
-def check_room(config, model) -> tuple[float, str]:
+def check_room(config, model, whole: bool = False) -> tuple[float, str]:
     """vLLM's share of each GPU in a run of train.py (0 on a CPU) and the arithmetic; collective, equal on all ranks.
 
-    config  of train.py; --vllm_gpu_memory_utilization above 0 is taken as it is
+    config  of train.py
     model   from model.skeleton
+    whole   each rank reads all the weights into host memory, before it moves its part to the GPU
     ValueError where GPU or host are too small whatever the data is. Rows that may be too long are mentioned.
     """
     import torch
@@ -226,10 +232,12 @@ def check_room(config, model) -> tuple[float, str]:
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     world = dist.get_world_size()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return room(config, shape_of(model), world, here, *memory.tolist())
+    return room(config, shape_of(model), world, here, *memory.tolist(), whole)
 
 
-def room(config, s: dict, world: int, here: int, card: float, host: float) -> tuple[float, str]:
+def room(
+    config, s: dict, world: int, here: int, card: float, host: float, whole: bool = False
+) -> tuple[float, str]:
     """`check_room` by numbers: ranks in all and on this machine, bytes of each GPU (0: none) and of free host memory."""
     defaults = vars(parser().parse_args(["model"]))
     args = argparse.Namespace(**{name: getattr(config, name, x) for name, x in defaults.items()})
@@ -246,17 +254,22 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
                 f"{needed / GB:.1f} GB, {free}; use --lora_rank 16, a smaller model or more machines"
             )
         return 0.0, ""
-    if p["host"] > host:
+    own_engine = getattr(config, "engine", "vllm") == "transformers"
+    read = p["parameters"] * max((2 if args.lora_rank else 4) * whole, 2 * own_engine)
+    needed = p["host"] + here * read
+    if needed > host:
         raise ValueError(
             f"too little host memory: {here} processes of 3 GB, 5 GB for saving and the moments of --offload_moments "
-            f"make {p['host'] / GB:.1f} GB, {free}; use more machines, or keep the moments on the GPUs"
+            f"make {p['host'] / GB:.1f} GB"
+            + f", all weights read by each process {here * read / GB:.1f} GB" * (read > 0)
+            + f", {free}; use more machines, fewer ranks, or keep the moments on the GPUs"
         )
     parts = (
         f"{p['states'] / GB:.1f} GB weights, gradients and moments + {p['gathered'] / GB:.1f} GB gathered "
         f"+ {p['logits'] / GB:.1f} GB logits + {p['kept'] / GB:.1f} GB CUDA and graphs"
     )
     engine = 0.0
-    if getattr(config, "engine", "vllm") == "transformers":  # it does not sleep
+    if own_engine:  # it does not sleep
         engine = 2 * p["parameters"] + CACHE
         parts += f" + {engine / GB:.1f} GB weights and KV cache of --engine transformers"
     least = p["update_peak"] - p["activations"] + p["kept"] + engine
@@ -265,17 +278,18 @@ def room(config, s: dict, world: int, here: int, card: float, host: float) -> tu
             f"the GPU is too small for an update: {parts} = {least / GB:.1f} GB of {card / GB:.1f} GB; use more GPUs, "
             "--offload_moments, --lora_rank 16 (with --quant 4bit) or a smaller model"
         )
-    share, text = config.vllm_gpu_memory_utilization, "vLLM's share of the GPU is as given"
     if engine:
-        text = f"the engine keeps {engine / GB:.1f} GB of the GPU: weights and KV cache"
-    elif not share:
-        longest = (
-            (args.max_prompt_length + args.max_completion_length)
-            * p["kv_token"]
-            / p["tensor_parallel"]
+        share, text = 0.0, f"the engine keeps {engine / GB:.1f} GB of the GPU: weights and KV cache"
+    else:
+        longest = args.max_prompt_length + args.max_completion_length
+        share, text = engine_memory_share(
+            card,
+            p["resident"] + p["kept"],
+            p["vllm_weights"],
+            p["vllm_working"],
+            longest * p["kv_token"] / p["tensor_parallel"],
+            config.vllm_gpu_memory_utilization,
         )
-        held = p["resident"] + p["kept"]
-        share, text = engine_memory_share(card, held, p["vllm_weights"], p["vllm_working"], longest)
     if p["update_peak"] + p["kept"] + engine > card:
         text += (
             f"\nThe longest rows may not fit into an update: {parts} + {p['activations'] / GB:.1f} GB activations of "
