@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -686,6 +687,19 @@ def test_clip_grad_norm(folders):
 
 
 # FSDP2
+
+
+@pytest.mark.parametrize(("name", "own"), [("llama", True), ("qwen2", False)])
+def test_an_embedding_that_is_not_tied_is_gathered_by_itself(folders, tmp_path, name, own):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        network, _ = library.load(folders / name)
+        assert network.config.tie_word_embeddings is not own
+        assert isinstance(network.get_input_embeddings(), FSDPModule) == own
+        assert all(isinstance(layer, FSDPModule) for layer in network.model.layers)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_shard_needs_a_process_group(folders):

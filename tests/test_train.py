@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 import frozen
 import pytest
 import torch
+import torch.distributed as dist
 from frozen import LIMIT, TOY, K, one_rank  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1014,6 +1016,12 @@ def test_missing_vllm_is_named(tiny, tmp_path, monkeypatch):
     config = train.parse_args([*frozen.flags(tiny, tmp_path), "--engine", "vllm"])
     text = refusal(train.train, *config)
     assert "vllm" in text and "--engine transformers" in text
+
+
+def test_ranks_wait_for_hours():
+    """For a save, or for each other's searches; torch's own limit is half an hour."""
+    own = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    assert own == start.PATIENCE and own > timedelta(hours=12)
 
 
 def test_a_full_disk_stops_the_run_before_the_first_step(tiny, tmp_path, monkeypatch):
