@@ -517,6 +517,8 @@ def check_machine(config, world: int) -> None:
         )
     if config.report_to != "none" and not find_spec(config.report_to):
         raise ImportError(f"--report_to needs {config.report_to}: pip install {config.report_to}")
+    if config.bf16 and not torch.cuda.is_available() and (why := no_bf16(config.quant)):
+        raise ValueError(f"--bf16: {why}; drop the flag")
     if config.quant != "none":
         try:
             import_module("bitsandbytes")
@@ -525,8 +527,6 @@ def check_machine(config, world: int) -> None:
                 f"--quant 4bit needs bitsandbytes ({type(error).__name__}: {error}): pip install "
                 "--upgrade bitsandbytes, or drop the flag"
             ) from error
-    if config.bf16 and not torch.cuda.is_available() and (why := no_bf16(config.quant)):
-        raise ValueError(f"--bf16: {why}; drop the flag")
     compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))
     if config.torch_compile and not compiler:
         raise ValueError("--torch_compile: no C++ compiler; install g++, or drop the flag")
