@@ -1,13 +1,14 @@
-"""The pictures and the table under "Performance" in bench/README.md, from the recorded JSON files.
+"""The demo's picture; the pictures and the table under "Performance" in bench/README.md: all from recorded files.
 
-    python bench/plot.py     writes performance.png, gpu.png and the lines between README.md's markers
+    python bench/plot.py     writes demo.png, performance.png, gpu.png and the lines between README.md's markers
 
-Only what was measured is drawn and listed.
+Only what was measured is drawn and listed. demo.jsonl is the metrics.jsonl of a run.
 """
 
 import json
 
 import common
+from common import data
 
 plt = common.pyplot()
 OURS, THEIRS = "#1f77b4", "#c44e52"
@@ -28,6 +29,23 @@ def steps() -> dict[str, dict]:
     for file in files.values():
         file["results"].sort(key=lambda row: row["prompt"])
     return dict(sorted(files.items(), key=lambda item: item[1]["results"][0]["body"]))
+
+
+def draw_demo() -> None:
+    """demo.png: accuracy and reward over the steps of `make demo`."""
+    settings, *rows = data.read_jsonl(common.BENCH / "demo.jsonl")
+    titles = {"accuracy": "completely right, share", "reward": "mean reward"}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
+    for axis, (name, title) in zip(axes, titles.items()):
+        for key, style, label in ((name, "-", "rollouts"), (f"eval/{name}", "o--", "held out, greedy")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points), style, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    figure.suptitle(f"{settings['algo']}, toy_model, seed {settings['seed']}")
+    figure.savefig(common.BENCH / "demo.png", dpi=100)
+    plt.close(figure)
 
 
 def gpu_rows() -> tuple[list[dict], list[dict]]:
@@ -238,6 +256,8 @@ def main() -> None:
     files |= {name: file for name in names if (file := read(name))}
     if not files:
         raise SystemExit("bench/ holds no result yet: run bench/step.py first")
+    if (common.BENCH / "demo.jsonl").exists():
+        draw_demo()
     panels = [(draw, rows) for draw in (draw_times, draw_ratios, draw_breakdown) if rows]
     if "memory" in files:
         panels.append((draw_memory, files["memory"]))

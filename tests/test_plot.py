@@ -12,9 +12,10 @@ import plot
 
 
 def test_the_readme_holds_the_recorded_figures(tmp_path, monkeypatch):
-    for path in [*BENCH.glob("*.json"), BENCH / "README.md"]:
+    for path in [*BENCH.glob("*.json"), BENCH / "demo.jsonl", BENCH / "README.md"]:
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(common, "BENCH", tmp_path)
     plot.main()
     assert (tmp_path / "README.md").read_text() == (BENCH / "README.md").read_text()
-    assert (tmp_path / "performance.png").stat().st_size > 10_000
+    for name in ("performance", "gpu", "demo"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
