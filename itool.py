@@ -84,6 +84,7 @@ from run import (
     learning_rate_at,
     micro_batches,
     part,
+    shuffled,
     sync,
     tokens_of,
 )
@@ -256,8 +257,8 @@ def run_itool(config, method: ItoolConfig, run: Run) -> Path:
     if run.first_step == 0:
         run.save_best(0)
     shares = method.pool_fraction, method.buffer_fraction
-    pool, ungraded = pool_of(run.examples, *shares, config.seed)
-    run.say(f"pool: {len(pool)} examples, {ungraded} more left out: their calls do not parse")
+    pool = pool_of(run.examples, *shares, config.seed)
+    run.say(f"pool: {len(pool)} examples")
     searches = read_searches(run)  # of an interrupted run
     end = 0  # optimiser steps up to the end of the iteration
     for iteration in range(1, method.iterations + 1):
@@ -476,29 +477,20 @@ def warmup_stages(config, method: ItoolConfig, run: Run) -> list[Stage]:
 
 def pool_of(
     examples: list[data.Example], fraction: float, buffer_fraction: float, seed: int
-) -> tuple[list[data.Example], int]:
-    """A random share of the examples, in their order, and how many were left out as ungradable.
+) -> list[data.Example]:
+    """A random share of the examples, in their order.
 
     fraction         of the examples, in (0, 1]; iTool: 0.5
     buffer_fraction  of the pool, for the search; ValueError if that is less than one example
     """
     size = round(fraction * len(examples))
     drawn = sorted(random.Random(f"pool/{seed}").sample(range(len(examples)), size))
-    pool = [examples[i] for i in drawn if _gradable(examples[i].target)]
-    if buffer_fraction * len(pool) < 1:
+    if buffer_fraction * size < 1:
         raise ValueError(
-            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {len(pool)} examples, "
+            f"the replay buffer takes {buffer_fraction:.0%} of a pool of {size} examples, "
             "less than one: give more data, or raise --pool_fraction or --buffer_fraction"
         )
-    return pool, size - len(pool)
-
-
-def _gradable(target: str) -> bool:
-    try:
-        rewards.error_type(target, target)
-    except ValueError:
-        return False
-    return True
+    return [examples[i] for i in drawn]
 
 
 def perplexities(run: Run, examples: list[data.Example], step: int) -> list[float]:
@@ -813,11 +805,9 @@ def _places(path: list[Node]) -> list[int]:
 
 def pair_batch(run: Run, pairs: list, iteration: int, position: int) -> list:
     """Batch `position` of an iteration, whose last may be short. Each epoch is a shuffle."""
-    order = []
+    order, seed = [], f"pairs/{run.config.seed}/{iteration}"
     for epoch in range(run.method.preference_epochs):
-        shuffled = list(range(len(pairs)))
-        random.Random(f"pairs/{run.config.seed}/{iteration}/{epoch}").shuffle(shuffled)
-        order += shuffled
+        order += shuffled(len(pairs), f"{seed}/{epoch}")
     size = run.config.train_batch_size
     return [pairs[i] for i in order[position * size : (position + 1) * size]]
 

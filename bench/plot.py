@@ -37,7 +37,10 @@ def draw_demo() -> None:
     titles = {"accuracy": "completely right, share", "reward": "mean reward"}
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.2), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items()):
-        for key, style, label in ((name, "-", "rollouts"), (f"eval/{name}", "o--", "held out, greedy")):
+        for key, style, label in (
+            (name, "-", "rollouts"),
+            (f"eval/{name}", "o--", "held out, greedy"),
+        ):
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis.plot(*zip(*points), style, label=label)
         axis.set(title=title, xlabel="step")

@@ -53,6 +53,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import permutations
 
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 NON_LIVE = ("multiple", "parallel", "parallel_multiple")
@@ -396,38 +397,15 @@ def _need_main_thread():
 
 
 def _paired_class(entry, calls):
-    """The class of parallel calls: right ones aside, the rest paired for the latest class."""
-    level = []
+    """The class of as many parallel calls as expected, paired for most right, then the latest class."""
+    levels = []
     for truth in entry.truth:
         verdicts = [_check(entry, [call], [truth], "multiple") for call in calls]
         kinds = [error_class(v["error_type"]) if not v["valid"] else "" for v in verdicts]
-        level.append([CLASSES.index(kind) if kind else len(CLASSES) for kind in kinds])
-    right = _pairs([[n == len(CLASSES) for n in row] for row in level])
-    rest = [
-        [n for column, n in enumerate(level[row]) if column not in right]
-        for row in range(len(level))
-        if row not in right.values()
-    ]
-    for least in range(len(CLASSES) - 1, -1, -1):
-        if len(_pairs([[n >= least for n in row] for row in rest])) == len(rest):
-            return CLASSES[least]
-
-
-def _pairs(fits):
-    """A largest matching of rows and columns that fit them, column -> row (augmenting paths)."""
-    owner = {}
-
-    def place(row, seen):
-        for column in [c for c, fit in enumerate(fits[row]) if fit and c not in seen]:
-            seen.add(column)
-            if column not in owner or place(owner[column], seen):
-                owner[column] = row
-                return True
-        return False
-
-    for row in range(len(fits)):
-        place(row, set())
-    return owner
+        levels.append([CLASSES.index(kind) if kind else len(CLASSES) for kind in kinds])
+    pairings = permutations(range(len(calls)))  # of eight at most
+    found = (sorted(row[i] for row, i in zip(levels, order)) for order in pairings)
+    return CLASSES[max(found, key=lambda own: (own.count(len(CLASSES)), own[0]))[0]]
 
 
 def _judge_multi_turn(entry, turns, force_quit):
