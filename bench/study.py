@@ -2,7 +2,7 @@
 
     python bench/study.py --arms toolupt fg_dapo_star --seeds 0 1 2        on the validation world; resumes
     python bench/study.py --arms toolupt fg_dapo_star --world test
-    python bench/study.py --draw                  OUT.png and OUT.md of the record alone
+    python bench/study.py --draw                  OUT.md, OUT.png and OUT-rows.png (the papers' rows) of the record
 
 World: the toy world's house level (tasks/toy.py). A seed draws training data, test examples and samples; arms of a
 seed share the first two and are compared seed by seed. Every arm makes --steps updates of 8 prompts (two-stage
@@ -40,10 +40,11 @@ ITOOL = (  # 512 examples, an epoch of each stage
 SEARCH = (  # 76 trees an iteration
     "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none --learning_rate 1e-3"
 )
+STRONGEST = "Eq. 20, beta 0.13, gamma 0.97"
 ROWS = [row for row in METHODS if row not in ("dr_grpo", "itool")]  # of Table 1 and Figure 4
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
     **{row: f"--algo {row}" for row in ROWS},
-    "Eq. 20, beta 0.13, gamma 0.97": f"--algo toolupt {STRONG} {CONSTANT}",
+    STRONGEST: f"--algo toolupt {STRONG} {CONSTANT}",
     "the same, no FGAE": f"--algo toolupt_no_fgae {STRONG} {CONSTANT}",
     "the same, gamma from 0.02 to 0.99": f"--algo toolupt {STRONG} --balance_high 0.99",
     "the same, gamma from 0.9 to 0.99": f"--algo toolupt {STRONG} --balance_low 0.9 --balance_high 0.99",
@@ -57,14 +58,16 @@ ARMS = {  # name -> flags; the record has more, whose code was deleted after the
 }
 QUESTIONS = [  # what a difference shows, the arm, the arm without it
     ("FGAE", "fg_dapo_star", "dapo_star"),
-    ("FGAE", "Eq. 20, beta 0.13, gamma 0.97", "the same, no FGAE"),
+    ("FGAE", STRONGEST, "the same, no FGAE"),
     ("SPO", "toolupt", "fg_dapo_star"),
-    ("SPO", "Eq. 20, beta 0.13, gamma 0.97", "fg_dapo_star"),
+    ("SPO", STRONGEST, "fg_dapo_star"),
     ("SFT in SPO's place", "toolupt_no_spo", "fg_dapo_star"),
-    ("SPO instead of SFT", "Eq. 20, beta 0.13, gamma 0.97", "toolupt_no_spo"),
+    ("SPO instead of SFT", STRONGEST, "toolupt_no_spo"),
     ("one stage", "toolupt", "sft_dapo_star"),
-    ("one stage", "Eq. 20, beta 0.13, gamma 0.97", "sft_dapo_star"),
-    ("rollouts", "Eq. 20, beta 0.13, gamma 0.97", "sft"),
+    ("one stage", STRONGEST, "sft_dapo_star"),
+    ("one stage", STRONGEST, "sft_fg_dapo_star"),
+    ("ToolUPT instead of SRFT", STRONGEST, "srft"),
+    ("rollouts", STRONGEST, "sft"),
     ("iTool's iterations", "itool", "itool, warm-up"),
 ]
 PARTS = {"all": "all", "ruled": "calls under the rule", "plain": "other calls", "answer": "answers"}
@@ -194,10 +197,12 @@ def norms(rows: list[dict]) -> str:
     return markdown(["arm", "chosen, step 1", "step 21", "rejected, step 1", "step 21"], lines)
 
 
-def picture(rows: list[dict], path: Path) -> None:
-    """By arm and part: every seed, of three the mean and its 95 % interval; a row for each world."""
+def picture(worlds: dict[str, dict], path: Path) -> None:
+    """By arm and part: every seed, of three the mean and its 95 % interval; a row for each world.
+
+    worlds  name -> what `percents` returns
+    """
     plt = common.pyplot()
-    worlds = {world: of for world in ("valid", "test") if (of := percents(rows, world))}
     heights = [len(of) + 2 for of in worlds.values()]
     figure, axes = plt.subplots(
         len(worlds),
@@ -266,7 +271,11 @@ def main(argv: list[str] | None = None) -> None:
     text += f"\n{norms(rows)}\n"
     print(text)
     args.out.with_suffix(".md").write_text(text)
-    picture(rows, args.out.with_suffix(".png"))
+    worlds = {world: of for world in ("valid", "test") if (of := percents(rows, world))}
+    picture(worlds, args.out.with_suffix(".png"))
+    names = {row: row for row in ROWS} | {STRONGEST: "toolupt @recipes/strong-spo.args"}
+    if of := {names[arm]: own for arm, own in worlds.get("test", {}).items() if arm in names}:
+        picture({"test": of}, args.out.with_name(f"{args.out.stem}-rows.png"))
 
 
 if __name__ == "__main__":
