@@ -48,7 +48,7 @@ import model as modeling
 import rewards
 import rollout
 from run import all_max, part
-from start import end, init_distributed
+from start import init_distributed
 from tasks import api_bank, bfcl, scores
 from tasks.bfcl import columns  # noqa: F401 - offered by this program as well
 
@@ -688,4 +688,3 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-    end()

@@ -775,7 +775,7 @@ def check_gpu(devices: Path = Path("/dev")) -> None:
     raise ValueError(
         f"this machine has a GPU, but PyTorch {torch.__version__} cannot use it ({why}): update "
         "the driver, or install a PyTorch that fits it; "
-        'CUDA_VISIBLE_DEVICES="" trains on the CPU'
+        'CUDA_VISIBLE_DEVICES="" runs on the CPU'
     )
 
 

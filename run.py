@@ -95,8 +95,8 @@ class Run(Setup):
     earlier  what the trackers' steps start from: one more than the first stage's last step
     """
 
-    def __init__(self, config, method, command=None, earlier: int = 0):
-        super().__init__(config, method)
+    def __init__(self, config, method, command=None, earlier: int = 0, later=()):
+        super().__init__(config, method, later)
         self.command = command or config
         self.records = Records(self.config, method, self.command, earlier)
         self.first_step = self.saved = self.skipped = 0

@@ -281,9 +281,10 @@ class Setup:
     gpu_share  of vLLM
     prompts    templates of the user's own
     digests    flag -> what was read: a resumption must find it again
+    later      stages after this one, whose room is checked, too; None: it was, before the first
     """
 
-    def __init__(self, config, method):
+    def __init__(self, config, method, later: list[tuple] | None = ()):
         self.method = method
         self.out = Path(config.output_dir)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -303,8 +304,10 @@ class Setup:
         self.longest = longest(config, method, self.tokenizer)
         self.config, changed = suited(config, self.longest)
         self.say(changed)
-        self.gpu_share, arithmetic, _ = check_room(self.config, method)
-        self.say(arithmetic)
+        self.gpu_share = 0.0
+        if later is not None:
+            self.gpu_share, arithmetic = check_room([(self.config, method), *later])
+            self.say(arithmetic)
         self.prompts = data.read_prompts(name, config.system_prompt, config.user_prompt)
         if saved := [part for part in self.prompts if not getattr(config, f"{part}_prompt")]:
             self.say(f"{' and '.join(saved)} prompt: as saved with {name}")
@@ -510,6 +513,8 @@ def check_machine(config, world: int) -> None:
             f"--train_batch_size {config.train_batch_size} is not divisible by the {world} ranks; "
             f"take {config.train_batch_size // world * world or world}"
         )
+    if config.engine == "transformers" and config.vllm_tensor_parallel_size > 1:
+        raise ValueError("--vllm_tensor_parallel_size: --engine transformers has none; drop it")
     if world % config.vllm_tensor_parallel_size:
         raise ValueError(
             f"--vllm_tensor_parallel_size {config.vllm_tensor_parallel_size} does not divide the "
@@ -540,40 +545,40 @@ def no_bf16(quant: str = "none") -> str:
     return "with --quant 4bit a CPU computes in float32" if quant != "none" else ""
 
 
-def check_stages(stages: list[tuple]) -> None:
-    """ValueError if a stage would mix with another run, or if memory or disk is too small for it.
+def check_room(stages: list[tuple]) -> tuple[float, str]:
+    """vLLM's share of a GPU and the arithmetic; ValueError if memory or disk is too small.
 
-    stages  (settings, row, loop) each: a mistake in the second must not cost the hours of the first
+    stages  (settings, row, ...) of all that begin now: the second must not fail hours later
     """
-    needed, parts = 0, []
-    for config, method, _ in stages:
-        checkpoint.refuse_earlier_run(settings(config, method))
-        base = check_room(config, method)[2]
+    rooms, needed, parts = [], 0, []
+    for config, method, *_ in stages:
+        name, out = config.model_name_or_path, Path(config.output_dir)
+        base = modeling.skeleton(name, trust_remote_code=config.trust_remote_code)
+        knobs = SimpleNamespace(**{"num_generations": 1, **settings(config, method)})
+        # a Hub name's files are not fetched for this
+        whole = config.quant == "none" and Path(name).is_dir() and bool(modeling.read_whole(base))
+        rooms.append(plan.check_room(knobs, base, whole))
         model, state = modeling.checkpoint_bytes(base, config.lora_rank)
-        there = len(checkpoint.saved_steps(Path(config.output_dir)))
-        count = max(1, checkpoints(config, method) - there)
-        needed += count * (model + state) + method.keeps_best * model
-        parts.append(f"{count} checkpoints of {(model + state) / 1e9:.1f} GB")
-        parts += [f"checkpoint-best of {model / 1e9:.1f} GB"] * method.keeps_best
-    modeling.check_disk(Path(stages[-1][0].output_dir) / "checkpoint", needed, " + ".join(parts))
+        count = checkpoints_to_come(config, method, checkpoint.saved_steps(out))
+        best = int(method.keeps_best and count > 0 and not (out / "checkpoint-best").exists())
+        needed += count * (model + state) + best * model
+        parts += [f"{count} checkpoints of {(model + state) / 1e9:.1f} GB"] * (count > 0)
+        parts += [f"checkpoint-best of {model / 1e9:.1f} GB"] * best
+    modeling.check_disk(out / "checkpoint", needed, " + ".join(parts))
+    return rooms[0]
 
 
-def checkpoints(config, method) -> int:
-    """How many a stage has on its disk at most; of iTool without a limit at least."""
-    if config.save_total_limit:
-        return config.save_total_limit + 1  # an older one goes when a new one is complete
-    ends = getattr(method, "iterations", 0)  # iTool saves at the end of each
-    return ends or -(-method.max_steps // config.save_steps)
+def checkpoints_to_come(config, method, there: list[int]) -> int:
+    """How many checkpoints more there will be at once, at most; of iTool's unknown number one.
 
-
-def check_room(config, method) -> tuple[float, str, torch.nn.Module]:
-    """vLLM's share of a GPU, the arithmetic and the model's skeleton; ValueError without room."""
-    skeleton = modeling.skeleton(
-        config.model_name_or_path, trust_remote_code=config.trust_remote_code
-    )
-    knobs = SimpleNamespace(**{"num_generations": 1, **settings(config, method)})
-    whole = config.quant == "none" and bool(modeling.read_whole(skeleton))
-    return *plan.check_room(knobs, skeleton, whole), skeleton
+    there  steps of those on the disk
+    """
+    last, to_come = there[-1] if there else 0, 1
+    if hasattr(method, "max_steps"):
+        to_come = -(-max(0, method.max_steps - last) // config.save_steps)
+    if config.save_total_limit:  # an older one goes when a new one is complete
+        to_come = min(to_come, max(1, config.save_total_limit + 1 - len(there)))
+    return to_come
 
 
 def longest(config, method, tokenizer) -> int:

@@ -386,14 +386,16 @@ def train(config: Config, method: Row, engine: rollout.Engine | None = None) -> 
     if dist.get_rank() == 0:
         print(start.announce(config, method, dist.get_world_size()), flush=True)
     stages = stages_of(config, method)
-    start.check_stages(stages)
+    for own, row, _ in stages:  # a mistake in the second must not cost the hours of the first
+        checkpoint.refuse_earlier_run(start.settings(own, row))
     best, earlier = None, 0
     for own, row, loop in stages:
         run = None  # free its model and moments before the next ones are loaded
         gc.collect()
         torch.cuda.empty_cache()
         own = replace(own, model_name_or_path=str(best)) if best else own
-        run, clock = Run(own, row, config, earlier), Clock()
+        later = None if engine else stages[1:]
+        run, clock = Run(own, row, config, earlier, later), Clock()
         with clock("load"):
             run.load(engine)
         guard.check_logps(run)

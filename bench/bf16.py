@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=common.file, default=common.BENCH / "bf16.json")
     args = parser.parse_args()
     start.init_distributed()
-    start.check_room = lambda *_: (0.0, "", None)  # it would count AdamW's moments
+    start.check_room = lambda *_: (0.0, "")  # it would count AdamW's moments
     machine, deadline, pairs = common.machine(), time.time() + 60 * args.minutes, []
     with tempfile.TemporaryDirectory() as folder:
         for path in args.folder.iterdir():  # the run writes beside them

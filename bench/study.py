@@ -41,7 +41,7 @@ SEARCH = (  # 76 trees an iteration
     "--pool_fraction 0.5 --buffer_fraction 0.3 --self_evaluation none --learning_rate 1e-3"
 )
 STRONGEST = "Eq. 20, beta 0.13, gamma 0.97"
-ROWS = [row for row in METHODS if row not in ("dr_grpo", "itool")]  # of Table 1 and Figure 4
+ROWS = [row for row in METHODS if row != "dr_grpo"]  # of Table 1 and Figure 4
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
     **{row: f"--algo {row}" for row in ROWS},
     STRONGEST: f"--algo toolupt {STRONG} {CONSTANT}",

@@ -405,7 +405,8 @@ def _paired_class(entry, calls):
         levels.append([CLASSES.index(kind) if kind else len(CLASSES) for kind in kinds])
     pairings = permutations(range(len(calls)))  # of eight at most
     found = (sorted(row[i] for row, i in zip(levels, order)) for order in pairings)
-    return CLASSES[max(found, key=lambda own: (own.count(len(CLASSES)), own[0]))[0]]
+    best = max(found, key=lambda own: (own.count(len(CLASSES)), own[0]))
+    return CLASSES[min(best[0], len(CLASSES) - 1)]  # all right where BFCL pairs greedily
 
 
 def _judge_multi_turn(entry, turns, force_quit):

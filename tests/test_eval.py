@@ -658,6 +658,18 @@ def test_a_check_that_raises_has_a_class():
 
 
 @needs_bfcl
+def test_calls_that_only_bfcls_greedy_pairing_finds_wrong_have_a_class():
+    """a = 1 is taken by the truth that accepts 1 and 2, so the one that wants 1 finds none."""
+    doc = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    shown, truth = {"function": [doc], "question": []}, [{"f": {"a": [1, 2]}}, {"f": {"a": [1]}}]
+    entry = bfcl.Entry("parallel_0", "parallel", shown, shown, truth)
+    calls = [{"name": "f", "params": {"a": value}} for value in (1, 2)]
+    verdict = bfcl.judge(entry, [[calls]])
+    assert not verdict["correct"] and verdict["error_class"] == "Parameter Value"
+    assert bfcl.judge(entry, [[calls[::-1]]])["correct"]
+
+
+@needs_bfcl
 def test_a_checker_that_would_hang_is_stopped(cases, monkeypatch):
     """An unclosed list of lists, on which the JavaScript reader's pattern would take days."""
     monkeypatch.setattr(bfcl, "CALL_SECONDS", 0.3)

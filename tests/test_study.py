@@ -81,7 +81,11 @@ def test_a_record_is_continued(tmp_path, monkeypatch):
     made.clear()
     study.main([*argv, "0", "1"])
     assert made == [("sft", 1), ("toolupt", 1)] and len(out.read_text().splitlines()) == 4
+    made.clear()
+    study.main([*argv, "0", "--world", "test"])
     study.main([*argv, "5", "--draw"])
+    for name in ("study.png", "study-rows.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     with pytest.raises(SystemExit):  # another engine
         study.main(["--out", str(out), "--arms", "sft", "itool", "--seeds", "5"])
     assert len(made) == 2 and json.loads(out.read_text().splitlines()[0])["arm"] == "sft"

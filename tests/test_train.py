@@ -1036,34 +1036,36 @@ def test_a_full_disk_stops_the_run_before_the_first_step(tiny, tmp_path, monkeyp
 
 
 def test_the_disk_must_hold_the_checkpoints_of_both_stages(tiny, tmp_path, monkeypatch):
-    """Before the first stage: its three and its best, and the three of the second."""
-    config, method = train.parse_args(frozen.flags(tiny, tmp_path, "--algo", "sft_dapo_star"))
+    """Before the first stage loads: its three and its best, and the second's two."""
+    flags = "--algo sft_dapo_star --sft_max_steps 300 --max_steps 200 --save_total_limit 2"
+    command = train.parse_args(frozen.flags(tiny, tmp_path, *flags.split()))
     weights = AutoModelForCausalLM.from_pretrained(tiny).num_parameters()
-    needed = [int(1.05 * (7 * 4 + 6 * 12) * weights) + spare for spare in (-1, 2)]
-    asked = []
-    for free in needed:
-        usage = SimpleNamespace(total=10**12, used=0, free=free)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        stages = train.stages_of(replace(config, save_total_limit=2), method)
-        try:
-            start.check_stages(stages)
-        except ValueError as error:
-            asked.append(str(error))
-    [text] = asked
-    assert text.count("3 checkpoints of") == 2 and text.count("checkpoint-best of") == 1
+    needed = int(1.05 * (6 * 4 + 5 * 12) * weights)
+    usage = SimpleNamespace(total=10**12, used=0, free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    text = refusal(train.train, *command)
+    assert "3 checkpoints of" in text and "2 checkpoints of" in text
+    assert text.count("checkpoint-best of") == 1
+    usage.free = needed + 2
+    start.check_room(train.stages_of(*command))
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"),
+    ("flags", "there", "count"),
     [
-        ("--algo sft --max_steps 250 --save_steps 100 --save_total_limit 0", 3),
-        ("--algo grpo --max_steps 250 --save_steps 100 --save_total_limit 0", 3),
-        ("--algo grpo --max_steps 250 --save_steps 100 --save_total_limit 4", 5),
-        ("--algo itool --iterations 4", 4),
+        ("--algo sft --max_steps 250 --save_total_limit 0", [], 3),
+        ("--algo grpo --max_steps 250 --save_total_limit 0", [100], 2),
+        ("--algo grpo --max_steps 900 --save_total_limit 4", [], 5),
+        ("--algo grpo --max_steps 900 --save_total_limit 4", [300, 400, 500, 600], 1),
+        ("--algo grpo --max_steps 900 --save_total_limit 1", [300, 400, 500], 1),
+        ("--algo grpo --max_steps 200 --save_total_limit 4", [], 2),
+        ("--algo grpo --max_steps 200 --save_total_limit 2", [100, 200], 0),
+        ("--algo itool --stages warmup", [], 1),
     ],
 )
-def test_checkpoints_that_a_stage_keeps(flags, count):
-    assert start.checkpoints(*train.parse_args(flags.split())) == count
+def test_checkpoints_that_a_run_will_add(flags, there, count):
+    command = train.parse_args([*flags.split(), "--save_steps", "100"])
+    assert start.checkpoints_to_come(*command, there) == count
 
 
 def test_resuming_from_nowhere_is_named(tiny, tmp_path):

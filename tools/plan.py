@@ -200,19 +200,19 @@ def engine_memory_share(
     given, share = share > 0, share or free
     cache = share * card - weights - working
     text = (
-        f"vLLM's share of the GPU: {share:.2f} of {card / GB:.1f} GB, for {held / GB:.1f} GB are held by the trainer, "
-        f"CUDA and graphs; of it {weights / GB:.1f} GB weights, {working / GB:.1f} GB activations, "
-        f"{cache / GB:.1f} GB KV cache"
+        f"vLLM's share of the GPU: {share:.2f}{', as given,' * given} of {card / GB:.1f} GB; {held / GB:.1f} GB are held "
+        f"by the trainer, CUDA and graphs; of the share {weights / GB:.1f} GB weights, {working / GB:.1f} GB "
+        f"activations, {cache / GB:.1f} GB KV cache"
     )
-    if cache < longest:
+    if cache < (0 if given else longest):  # a given share is refused only where the model does not fit
         raise ValueError(
             f"the GPU is too small for sampling. {text}; the longest sequence needs {longest / GB:.2f} GB of cache. Use "
             + "a larger --vllm_gpu_memory_utilization, " * (share < free)
             + "more GPUs, a larger --vllm_tensor_parallel_size, --offload_moments, --lora_rank 16 (with --quant 4bit), "
             "a shorter --max_prompt_length or a smaller model"
         )
-    if given and share > free:
-        text += f"\nMore than the {free:.2f} that are free by this count: vLLM may find no memory"
+    if given and (share > free or cache < longest):
+        text += f"\nBy this count {free:.2f} are free, and the longest sequence needs {longest / GB:.2f} GB of cache"
     return share, text
 
 
@@ -259,10 +259,12 @@ def room(
     needed = p["host"] + here * read
     if needed > host:
         raise ValueError(
-            f"too little host memory: {here} processes of 3 GB, 5 GB for saving and the moments of --offload_moments "
-            f"make {p['host'] / GB:.1f} GB"
+            f"too little host memory: {here} processes of 3 GB, 5 GB for saving"
+            + " and the moments of --offload_moments" * args.offload_moments
+            + f" make {p['host'] / GB:.1f} GB"
             + f", all weights read by each process {here * read / GB:.1f} GB" * (read > 0)
-            + f", {free}; use more machines, fewer ranks, or keep the moments on the GPUs"
+            + f", {free}; use more machines or fewer ranks"
+            + ", or keep the moments on the GPUs" * args.offload_moments
         )
     parts = (
         f"{p['states'] / GB:.1f} GB weights, gradients and moments + {p['gathered'] / GB:.1f} GB gathered "
@@ -299,7 +301,10 @@ def room(
 
 
 def available_memory() -> float:
-    """Bytes that this machine, or its container, can still give; infinite where neither can be read."""
+    """Bytes that this machine, or its container, can still give; infinite where neither can be read.
+
+    What a container keeps of files that nobody reads any more counts as free, as MemAvailable does.
+    """
     meminfo, group, free = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), [math.inf]
     if meminfo.exists():
         lines = [line.split() for line in meminfo.read_text().splitlines()]
@@ -307,7 +312,9 @@ def available_memory() -> float:
     if (group / "memory.max").exists():
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free.append(int(limit) - int((group / "memory.current").read_text()))
+            kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(kept["inactive_file"])
+            free.append(int(limit) - used)
     return min(free)
 
 
