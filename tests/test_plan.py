@@ -262,7 +262,8 @@ def test_what_fits_is_not_refused():
         0.66, abs=0.01
     )
     # recipes/one-gpu.args, on what an RTX 4090 reports
-    assert room("qwen2.5-7b", 1, 23.6, 64, lora_rank=16, quant="4bit")[0] > 0.6
+    short = {"lora_rank": 16, "quant": "4bit", "max_prompt_length": 2048}
+    assert room("qwen2.5-7b", 1, 23.6, 64, **short)[0] > 0.6
     assert (
         room("qwen2.5-32b", 8, 80, 500, offload_moments=True, vllm_tensor_parallel_size=2)[0] > 0.6
     )
