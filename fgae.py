@@ -11,8 +11,8 @@ Train on them with dapo_loss of grpo.py (Eq. 18). A correct token of a wrong res
 Where the paper is silent:
 1. "The t-th token is correct" (Eq. 13) leaves the alignment open. "positional" compares token t
    with expert token t; "lcs" takes a longest common subsequence, so that one inserted token does
-   not spoil all that follow; nor does a token left out cost any other, and in bench/README.md's toy
-   world the policy never learns a list's opening bracket. Either reading depends on how the expert
+   not spoil all that follow; nor does a token left out cost any other: in bench/README.md's toy
+   world a policy does not learn a list's opening bracket. Either reading depends on how the expert
    writes its JSON: where the policy puts blanks and the expert does not, few positions agree.
 2. Answers have no process reward, since the text speaks of tool_call responses and an answer may be
    worded in many ways: the caller passes an empty expert_mask. With "lcs" the caller clears the EOS

@@ -10,9 +10,9 @@ Flags that are not listed under --help go to train.py, which every arm calls as 
 top of --recipe.
 
 1. The model as published is measured on the test rows and on BFCL (eval.py).
-2. The common start. The published model has the skill without the habit: `<tool_call>` as its
-   first token has a probability of about 1e-9, so that all rewards of a group are equal and RL has
-   nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
+2. The common start. The published model has the skill without the habit: in its own tokenizer
+   `<tool_call>` is one token, whose probability as the first is about 1e-9, so that all rewards of
+   a group are equal and RL has nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
    rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
    responses: N steps, the least that do (of every --probe_every). Probed are the training prompts
    that SFT meets last.
@@ -144,12 +144,15 @@ def drive(args: argparse.Namespace) -> None:
             f"--jobs {args.jobs}: vLLM takes all that is free of a GPU, so that one run at a time "
             "fits: --jobs 1, or --engine transformers"
         )
+    if args.bfcl and not find_spec("bfcl_eval"):
+        raise ValueError("--bfcl needs bfcl-eval: make eval-deps; or give --bfcl no category")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lock = checkpoint.lock(args.output_dir)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     end, running, failed, last_start = time.time() + 60 * args.minutes, {}, set(), 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes)
+    machine = common.machine() | ({"commit": args.commit} if args.commit else {})
+    note(args, "begin", "all", command=sys.argv[1:], minutes=args.minutes, machine=machine)
     asked = False
     try:
         while True:
@@ -243,7 +246,7 @@ def measurements(
     """eval.py's command lines for what of a model is not measured yet."""
     config, found = shared(args), []
     benches = {"file": f"--file {config.eval_file[0]} --max_model_len 4096"}
-    if args.bfcl and find_spec("bfcl_eval"):
+    if args.bfcl:
         cases = f"--categories {' '.join(args.bfcl)} --limit {BFCL_CASES}"
         benches["bfcl"] = f"{cases} --max_model_len 8192"
     for bench, flags in benches.items():
@@ -327,7 +330,7 @@ def collect(args: argparse.Namespace) -> None:
     beside = f"up to {args.jobs} arms and two measurements ran side by side on one machine"
     share = f"{args.start_share:.0%} of sampled calls and of all samples are right"
     record = {
-        "machine": {**common.machine(), **({"commit": args.commit} if args.commit else {})},
+        "machines": [row["machine"] for row in begun],
         "commands": [f"python bench/real.py {' '.join(row['command'])}" for row in begun],
         "hours": round(hours(events), 3),
         "notes": [f"{beside}: see `beside`", *args.note],
@@ -375,6 +378,7 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
     commands = [f"python {' '.join(row['command'])}" for row in own if row["event"] == "start"]
     kept = ("time", "event", "beside", "seconds", "code")
     steps = [row for row in rows if row["step"]]
+    before = [row for row in rows if not row["step"]][:1]
     curve = [row for row in rows if row.get("eval/accuracy") is not None]
     apart = ("eval/", "timing_s", "perf/")
     names = sorted({name for row in steps for name in row if not name.startswith(apart)})
@@ -396,6 +400,7 @@ def arm_record(args: argparse.Namespace, arm: str, events: list[dict], rollouts:
             name: [rounded(row.get(name)) for row in curve]
             for name in ("step", *sorted(name for name in curve[0] if name.startswith("eval/")))
         },
+        "before": {k: v for row in before for k, v in row.items() if k.startswith("start/")},
         "metrics": {name: [rounded(row.get(name)) for row in steps] for name in names},
         "rollouts": rollouts,
     }
@@ -443,7 +448,9 @@ def responses(args: argparse.Namespace, models: tuple[str, ...]) -> list[dict]:
             parallel = row["target"].startswith("<tool_call>\n[")
             chosen.setdefault("parallel calls" if parallel else row["category"], row)
         for kind, row in chosen.items():
-            query = row["prompt"].partition("[User Query]")[2].partition("[Intermediate Tools")[0]
+            query = (
+                row["prompt"].rpartition("[User Query]\n")[2].partition("[Intermediate Tools")[0]
+            )
             about = {"id": row["id"], "kind": kind, "query": query.strip()}
             example = found.setdefault(kind, {**about, "target": row["target"], "responses": {}})
             text = row["turns"][0][0] if row["turns"] else None
@@ -459,8 +466,6 @@ def draw(path: Path) -> str:
     plt = common.pyplot()
     record = json.loads(path.read_text())
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    start_scores = record["evaluations"].get("start", {}).get("file", {})
-    calls, answers = (start_scores.get(kind, [0, "?"])[1] for kind in ("tool_call", "answer"))
     for name, arm in record["arms"].items():
         style = {"label": name, "color": COLOURS.get(name)}
         curve, rollouts = arm["curve"], arm["rollouts"]
@@ -475,10 +480,10 @@ def draw(path: Path) -> str:
             axes[2].plot(steps, smooth(arm["metrics"]["reward"][: len(steps)]), **style)
             matched = [y and 100 * y for y in rollouts["tokens_matched/calls"]]
             axes[3].plot(steps, smooth(matched), **style)
-    titles = (f"test calls right, of {calls}", f"test answers right, of {answers}")
     sizes = [arm["config"]["eval_size"] for arm in record["arms"].values()]
-    if start_scores and sizes and min(sizes) < calls + answers:
-        titles = tuple(f"{what} right, in {min(sizes)} test rows" for what in ("calls", "answers"))
+    titles = tuple(
+        f"{what} right, in {min(sizes, default=0)} test rows" for what in ("calls", "answers")
+    )
     titles += (
         "reward of rollouts, mean of ten updates",
         "expert tokens matched, mean of ten updates",

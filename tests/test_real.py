@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "bench"))
 
+import data
 import real
 
 FLAGS = [
@@ -105,6 +106,24 @@ def test_what_rollouts_tell(tmp_path):
     assert found["form/call"] == [0.3333, 1.0]
     assert found["form/answer"] == [0.6667, 0.0]
     assert found["form/empty_answer"] == [0.3333, 0.0]
+
+
+def test_responses_are_shown_with_their_query(tmp_path):
+    target = '<tool_call>\n{"name": "f", "params": {}}\n</tool_call>'
+    example = data.Example("x/0/0", [], [], "Is it raining?", [], target, "tool_call")
+    prompt = "\n".join(message["content"] for message in data.messages(example))
+    row = {"id": "x/0/0#0", "prompt": prompt, "category": "tool_call", "target": target}
+    for name, right in (("start", False), ("toolupt-3", True)):
+        folder = tmp_path / "eval" / f"{name}-file"
+        folder.mkdir(parents=True)
+        line = row | {"turns": [[f"of {name}"]], "correct": right}
+        (folder / "results.jsonl").write_text(json.dumps(line) + "\n")
+    [found] = real.responses(parsed("--output_dir", tmp_path), ("start", "toolupt-3"))
+    assert found["query"] == "Is it raining?" and found["kind"] == "tool_call"
+    assert found["responses"] == {
+        "start": {"text": "of start", "right": False},
+        "toolupt-3": {"text": "of toolupt-3", "right": True},
+    }
 
 
 @pytest.mark.parametrize("width", [1, 3])
