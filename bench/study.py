@@ -43,6 +43,7 @@ SEARCH = (  # 76 trees an iteration
 STRONGEST = "Eq. 20, beta 0.13, gamma 0.97"
 ROWS = [row for row in METHODS if row != "dr_grpo"]  # of Table 1 and Figure 4
 ARMS = {  # name -> flags; the record has more, whose code was deleted after the study
+    "base model": "--algo sft --learning_rate 0",
     **{row: f"--algo {row}" for row in ROWS},
     STRONGEST: f"--algo toolupt {STRONG} {CONSTANT}",
     "the same, no FGAE": f"--algo toolupt_no_fgae {STRONG} {CONSTANT}",
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     args.out.with_suffix(".md").write_text(text)
     worlds = {world: of for world in ("valid", "test") if (of := percents(rows, world))}
     picture(worlds, args.out.with_suffix(".png"))
-    names = {row: row for row in ROWS} | {STRONGEST: "toolupt @recipes/strong-spo.args"}
+    names = {row: row for row in ("base model", *ROWS)} | {STRONGEST: "toolupt @recipes/strong-spo.args"}
     if of := {names[arm]: own for arm, own in worlds.get("test", {}).items() if arm in names}:
         picture({"test": of}, args.out.with_name(f"{args.out.stem}-rows.png"))
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 REPO = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPO / "bench"))
 
-import data
 import real
+
+import data
 
 FLAGS = [
     "--engine", "transformers", "--model_name_or_path", "toy_model", "--train_file", "toy", "--eval_file", "toy:test",
