@@ -274,7 +274,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.with_suffix(".md").write_text(text)
     worlds = {world: of for world in ("valid", "test") if (of := percents(rows, world))}
     picture(worlds, args.out.with_suffix(".png"))
-    names = {row: row for row in ("base model", *ROWS)} | {STRONGEST: "toolupt @recipes/strong-spo.args"}
+    names = {row: row for row in ("base model", *ROWS)} | {
+        STRONGEST: "toolupt @recipes/strong-spo.args"
+    }
     if of := {names[arm]: own for arm, own in worlds.get("test", {}).items() if arm in names}:
         picture({"test": of}, args.out.with_name(f"{args.out.stem}-rows.png"))
 
