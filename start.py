@@ -284,7 +284,7 @@ class Setup:
     later      stages after this one, whose room is checked, too; None: it was, before the first
     """
 
-    def __init__(self, config, method, later: list[tuple] | None = ()):
+    def __init__(self, config, method, later: Iterable[tuple] | None = ()):
         self.method = method
         self.out = Path(config.output_dir)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

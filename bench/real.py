@@ -12,10 +12,10 @@ top of --recipe.
 1. The model as published is measured on the test rows and on BFCL (eval.py).
 2. The common start. The published model has the skill without the habit: in its own tokenizer
    `<tool_call>` is one token, whose probability as the first is about 1e-9, so that all rewards of
-   a group are equal and RL has nothing to learn from. SFT (batches, loss and optimiser of `train.py --algo sft`, at a constant
-   rate) goes on until a tenth of the calls sampled at temperature 1 are right, and a tenth of all
-   responses: N steps, the least that do (of every --probe_every). Probed are the training prompts
-   that SFT meets last.
+   a group are equal and RL has nothing to learn from. SFT (batches, loss and optimiser of
+   `train.py --algo sft`, at a constant rate) goes on until a tenth of the calls sampled at
+   temperature 1 are right, and a tenth of all responses: N steps, the least that do (of every
+   --probe_every). Probed are the training prompts that SFT meets last.
 3. The arms (ARMS), each with the same number of updates, prompts and responses, one seed, and one
    learning rate for all RL methods. `sft` goes on with its own rate; *_published are single-stage,
    from the model as published; *_strong have SPO as the study of readings found it strongest.
