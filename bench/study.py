@@ -5,8 +5,8 @@
     python bench/study.py --draw                  OUT.md, OUT.png and OUT-rows.png (the papers' rows) of the record
 
 World: the toy world's house level (tasks/toy.py). A seed draws training data, test examples and samples; arms of a
-seed share the first two and are compared seed by seed. Every arm makes --steps updates of 8 prompts (two-stage
-rows: half of them SFT). Readings are chosen on toy:house-valid; toy:house-test has other tools and values.
+seed share the first two and are compared seed by seed. Every arm but iTool's makes --steps updates of 8 prompts
+(two-stage rows: half of them SFT). Readings are chosen on toy:house-valid; toy:house-test has other tools and values.
 
 Each line of OUT.jsonl is a run: the flags with which `python train.py` repeats it, commit, hash of the data, and how
 many of the first MEASURED test examples are right after the last update: calls to which the house rule applies
@@ -237,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS], metavar="ARM")
+    arms = [arm for arm, own in ARMS.items() if not own.startswith(ITOOL)]
+    text = "default: all but iTool's, which need a process of their own"
+    parser.add_argument("--arms", nargs="+", default=arms, choices=[*ARMS], metavar="ARM", help=text)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--world", choices=["valid", "test"], default="valid")
     parser.add_argument("--steps", type=int, default=60, help="updates of a run")
