@@ -239,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     arms = [arm for arm, own in ARMS.items() if not own.startswith(ITOOL)]
     text = "default: all but iTool's, which need a process of their own"
-    parser.add_argument("--arms", nargs="+", default=arms, choices=[*ARMS], metavar="ARM", help=text)
+    parser.add_argument(
+        "--arms", nargs="+", default=arms, choices=[*ARMS], metavar="ARM", help=text
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--world", choices=["valid", "test"], default="valid")
     parser.add_argument("--steps", type=int, default=60, help="updates of a run")
